@@ -1,0 +1,23 @@
+"""fusedmm: fused gated multimodal attention and distillation scoring, as PyTorch operators and modules.
+
+Importing it touches no GPU and imports no Triton.
+"""
+
+from fusedmm.layout import ModalityLayout
+from fusedmm.ops.attention import AttentionOutput, gated_multimodal_attention
+from fusedmm.ops.partials import ModalityPartials, leave_one_out, merge_modalities, modality_partials
+from fusedmm.shapes import ShapeError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionOutput",
+    "ModalityLayout",
+    "ModalityPartials",
+    "ShapeError",
+    "__version__",
+    "gated_multimodal_attention",
+    "leave_one_out",
+    "merge_modalities",
+    "modality_partials",
+]

@@ -1,0 +1,282 @@
+"""Where everything lies: the packed layout of one batch, built once and used by every layer.
+
+Queries of all samples stand one after another, and so do keys: sample-major, modality-minor, without padding. Segment ``(b, m)`` is the contiguous run of modality ``m`` in
+sample ``b``; a segment of length 0 is a missing modality.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fusedmm.shapes import ShapeError, check_device, check_dtype, check_shapes
+from fusedmm.visibility import Visibility, find_visible
+
+MAX_MODALITIES = 32
+TILE = 128  # rows of a tile of the work lists; kernels with smaller blocks share one
+INTEGERS = (torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class ModalityLayout:
+    """Offsets of samples and segments in packed queries and keys.
+
+    Build it with `from_lengths` or `from_masks`, once a batch; either waits once for the GPU, to learn the totals.
+
+    Attributes:
+        cu_seqlens_q: [B+1] int32, queries of sample b are ``cu_seqlens_q[b] : cu_seqlens_q[b+1]``.
+        cu_seqlens_k: [B*M+1] int32, keys of segment (b, m) are ``cu_seqlens_k[b*M+m] : cu_seqlens_k[b*M+m+1]``.
+        num_modalities: M, 1 to 32.
+        max_seqlen_q: most queries of one sample.
+        max_seqlen_k: most keys of one sample, over all its modalities.
+        names: the modalities' names, if they have any.
+        visibility: which keys a query may see by time, from `at_times`; None: all.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    num_modalities: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    names: tuple[str, ...] | None = None
+    visibility: Visibility | None = None
+    total_q: int = field(init=False, repr=False)
+    total_k: int = field(init=False, repr=False)
+    query_tiles: Tensor = field(init=False, repr=False)
+    key_tiles: Tensor = field(init=False, repr=False)
+    _query_slots: Tensor | None = field(default=None, repr=False)
+    _key_slots: Tensor | None = field(default=None, repr=False)
+    _padded_q: int | None = field(default=None, repr=False)
+    _padded_k: tuple[int, ...] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        modalities = self.num_modalities
+        if not 1 <= modalities <= MAX_MODALITIES:
+            raise ValueError(f"ModalityLayout: num_modalities must be 1 to {MAX_MODALITIES}, got {modalities}. Merge modalities, or split the attention.")
+        if self.names is not None and (len(self.names) != modalities or len(set(self.names)) != modalities):
+            raise ValueError(f"ModalityLayout: names must be {modalities} different names, one a modality, got {list(self.names)}.")
+        for argument in ("cu_seqlens_q", "cu_seqlens_k"):
+            check_dtype("ModalityLayout", argument, getattr(self, argument), (torch.int32,), ". Use .to(torch.int32).")
+        check_device("ModalityLayout", {"cu_seqlens_q": self.cu_seqlens_q, "cu_seqlens_k": self.cu_seqlens_k})
+        batch = self.cu_seqlens_q.numel() - 1
+        if self.cu_seqlens_q.ndim != 1 or self.cu_seqlens_k.ndim != 1 or self.cu_seqlens_k.numel() != batch * modalities + 1:
+            raise ShapeError(
+                f"ModalityLayout: cu_seqlens_k must be [batch * num_modalities + 1] = [{batch * modalities + 1}], got {list(self.cu_seqlens_k.shape)} "
+                f"beside cu_seqlens_q {list(self.cu_seqlens_q.shape)}."
+            )
+        total_q, total_k = torch.stack((self.cu_seqlens_q[-1], self.cu_seqlens_k[-1])).tolist()
+        query_counts = self.cu_seqlens_q.diff().long()
+        sample_keys = self.cu_seqlens_k[::modalities].diff().long()
+        object.__setattr__(self, "total_q", total_q)
+        object.__setattr__(self, "total_k", total_k)
+        object.__setattr__(self, "query_tiles", _work_list(self.cu_seqlens_q, total_q, sample_keys))
+        object.__setattr__(self, "key_tiles", _work_list(self.cu_seqlens_k, total_k, query_counts.repeat_interleave(modalities)))
+
+    @classmethod
+    def from_lengths(cls, q_lengths: Tensor, k_lengths: Tensor, names: Sequence[str] | None = None) -> "ModalityLayout":
+        """Build the layout from counts.
+
+        Args:
+            q_lengths: [B] int32 or int64, queries of each sample; 0 is allowed.
+            k_lengths: [B, M] int32 or int64, keys of each segment; 0 is a missing modality.
+            names: names of the M modalities.
+
+        Raises:
+            ShapeError: where the two disagree.
+            TypeError: where a length is no integer.
+            ValueError: where a length is negative, or a total does not fit in int32.
+        """
+        op = "ModalityLayout.from_lengths"
+        sizes = check_shapes(op, {"q_lengths": (q_lengths, ("batch",)), "k_lengths": (k_lengths, ("batch", "modality"))})
+        check_device(op, {"q_lengths": q_lengths, "k_lengths": k_lengths})
+        for argument, lengths in (("q_lengths", q_lengths), ("k_lengths", k_lengths)):
+            check_dtype(op, argument, lengths, INTEGERS, ". Lengths are whole numbers; use .to(torch.int64).")
+        q_lengths, k_lengths = q_lengths.long(), k_lengths.long()
+        zero = q_lengths.new_zeros(1)
+        sample_keys = k_lengths.sum(1)
+        facts = [torch.cat((lengths.flatten(), zero)) for lengths in (q_lengths, k_lengths, sample_keys)]
+        smallest_q, smallest_k, max_q, max_k, total_q, total_k = torch.stack(
+            [facts[0].min(), facts[1].min(), facts[0].max(), facts[2].max(), facts[0].sum(), facts[1].sum()]
+        ).tolist()
+        for argument, smallest, total in (("q_lengths", smallest_q, total_q), ("k_lengths", smallest_k, total_k)):
+            if smallest < 0:
+                raise ValueError(f"{op}: {argument} must not be negative, got {smallest}.")
+            if total >= 2**31:
+                raise ValueError(f"{op}: {argument} must sum to less than 2**31, got {total}. Split the batch.")
+        return cls(
+            cu_seqlens_q=torch.cat((zero, q_lengths.cumsum(0))).to(torch.int32),
+            cu_seqlens_k=torch.cat((zero, k_lengths.flatten().cumsum(0))).to(torch.int32),
+            num_modalities=sizes["modality"],
+            max_seqlen_q=max_q,
+            max_seqlen_k=max_k,
+            names=None if names is None else tuple(names),
+        )
+
+    @classmethod
+    def from_masks(cls, q_mask: Tensor, k_masks: Mapping[str, Tensor]) -> "ModalityLayout":
+        """Build the layout from padding masks, True where there is a token; the names are the keys of the mapping.
+
+        Args:
+            q_mask: [B, Lq] bool.
+            k_masks: for each modality its name and [B, Lm] bool; Lm may be 0, and masks may have holes.
+
+        Raises:
+            ShapeError: where a mask has another batch size or number of dimensions.
+            TypeError: where a mask is not bool.
+        """
+        op = "ModalityLayout.from_masks"
+        if not k_masks:
+            raise ValueError(f"{op}: k_masks must name at least one modality, got none.")
+        masks = {"q_mask": q_mask, **{f"k_masks[{name!r}]": mask for name, mask in k_masks.items()}}
+        for argument, mask in masks.items():
+            check_dtype(op, argument, mask, (torch.bool,), ". True where there is a token; use .bool().")
+        check_shapes(op, {argument: (mask, ("batch", f"tokens of {argument}")) for argument, mask in masks.items()})
+        check_device(op, masks)
+        layout = cls.from_lengths(q_mask.sum(1), torch.stack([mask.sum(1) for mask in k_masks.values()], 1), names=list(k_masks))
+        return replace(
+            layout,
+            _query_slots=_occupied(q_mask, layout.total_q),
+            _key_slots=_occupied(torch.cat(list(k_masks.values()), 1), layout.total_k),
+            _padded_q=q_mask.shape[1],
+            _padded_k=tuple(mask.shape[1] for mask in k_masks.values()),
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """B, the number of samples."""
+        return self.cu_seqlens_q.numel() - 1
+
+    def query_samples(self) -> Tensor:
+        """[total_q] int64, the sample of each query."""
+        return _owners(self.cu_seqlens_q, self.total_q)
+
+    def key_segments(self) -> Tensor:
+        """[total_k] int64, the segment ``b*M+m`` of each key."""
+        return _owners(self.cu_seqlens_k, self.total_k)
+
+    def per_query(self, x: Tensor) -> Tensor:
+        """Repeat a per-sample value for each of its queries: [B, ...] to [total_q, ...]; differentiable."""
+        if x.ndim == 0 or x.shape[0] != self.batch_size:
+            raise ShapeError(f"ModalityLayout.per_query: x must have shape [batch={self.batch_size}, ...], got {list(x.shape)}.")
+        return x.index_select(0, self.query_samples())
+
+    def pack(self, padded: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """Drop the padding: queries [B, Lq, ...] to [total_q, ...], or keys {name: [B, Lm, ...]} to [total_k, ...]; differentiable.
+
+        A layout from `from_masks` takes the tokens its masks name; one from `from_lengths` takes the first tokens of every row. What lies in the padding, NaN too, is never read.
+        """
+        if isinstance(padded, Tensor):
+            self._check_padded("query", padded, self._padded_q, self.max_seqlen_q)
+            slots = self._query_slots if self._query_slots is not None else self._leading_query_slots(padded.shape[1])
+            return padded.flatten(0, 1).index_select(0, slots)
+        names = self._names("pack")
+        if set(padded) != set(names):
+            raise ValueError(f"ModalityLayout.pack: keys must be given for the modalities {list(names)}, got {list(padded)}.")
+        for index, name in enumerate(names):
+            self._check_padded(name, padded[name], self._padded_k[index] if self._padded_k else None, None)
+        if self._key_slots is not None:
+            slots = self._key_slots
+        else:
+            slots = self._leading_key_slots([padded[name].shape[1] for name in names])
+        return torch.cat([padded[name] for name in names], 1).flatten(0, 1).index_select(0, slots)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Put packed queries back: [total_q, ...] to [B, Lq, ...], zeros in the padding; differentiable."""
+        if packed.ndim == 0 or packed.shape[0] != self.total_q:
+            raise ShapeError(f"ModalityLayout.unpack: packed must have shape [query={self.total_q}, ...], got {list(packed.shape)}.")
+        length = self.max_seqlen_q if self._padded_q is None else self._padded_q
+        slots = self._query_slots if self._query_slots is not None else self._leading_query_slots(length)
+        flat = packed.new_zeros((self.batch_size * length, *packed.shape[1:])).index_copy(0, slots, packed)
+        return flat.unflatten(0, (self.batch_size, length))
+
+    def unpack_keys(self, packed: Tensor) -> dict[str, Tensor]:
+        """Put packed keys back: [total_k, ...] to {name: [B, Lm, ...]}, zeros in the padding; differentiable."""
+        names = self._names("unpack_keys")
+        if packed.ndim == 0 or packed.shape[0] != self.total_k:
+            raise ShapeError(f"ModalityLayout.unpack_keys: packed must have shape [key={self.total_k}, ...], got {list(packed.shape)}.")
+        if self._padded_k is not None and self._key_slots is not None:
+            lengths, slots = list(self._padded_k), self._key_slots
+        else:
+            lengths = self.cu_seqlens_k.diff().view(-1, self.num_modalities).amax(0).tolist() if self.batch_size else [0] * len(names)
+            slots = self._leading_key_slots(lengths)
+        width = sum(lengths)
+        flat = packed.new_zeros((self.batch_size * width, *packed.shape[1:])).index_copy(0, slots, packed)
+        return dict(zip(names, flat.unflatten(0, (self.batch_size, width)).split(lengths, 1), strict=True))
+
+    def at_times(self, query_time: Tensor, key_time: Tensor, lookback: int | Tensor | None = None) -> "ModalityLayout":
+        """The same layout with timestamp causality worked out once for all layers.
+
+        Key j is visible to query i only if ``0 <= query_time[i] - key_time[j]`` and, with a look-back, ``< lookback``.
+
+        Args:
+            query_time: [total_q] int64, in any order.
+            key_time: [total_k] int64. Sorted within each segment it costs nothing more; otherwise keys and values are gathered into that order by each attention call.
+            lookback: half-open window in the unit of the times, an int or [M] int64; None: unbounded.
+
+        Cost: a binary search per query and modality, and one wait for the GPU to learn whether keys are sorted.
+        """
+        return replace(self, visibility=find_visible("ModalityLayout.at_times", self, query_time, key_time, lookback, wait=True))
+
+    def with_visibility(self, visibility: Visibility | None) -> "ModalityLayout":
+        """The same layout with other times."""
+        return self if visibility is self.visibility else replace(self, visibility=visibility)
+
+    def _names(self, method: str) -> tuple[str, ...]:
+        if self.names is None:
+            raise ValueError(f"ModalityLayout.{method}: the layout has no modality names, got a mapping. Build it with names=...")
+        return self.names
+
+    def _check_padded(self, argument: str, padded: Tensor, exact: int | None, at_least: int | None) -> None:
+        rule = f"{exact}" if exact is not None else f"at least {at_least}" if at_least is not None else "any number of"
+        wrong_length = padded.ndim >= 2 and ((exact is not None and padded.shape[1] != exact) or (at_least is not None and padded.shape[1] < at_least))
+        if padded.ndim < 2 or padded.shape[0] != self.batch_size or wrong_length:
+            raise ShapeError(f"ModalityLayout.pack: {argument} must have shape [batch={self.batch_size}, {rule} tokens, ...], got {list(padded.shape)}.")
+
+    def _leading_query_slots(self, length: int) -> Tensor:
+        sample = self.query_samples()
+        return sample * length + torch.arange(self.total_q, device=sample.device) - self.cu_seqlens_q[sample]
+
+    def _leading_key_slots(self, lengths: Sequence[int]) -> Tensor:
+        segment = self.key_segments()
+        starts = torch.tensor([sum(lengths[:index]) for index in range(len(lengths))], device=segment.device)
+        position = torch.arange(self.total_k, device=segment.device) - self.cu_seqlens_k[segment]
+        return torch.div(segment, self.num_modalities, rounding_mode="floor") * sum(lengths) + starts[segment % self.num_modalities] + position
+
+
+def _occupied(mask: Tensor, total: int) -> Tensor:
+    """Flat positions of the True entries, in order, without a wait for their number."""
+    return torch.argsort(~mask.flatten(), stable=True)[:total]
+
+
+def _owners(cu_seqlens: Tensor, total: int) -> Tensor:
+    """Which run of ``cu_seqlens`` each of ``total`` rows belongs to."""
+    return torch.repeat_interleave(cu_seqlens.diff().long(), output_size=total)
+
+
+def _work_list(cu_seqlens: Tensor, total: int, partner_counts: Tensor) -> Tensor:
+    """Tiles of up to 128 rows of one run, the most expensive first, made on the device without a wait.
+
+    Run r owns the tile ids from ``cu_seqlens[r] // 128 + r`` on; that leaves a few ids unused, but needs no scan over counts of tiles, and kernels can find a row's tile from it.
+
+    Args:
+        cu_seqlens: [R+1] int32, bounds of the runs.
+        total: rows in all.
+        partner_counts: [R] int64, rows of the other side that each row meets.
+
+    Returns:
+        [total // 128 + R, 2] int32: (run, first row), unused ones (-1, 0) at the end.
+    """
+    runs = cu_seqlens.numel() - 1
+    capacity = total // TILE + runs
+    first_tile = torch.div(cu_seqlens[:-1].long(), TILE, rounding_mode="floor") + torch.arange(runs, device=cu_seqlens.device)
+    tile = torch.arange(capacity, device=cu_seqlens.device)
+    run = torch.searchsorted(first_tile, tile, right=True) - 1
+    start = cu_seqlens[run].long() + (tile - first_tile[run]) * TILE
+    rows = (cu_seqlens[run + 1].long() - start).clamp(0, TILE)
+    cost = torch.where(rows > 0, rows * partner_counts[run], -1)
+    used = rows > 0
+    tiles = torch.stack((torch.where(used, run, -1), torch.where(used, start, 0)), 1).to(torch.int32)
+    return tiles[torch.argsort(cost, descending=True, stable=True)]
+
+

@@ -1,0 +1,150 @@
+"""Everything about modalities from one pass: the output of each on its own, from which any joint output follows without another attention."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedmm.impl import resolve_impl
+from fusedmm.layout import ModalityLayout
+from fusedmm.ops.attention import (
+    SOFTMAXES,
+    AttentionOutput,
+    check_active,
+    check_packed,
+    in_time_order,
+    layout_arguments,
+    resolve_visibility,
+    triton_gaps,
+)
+from fusedmm.ops.attention_op import attention
+from fusedmm.reference import attention as reference
+from fusedmm.shapes import check_broadcast, check_shapes
+
+
+class ModalityPartials(NamedTuple):
+    """One softmax a modality.
+
+    Attributes:
+        output: [total_q, Hq, M, D], the query's dtype, 0 where nothing of a modality is visible; differentiable.
+        lse: [total_q, Hq, M] float32, natural log of the sum of exp of its scores, -inf for nothing; differentiable.
+    """
+
+    output: Tensor
+    lse: Tensor
+
+
+def modality_partials(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: ModalityLayout,
+    *,
+    active: Tensor | None = None,
+    query_time: Tensor | None = None,
+    key_time: Tensor | None = None,
+    lookback: int | Sequence[int] | Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> ModalityPartials:
+    """Attend to each modality on its own, all in one pass.
+
+    For a query, a head and modality m::
+
+        z      = scale * (k[m] @ q)
+        lse    = z.logsumexp(0)
+        output = exp(z - lse) @ v[m]
+
+    Args:
+        query, key, value, layout, active, query_time, key_time, lookback, scale, impl: as in `fusedmm.gated_multimodal_attention`.
+
+    Returns:
+        ModalityPartials(output [total_q, Hq, M, D], lse [total_q, Hq, M]).
+
+    Raises:
+        ShapeError, TypeError, ValueError, NotImplementedError: as in `fusedmm.gated_multimodal_attention`.
+
+    Cost: the FLOPs of one attention; the output is M times larger.
+    """
+    op = "modality_partials"
+    check_packed(op, query, key, value, layout)
+    active = check_active(op, active, layout, query.shape[1])
+    chosen = resolve_impl(op, impl, query.device, unsupported=triton_gaps(query))
+    visibility = resolve_visibility(op, layout, query_time, key_time, lookback)
+    scale = query.shape[2] ** -0.5 if scale is None else float(scale)
+    if chosen == "reference":
+        output, lse = reference.modality_partials(query, key, value, layout.with_visibility(visibility), active=active, scale=scale)
+        return ModalityPartials(output.to(query.dtype), lse)
+    key, value = in_time_order(key, value, visibility)
+    ranges = None if visibility is None else visibility.ranges
+    output, _, lse = attention(
+        query, key, value, None, None, None, *layout_arguments(layout), active, ranges, None, layout.num_modalities, 0.0, scale, "partials", chosen
+    )
+    return ModalityPartials(output, lse)
+
+
+def merge_modalities(partials: ModalityPartials, log_prior: Tensor | None = None, gate: Tensor | None = None, softmax: str = "joint") -> AttentionOutput:
+    """Put partials together: the same as `fusedmm.gated_multimodal_attention`, without another pass over keys.
+
+    ::
+
+        mass   = softmax(lse + log_prior, -1)        # joint; 1 where a modality is visible under per_modality
+        output = ((gate * mass)[..., None] * partials.output).sum(-2)
+
+    Args:
+        partials: of `modality_partials`.
+        log_prior: broadcasts from the right to [total_q, Hq, M]; refused under per_modality, where it cancels.
+        gate: broadcasts to [total_q, Hq, M].
+        softmax: "joint" or "per_modality".
+
+    Returns:
+        AttentionOutput(output, mass, lse), lse with the prior added and without gradient.
+
+    Cost: reads the partials once; ``2 * total_q * Hq * M * D`` FLOPs.
+    """
+    op = "merge_modalities"
+    if softmax not in SOFTMAXES:
+        raise ValueError(f'{op}: softmax must be "joint" or "per_modality", got {softmax!r}.')
+    if softmax == "per_modality" and log_prior is not None:
+        raise ValueError(f'{op}: log_prior must be None with softmax="per_modality", where it cancels, got a tensor. Use gate, or softmax="joint".')
+    lse = _with_prior(op, partials, log_prior)
+    mass = _shares(lse) if softmax == "joint" else (~torch.isneginf(lse)).to(lse.dtype)
+    weights = mass if gate is None else mass * check_broadcast(op, "gate", gate, tuple(lse.shape), ("query", "head", "modality")).to(lse.dtype)
+    output = (weights[..., None, :] @ partials.output.to(lse.dtype)).squeeze(-2)
+    return AttentionOutput(output.to(partials.output.dtype), mass, lse.detach())
+
+
+def leave_one_out(partials: ModalityPartials, log_prior: Tensor | None = None) -> Tensor:
+    """The joint output that each query would have had without modality m, for all m at once; differentiable.
+
+    Equal to ``(o - mass[m] * o_m) / (1 - mass[m])``, but from the other modalities' lse, so that ``mass[m] == 1`` gives 0 and nothing cancels.
+
+    Args:
+        partials: of `modality_partials`.
+        log_prior: broadcasts from the right to [total_q, Hq, M].
+
+    Returns:
+        [total_q, Hq, M, D], the partials' dtype.
+
+    Cost: ``2 * total_q * Hq * M**2 * D`` FLOPs, no key is read again.
+    """
+    lse = _with_prior("leave_one_out", partials, log_prior)
+    modalities = lse.shape[-1]
+    itself = torch.eye(modalities, dtype=torch.bool, device=lse.device)
+    others = _shares(lse[..., None, :].expand(*lse.shape, modalities).masked_fill(itself, -torch.inf))
+    return (others @ partials.output.to(lse.dtype)).to(partials.output.dtype)
+
+
+def _with_prior(op: str, partials: ModalityPartials, log_prior: Tensor | None) -> Tensor:
+    check_shapes(op, {"partials.lse": (partials.lse, ("query", "head", "modality")), "partials.output": (partials.output, ("query", "head", "modality", "dim"))})
+    if log_prior is None:
+        return partials.lse
+    prior = check_broadcast(op, "log_prior", log_prior, tuple(partials.lse.shape), ("query", "head", "modality"))
+    return partials.lse + prior.to(partials.lse.dtype)
+
+
+def _shares(lse: Tensor) -> Tensor:
+    """softmax over the last dimension that gives zeros, and zero gradients, where everything is -inf."""
+    nothing = torch.isneginf(lse)
+    return torch.softmax(lse.masked_fill(nothing.all(-1, keepdim=True), 0.0), -1).masked_fill(nothing, 0.0)

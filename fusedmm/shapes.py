@@ -1,0 +1,82 @@
+"""Checks of what a user passes: one helper for shapes, one for dtypes, one form of error.
+
+Every message reads ``op: argument rule, got value. What to do.`` Nothing here reads a tensor's values, so no check waits for a GPU.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+class ShapeError(ValueError):
+    """Two arguments disagree about a dimension, or one has the wrong number of dimensions."""
+
+
+Dim = str | int
+Bindings = dict[str, tuple[int, str]]
+
+
+def check_shapes(op: str, shapes: Mapping[str, tuple[Tensor | None, Sequence[Dim]]], known: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Bind dimension names to sizes over all arguments, and complain about the first disagreement.
+
+    Args:
+        op: name of the public function, the first word of the message.
+        shapes: for each argument the tensor (None: not given, skipped) and its dimensions: a name binds or must agree, an int must be that size.
+        known: sizes of names that are bound beforehand, for example by the layout.
+
+    Returns:
+        The size of every name.
+
+    Raises:
+        ShapeError: naming the argument, what it has and what was expected.
+    """
+    bound: Bindings = {name: (size, "the layout") for name, size in (known or {}).items()}
+    for argument, (tensor, dims) in shapes.items():
+        if tensor is None:
+            continue
+        expected = "[" + ", ".join(str(dim) for dim in dims) + "]"
+        if tensor.ndim != len(dims):
+            raise ShapeError(f"{op}: {argument} must have {len(dims)} dimensions {expected}, got shape {list(tensor.shape)}.")
+        for dim, size in zip(dims, tensor.shape, strict=True):
+            if isinstance(dim, int):
+                if size != dim:
+                    raise ShapeError(f"{op}: {argument} must have shape {expected}, got {list(tensor.shape)}.")
+                continue
+            before, owner = bound.setdefault(dim, (size, argument))
+            if before != size:
+                raise ShapeError(f"{op}: {argument} has {dim}={size}, but {owner} has {dim}={before}; expected {argument} of shape {expected}.")
+    return {name: size for name, (size, _) in bound.items()}
+
+
+def check_broadcast(op: str, argument: str, tensor: Tensor, shape: Sequence[int], dims: Sequence[str]) -> Tensor:
+    """Expand a tensor that broadcasts from the right to ``shape``; a view, no copy.
+
+    Raises:
+        ShapeError: where a dimension is neither 1 nor the size that is needed.
+    """
+    trailing = tuple(tensor.shape)
+    fits = len(trailing) <= len(shape) and all(have in (1, need) for have, need in zip(trailing[::-1], tuple(shape)[::-1], strict=False))
+    if not fits:
+        named = ", ".join(f"{dim}={size}" for dim, size in zip(dims, shape, strict=True))
+        raise ShapeError(f"{op}: {argument} must broadcast from the right to [{named}], got shape {list(trailing)}.")
+    return tensor.expand(*shape)
+
+
+def check_dtype(op: str, argument: str, tensor: Tensor, allowed: Sequence[torch.dtype], advice: str) -> None:
+    """Complain with ``TypeError`` where a tensor's dtype is none of ``allowed``; ``advice`` says what to do."""
+    if tensor.dtype not in allowed:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise TypeError(f"{op}: {argument} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}{advice}")
+
+
+def check_device(op: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Complain with ``ValueError`` where the given tensors do not share one device."""
+    first: tuple[str, torch.device] | None = None
+    for argument, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first is None:
+            first = (argument, tensor.device)
+        elif tensor.device != first[1]:
+            raise ValueError(f"{op}: {argument} must be on the device of {first[0]} ({first[1]}), got {tensor.device}. Move it with .to({str(first[1])!r}).")

@@ -1,0 +1,217 @@
+"""One run: a variant with a seed, from the first step to its predictions.
+
+The loop reads as: fetch, forward, backward, clip, judge, step, average, log, look at dev, save. Everything random depends on (seed, step) or
+(seed, step, rank) alone, so a run that continues from a checkpoint is the run that was never interrupted.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint.state_dict as dcp_state
+from torch import Tensor, nn
+
+from fusedmm.train.batches import Batch, BatchSampler, collate
+from fusedmm.train.checkpoint import Checkpoints
+from fusedmm.train.config import Recipe, VariantConfig
+from fusedmm.train.evaluate import Predictions, batch_loss, forecast, predict
+from fusedmm.train.logs import RunLog
+from fusedmm.train.model import Forecaster
+from fusedmm.train.optim import SpikeGuard, WeightAverage, build_optimizer, copy_weights, learning_rate, put_weights
+from fusedmm.train.parallel import StopSignal, World, shard_model
+from fusedmm.train.task import Task
+
+LOG_EVERY = 10
+"""Steps between two reads of the device by the host; every step is logged nevertheless."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says what happened and what to do."""
+
+
+class Interrupted(Exception):  # noqa: N818 (not an error: the run continues from its checkpoint)
+    """SIGTERM or SIGINT arrived and a checkpoint was written."""
+
+
+class Trainer:
+    """Trains one model.
+
+    Args:
+        recipe: sizes, optimiser, output.
+        variant: which modalities and which fusion.
+        seed: of weights, batches and dropout.
+        task: data, already split and featurised.
+        world: the ranks.
+        directory: of this run's log and checkpoints.
+    """
+
+    def __init__(self, recipe: Recipe, variant: VariantConfig, seed: int, task: Task, world: World, directory: Path) -> None:
+        self.config, self.run_config, self.variant, self.seed = recipe.train, recipe.run, variant, seed
+        self.task, self.world, self.directory = task, world, directory
+        self.sampler = BatchSampler(len(task.train), self.config.batch_size, seed, world.rank, world.size)
+        self.model = build_model(recipe, variant, seed, task, world)
+        self.optimizer = build_optimizer(self.model, self.config)
+        self.guard = SpikeGuard(self.config.spike_sigma, self.config.spike_window, world.device)
+        self.average = WeightAverage(self.model, self.config.ema)
+        self.best = copy_weights(self.model)
+        self.progress = {"step": 0, "best_step": 0, "stale": 0, "best_loss": float("inf")}
+        self.checkpoints = Checkpoints(directory / "checkpoints", world, recipe.run.keep_checkpoints, recipe.run.checkpoint_async)
+        self._pending: list[Tensor] = []
+
+    def fit(self, stop: StopSignal) -> None:
+        """Train until the last step or until dev stops getting better; the model then has its best weights.
+
+        Raises:
+            Interrupted: after a signal, with a checkpoint written.
+            TrainingError: where too many steps in a row had to be skipped.
+        """
+        self.restore()
+        start = int(self.progress["step"])
+        main, title = self.world.is_main, f"{self.variant.name} seed {self.seed}"
+        log = RunLog(self.directory, title, self.config.steps, start=start, active=main, tensorboard=self.run_config.tensorboard)
+        began = time.monotonic()
+        try:
+            for step in range(start, self.config.steps):
+                if self.finished():
+                    break
+                self.train_step(step)
+                done = step + 1
+                self.progress["step"] = done
+                if done % LOG_EVERY == 0 or done == self.config.steps or done % self.config.eval_every == 0:
+                    self.flush(log, (time.monotonic() - began) / (done - start))
+                if done % self.config.eval_every == 0 or done == self.config.steps:
+                    self.look_at_dev(log)
+                stopping = self.world.any(stop.received)
+                if stopping or done % self.run_config.checkpoint_every == 0 or done == self.config.steps:
+                    self.save(done)
+                if stopping:
+                    raise Interrupted(f"train: stopped by a signal after step {done} of {title}; run the same command to continue.")
+        finally:
+            self.checkpoints.wait()
+            log.close()
+        put_weights(self.model, self.best)
+
+    def train_step(self, step: int) -> None:
+        """One optimiser step; loss, gradient norm and the decision stay on the device."""
+        torch.manual_seed(hash((self.seed, step, self.world.rank)) & 0x7FFFFFFF)  # dropout
+        self.model.train()
+        batch = self.fetch(step)
+        loss = batch_loss(forecast(self.model, batch).prediction, batch.targets, self.task).sum() / self.config.batch_size
+        loss.backward()
+        norm = full(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
+        loss = self.world.total(loss.detach())
+        skip = self.guard.judge(loss, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.config)
+        self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # fused AdamW leaves the step out where this is 1
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.update(self.model, step)
+        self._pending.append(torch.stack([loss, norm, skip]))
+
+    def fetch(self, step: int) -> Batch:
+        """This rank's share of a step's batch, some modalities hidden where the recipe says so."""
+        batch = collate([self.task.train[int(index)] for index in self.sampler.indices(step)]).to(self.world.device)
+        if self.config.modality_dropout == 0.0:
+            return batch
+        masks = {}
+        for number, (name, mask) in enumerate(batch.masks.items()):
+            keep = uniform_hash(batch.sample, self.seed, step, number) >= self.config.modality_dropout
+            masks[name] = mask & keep[:, None]
+        return batch._replace(masks=masks)
+
+    def flush(self, log: RunLog, seconds_per_step: float) -> None:
+        """Read what the device has noted since the last time, write it, and give up where too many steps were skipped."""
+        rows = torch.stack(self._pending).tolist()
+        first = int(self.progress["step"]) - len(rows)
+        self._pending.clear()
+        for number, (loss, norm, skip) in enumerate(rows):
+            rate = learning_rate(first + number, self.config)
+            log.write(first + number + 1, {"loss": loss, "grad_norm": norm, "skipped": skip, "lr": rate, "seconds_per_step": seconds_per_step})
+        log.advance(len(rows), {"loss": rows[-1][0], "dev": self.progress["best_loss"]})
+        streak = int(self.guard.state["streak"].item())
+        if streak >= self.config.max_skips:
+            raise TrainingError(
+                f"train: loss and gradient norm must be finite and without spikes, got loss {rows[-1][0]:g} and norm {rows[-1][1]:g} at step {first + len(rows)} of "
+                f"{self.variant.name}, seed {self.seed}: {streak} steps in a row were skipped. Lower train.lr, or look at the data of these steps."
+            )
+
+    def look_at_dev(self, log: RunLog) -> None:
+        """Loss on dev with the averaged weights; the best ones are kept."""
+        weights = copy_weights(self.model)
+        if self.config.ema:
+            put_weights(self.model, self.average.state)
+        found = predict(self.model, self.task.dev, self.world)
+        dev = float(batch_loss(found.prediction, self.task.targets(self.task.dev), self.task).mean())
+        if dev < self.progress["best_loss"]:
+            self.best = copy_weights(self.model)
+            self.progress.update(best_loss=dev, best_step=self.progress["step"], stale=0)
+        else:
+            self.progress["stale"] += 1
+        put_weights(self.model, weights)
+        shares = found.mass.mean(dim=0).tolist()
+        log.write(int(self.progress["step"]), {"dev_loss": dev} | {f"mass_{name}": share for name, share in zip(self.names, shares, strict=True)})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The modalities this model sees."""
+        return tuple(self.task.sizes_of(self.variant).modalities)
+
+    def finished(self) -> bool:
+        """Whether dev has not improved for as long as the recipe waits."""
+        return bool(self.config.patience and self.progress["stale"] >= self.config.patience)
+
+    def predict(self, split: str, hidden: str | None = None) -> Predictions:
+        """Predictions of the best weights on "dev" or "test", with one modality hidden where asked."""
+        return predict(self.model, self.task.split(split), self.world, hidden)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint."""
+        self.checkpoints.save(step, self.state())
+
+    def restore(self) -> None:
+        """Continue from the newest checkpoint, if there is one."""
+        step = self.checkpoints.latest()
+        if step is None:
+            return
+        state = self.state()
+        self.checkpoints.load(step, state)
+        dcp_state.set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        self.progress = state["progress"]
+
+    def state(self) -> dict[str, Any]:
+        """Everything a checkpoint holds; DCP reads the averaged and best weights and the detector's window in place."""
+        model, optimizer = dcp_state.get_state_dict(self.model, self.optimizer)
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "average": self.average.state,
+            "best": self.best,
+            "guard": self.guard.state,
+            "progress": dict(self.progress),
+        }
+
+
+def build_model(recipe: Recipe, variant: VariantConfig, seed: int, task: Task, world: World) -> nn.Module:
+    """The sharded model. Every rank initialises the whole of it, so that the start does not depend on the number of ranks."""
+    torch.manual_seed(seed)
+    model = Forecaster(task.sizes_of(variant), recipe.model, variant.fusion)
+    weight, bias = task.skip(recipe.model.skip)
+    model.set_skip(weight, bias, task.target_scale)
+    precision = recipe.train.precision
+    dtype = torch.bfloat16 if precision == "bf16" or (precision == "auto" and world.device.type == "cuda") else torch.float32
+    return shard_model(model.to(world.device), list(model.blocks), world, dtype)
+
+
+def uniform_hash(sample: Tensor, seed: int, step: int, number: int) -> Tensor:
+    """A uniform number in [0, 1) for each sample key, [B] float64: the same on whatever rank the sample lands (splitmix64)."""
+    state = sample * -7046029254386353131 + (seed * 1_000_003 + step) * 4354685564936845319 + number * 1181783497276652981
+    state = (state ^ (state >> 30)) * -4658895280553007687
+    state = (state ^ (state >> 27)) * -7723592293110705685
+    return ((state ^ (state >> 31)) >> 11 & 0x1FFFFFFFFFFFFF).double() / 2**53
+
+
+def full(norm: Tensor) -> Tensor:
+    """The whole of a DTensor."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

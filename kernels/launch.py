@@ -1,0 +1,73 @@
+"""How a kernel is launched: its tile sizes, and the description from which it can be compiled ahead of time.
+
+Launch parameters come from pure functions of sizes and architecture (`_<op>_config`), never from tuning at run time: every rank agrees, the first call does not stall,
+and every configuration in use can be compiled, inspected and tested without a GPU.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile sizes and resources of one launch.
+
+    Attributes:
+        blocks: constexpr tile sizes by name, such as ``{"BLOCK_Q": 128, "BLOCK_K": 64}``.
+        num_warps: warps per program.
+        num_stages: software pipeline depth of the main loop.
+        max_registers: cap on registers a thread (None: the compiler's choice).
+    """
+
+    blocks: Mapping[str, int]
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+    def launch_options(self) -> dict[str, Any]:
+        """Keyword arguments of a Triton launch: the tile sizes, ``num_warps`` and ``num_stages``."""
+        options: dict[str, Any] = {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel in one configuration: all that ahead-of-time compilation needs.
+
+    Attributes:
+        name: unique within an architecture, such as ``attention_forward[joint,d128,bf16]``.
+        kernel: the ``@triton.jit`` or ``@gluon.jit`` function.
+        signature: Triton type of every run-time argument, in order, such as ``{"query_ptr": "*bf16", "size_q": "i32"}``.
+        constexprs: value of every constexpr argument other than the tile sizes.
+        config: tile sizes and resources.
+        arch: one of `ARCHITECTURES`.
+        divisible_by_16: run-time arguments known to be multiples of 16 (pointers always are).
+        main_loop_flops: matrix FLOPs of one iteration of the main loop, for the modelled share of peak; 0 when there is no matrix work.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    config: LaunchConfig
+    arch: str
+    divisible_by_16: tuple[str, ...] = ()
+    main_loop_flops: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def device_arch(device: torch.device) -> str:
+    """Name of the tuning table for a device; on a machine without a GPU (the interpreter) the Hopper one."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
