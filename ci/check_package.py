@@ -1,7 +1,7 @@
 """Builds the wheel and the sdist from a copy of the tree and compares what is in them with what is in the tree.
 
-A checkout without symbolic links builds a wheel that silently lacks `fusedmm.kernels`; a `kernels/__init__.py` would hide the package
-`kernels` of Hugging Face for everyone who works in this folder. Run by `ci/check package`.
+A checkout without symbolic links builds a wheel that silently lacks `fusedmm.kernels`; a `kernels/__init__.py` would
+hide the package `kernels` of Hugging Face for everyone who works in this folder. Run by `ci/check package`.
 """
 
 import shutil
@@ -49,7 +49,7 @@ def problems_of_archive(kind: str, names: Iterable[str], expected: set[str]) -> 
 
 
 def build(root: Path, target: Path, hook: str) -> Path:
-    """Run one hook of the build backend (`build_wheel` or `build_sdist`) in ``root``, offline, and return the archive."""
+    """Run a hook of the build backend (`build_wheel` or `build_sdist`) in ``root``, offline, and return the archive."""
     code = f"import sys; from setuptools import build_meta; print(build_meta.{hook}(sys.argv[1]))"
     done = subprocess.run([sys.executable, "-c", code, str(target)], cwd=root, capture_output=True, text=True)
     if done.returncode != 0:

@@ -1,4 +1,4 @@
-"""What every test runs under: Triton's interpreter where there is no GPU, fixed seeds, one thread, and fresh memory full of NaN."""
+"""What every test runs under: Triton's interpreter where there is no GPU, fixed seeds, and fresh memory full of NaN."""
 
 import os
 from collections.abc import Iterator
@@ -38,9 +38,9 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_memory_is_nan() -> Iterator[None]:
-    """`torch.empty` and its kin return NaN (the largest integer for integers), so that an element that no kernel wrote shows.
+    """`torch.empty` and its kin return NaN (or the largest integer), so that an element that no kernel wrote shows.
 
-    PyTorch fills fresh memory only while deterministic algorithms are on; operators without a deterministic form warn on a GPU.
+    PyTorch fills fresh memory only while deterministic algorithms are on.
     """
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,4 +1,4 @@
-"""ci/check_package.py finds what would ship a wrong package (that this tree's own wheel is right is `ci/check package`)."""
+"""ci/check_package.py finds what would ship a wrong package; that this tree's wheel is right is `ci/check package`."""
 
 import importlib.util
 from pathlib import Path

@@ -1,0 +1,149 @@
+"""The steps of `ci/gpu`, each with its share of the time budget, its output in one log, and a table at the end."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESERVE_S = 15.0  # kept back to write the table
+NVIDIA_SMI = "nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv,noheader"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command and the share of the time still left that it may take."""
+
+    name: str
+    command: list[str]
+    share: float
+
+
+def steps(args: argparse.Namespace, out: Path) -> list[Step]:
+    """What runs, in order: is it right, does it keep the contract, how fast is it."""
+    python = sys.executable
+    # The machine's packages are not those of ci/constraints.txt: their deprecation warnings are not this project's.
+    pytest = [python, "-m", "pytest", "-W", "default", "--numprocesses", str(args.workers)]
+    tests = [
+        "tests",
+        "--ignore-glob=tests/test_train*",
+        "--ignore=tests/test_static.py",
+        "--ignore=tests/test_benchmarks.py",
+    ]
+    found = [Step("tests", [*pytest, *tests], 0.45)]
+    if args.conformance is not None:
+        run = str(args.conformance / "run.py")
+        check = [python, run, "--device", "cuda", "--impl", "triton", "--cases", "24"]
+        found += [Step(f"conformance seed {seed}", [*check, "--seed", str(seed)], 0.25) for seed in range(3)]
+    bench = [python, "-m", "benchmarks", "--device", "cuda", "--json", str(out / "results.jsonl")]
+    found.append(Step("benchmarks", [*bench, "--quick"] if args.quick else bench, 1.0))
+    return found
+
+
+def run_step(step: Step, deadline: float, log: Path) -> tuple[str, float]:
+    """Run one step inside its share of the time, its output to the screen and the log; (verdict, seconds)."""
+    began = time.monotonic()
+    limit = (deadline - began) * step.share
+    if limit < 5:
+        return "not run: the time budget is spent", 0.0
+    environment = {**os.environ, "FUSEDMM_BENCH_BUDGET_S": f"{limit - 5:.0f}"}
+    with log.open("a") as file:
+        file.write(f"\n== {step.name}: {' '.join(step.command)}\n")
+        file.flush()
+        start = file.tell()
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, process_group=0
+        )
+        try:
+            code = process.wait(timeout=limit)
+            verdict = "passed" if code == 0 else f"FAILED with exit status {code}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # test workers and compilers too
+            process.wait()
+            verdict = f"STOPPED after its {limit:.0f} s"
+    with log.open() as file:
+        file.seek(start)
+        print(f"\n== {step.name}", "".join(file.readlines()[-40:]), sep="\n", flush=True)
+    return verdict, time.monotonic() - began
+
+
+def provenance() -> dict[str, str]:
+    """What the results depend on and this tree does not hold."""
+    import torch
+    import triton
+
+    smi = subprocess.run(NVIDIA_SMI.split(), capture_output=True, text=True)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "gpu": smi.stdout.strip(),
+        "commit": commit.stdout.strip() or "unknown",
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": str(torch.version.cuda),
+        "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def add_wheels(folder: Path, out: Path) -> None:
+    """Unpack the peers' wheels into a folder of this run and put it on the path of the steps; nothing else changes."""
+    site = out / ".peers"
+    wheels = sorted(str(wheel) for wheel in folder.glob("*.whl"))
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-index",
+        "--no-deps",
+        "--upgrade",
+        "--target",
+        str(site),
+    ]
+    subprocess.run([*install, *wheels], check=True)
+    # After this tree and before the machine's own packages: PYTHONPATH is searched first.
+    os.environ["PYTHONPATH"] = f"{os.environ['PYTHONPATH']}:{site}"
+
+
+def main() -> int:
+    """Run every step; 0 only if each ran to its end and passed."""
+    parser = argparse.ArgumentParser(prog="ci/gpu", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the short benchmark")
+    parser.add_argument("--out", type=Path, default=ROOT / "gpu-results")
+    parser.add_argument("--budget-s", type=float, default=540.0, help="stop by then, seconds")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="test processes")
+    parser.add_argument("--wheels", type=Path, help="folder of peers' wheels, from ci/wheels")
+    parser.add_argument("--conformance", type=Path, help="folder with the conformance oracle's run.py")
+    args = parser.parse_args()
+    deadline = time.monotonic() + args.budget_s - RESERVE_S
+
+    import torch
+
+    if not torch.cuda.is_available():
+        print("ci/gpu: no CUDA device here. Run ci/test on a machine without one.", file=sys.stderr)
+        return 2
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "provenance.json").write_text(json.dumps(provenance(), indent=1) + "\n")
+    if args.wheels is not None:
+        add_wheels(args.wheels, out)
+    rows = []
+    failed = False
+    for step in steps(args, out):
+        verdict, seconds = run_step(step, deadline, out / "log.txt")
+        failed |= verdict != "passed"
+        rows.append(f"{step.name:<22}{seconds:7.1f} s  {verdict}")
+    table = "\n".join(rows)
+    (out / "table.txt").write_text(table + "\n")
+    print(f"\n{table}\nresults in {out}; append results.jsonl to benchmarks/results/ and commit it")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
