@@ -1,7 +1,7 @@
 """A chart as an image: daily candles drawn with NumPy, cut into patches that serve as tokens.
 
-The picture holds nothing that the bars do not, at a coarser resolution: it is there to see whether a model that reads pictures finds what another finds
-in numbers, and as an example of an image modality.
+The picture holds nothing that the bars do not, at a coarser resolution: it is there to see whether a model that reads
+pictures finds what another finds in numbers, and as an example of an image modality.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ VOLUME_ROWS = 8
 PATCH = 8
 HEIGHT = PRICE_ROWS + VOLUME_ROWS
 WIDTH = BARS * BAR_WIDTH
-UNITS = tuple(f"pixel {row},{column}" for row in range(PATCH) for column in range(PATCH)) + ("row", "column")
+UNITS = (*(f"pixel {row},{column}" for row in range(PATCH) for column in range(PATCH)), "row", "column")
 
 Bars = npt.NDArray[np.float64]
 
@@ -24,8 +24,8 @@ Bars = npt.NDArray[np.float64]
 def draw_candles(open_: Bars, high: Bars, low: Bars, close: Bars, volume: Bars) -> Float32Array:
     """Draw the last `BARS` bars of each sample.
 
-    A candle is two pixels wide: its range at 0.4, its body at 1.0 where the close is not below the open, else at 0.7. The range of the window fills 24 rows;
-    volumes, over the window's largest, fill 8 rows below.
+    A candle is two pixels wide: its range at 0.4, its body at 1.0 where the close is not below the open, else at 0.7.
+    The range of the window fills 24 rows; volumes, over the window's largest, fill 8 rows below.
 
     Args:
         open_, high, low, close, volume: [N, at least BARS] float64.
@@ -37,8 +37,9 @@ def draw_candles(open_: Bars, high: Bars, low: Bars, close: Bars, volume: Bars) 
     bottom = low.min(axis=1, keepdims=True)
     extent = np.maximum(high.max(axis=1, keepdims=True) - bottom, 1e-9)
 
-    def row_of(price: Bars) -> npt.NDArray[np.int64]:
-        return np.rint((1 - (price - bottom) / extent) * (PRICE_ROWS - 1)).astype(np.int64)[:, None, :]
+    def row_of(price: Bars) -> npt.NDArray[np.int64]:  # [N, 1, BARS]
+        rows: npt.NDArray[np.int64] = np.rint((1 - (price - bottom) / extent) * (PRICE_ROWS - 1)).astype(np.int64)
+        return rows[:, None, :]
 
     rows = np.arange(PRICE_ROWS)[None, :, None]  # [1, PRICE_ROWS, 1] against [N, 1, BARS]
     in_range = (rows >= row_of(high)) & (rows <= row_of(low))
@@ -64,7 +65,11 @@ def cut_patches(images: Float32Array, patch: int = PATCH) -> Float32Array:
     """
     count, height, width = images.shape
     down, across = height // patch, width // patch
-    pixels = images.reshape(count, down, patch, across, patch).transpose(0, 1, 3, 2, 4).reshape(count, down * across, patch * patch)
+    pixels = (
+        images.reshape(count, down, patch, across, patch)
+        .transpose(0, 1, 3, 2, 4)
+        .reshape(count, down * across, patch * patch)
+    )
     place = np.stack(np.meshgrid(np.linspace(0, 1, down), np.linspace(0, 1, across), indexing="ij"), axis=-1)
     places = np.broadcast_to(place.reshape(1, down * across, 2), (count, down * across, 2))
     return np.concatenate([pixels, places], axis=2).astype(np.float32)

@@ -14,6 +14,8 @@ import numpy.typing as npt
 from fusedmm.train.format import Dataset, Float32Array, Int64Array, TokenTable
 from fusedmm.train.text import HashingEncoder, ModelEncoder, model_embeddings
 
+FloatArray = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+
 NORMAL_IQR = 1.349  # interquartile range of a standard normal variable
 
 
@@ -49,7 +51,7 @@ class Scaler:
     clip: float
 
     @classmethod
-    def fit_robust(cls, values: npt.NDArray[np.floating], clip: float) -> "Scaler":
+    def fit_robust(cls, values: FloatArray, clip: float) -> "Scaler":
         """Median and interquartile range of each column [T, F], so that a few outliers move neither; NaN is skipped."""
         center, scale = np.zeros(values.shape[1]), np.ones(values.shape[1])
         for column in range(values.shape[1]):
@@ -62,18 +64,19 @@ class Scaler:
         return cls(center.astype(np.float32), scale.astype(np.float32), clip)
 
     @classmethod
-    def fit_image(cls, values: npt.NDArray[np.floating], clip: float) -> "Scaler":
+    def fit_image(cls, values: FloatArray, clip: float) -> "Scaler":
         """Mean of each pixel, one spread for all: a pixel that is nearly always dark must not be blown up."""
-        center = np.nanmean(values, axis=0, dtype=np.float64) if len(values) else np.zeros(values.shape[1])
-        spread = float(np.nanstd(values - center)) if len(values) else 1.0
-        return cls(
-            center.astype(np.float32), np.full(values.shape[1], spread if spread > 1e-12 else 1.0, np.float32), clip
-        )
+        pixels = np.nan_to_num(values.astype(np.float64))
+        center = pixels.mean(axis=0) if len(pixels) else np.zeros(pixels.shape[1])
+        spread = float((pixels - center).std()) if len(pixels) else 0.0
+        scale = np.full(pixels.shape[1], spread if spread > 1e-12 else 1.0, np.float32)
+        return cls(center.astype(np.float32), scale, clip)
 
-    def transform(self, values: npt.NDArray[np.floating]) -> Float32Array:
+    def transform(self, values: FloatArray) -> Float32Array:
         """[T, F] to [T, F] float32, finite."""
         scaled = (values.astype(np.float32) - self.center) / self.scale
-        return np.nan_to_num(np.clip(scaled, -self.clip, self.clip), nan=0.0)
+        finite: Float32Array = np.nan_to_num(np.clip(scaled, -self.clip, self.clip), nan=0.0)
+        return finite
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,8 @@ class Dataset:
 
     def matrix(self, prefix: str) -> npt.NDArray[np.float64]:
         """The columns that start with ``prefix`` as one array [N, number of columns]."""
-        return self.samples[self.columns(prefix)].to_numpy(np.float64)
+        values: npt.NDArray[np.float64] = self.samples[self.columns(prefix)].to_numpy(np.float64)
+        return values
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,8 @@ def _integer_column(table: pa.Table, file: str, column: str) -> Int64Array:
             else "Cast it to an integer."
         )
         raise _fail(file, column, None, f"must be an integer, got {kind}. {advice}")
-    return table.column(column).to_numpy().astype(np.int64, copy=False)
+    values: Int64Array = table.column(column).to_numpy().astype(np.int64, copy=False)
+    return values
 
 
 def _read_samples(directory: Path, info: DatasetInfo) -> pd.DataFrame:
@@ -326,13 +328,8 @@ def _read_tokens(directory: Path, name: str, modality: ModalityInfo, samples: pd
     if late.any():
         row = int(late.argmax())
         made = int(samples["time"].iloc[row_of[row]])
-        raise _fail(
-            file,
-            "time",
-            row,
-            f"must be at most {made}, when the forecast of sample {key[row]} is made, got {time[row]}: not knowable yet. "
-            "Drop the token.",
-        )
+        rule = f"must be at most {made}, when the forecast of sample {key[row]} is made"
+        raise _fail(file, "time", row, f"{rule}, got {time[row]}: not knowable yet. Drop the token.")
     order = np.lexsort((time, row_of))  # stable: tokens of one time keep the file's order
     offsets = np.searchsorted(row_of[order], np.arange(len(samples) + 1)).astype(np.int64)
     if modality.kind == "text":
