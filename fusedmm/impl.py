@@ -25,7 +25,8 @@ def resolve_impl(op: str, impl: str, device: torch.device, *, unsupported: Seque
 
     Raises:
         ValueError: for a name that is no implementation.
-        NotImplementedError: where Triton was asked for, or is what "auto" means, and cannot run; all reasons are in the message.
+        NotImplementedError: where Triton was asked for, or is what "auto" means, and cannot run; all reasons are in the
+            message.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}.")
@@ -34,11 +35,14 @@ def resolve_impl(op: str, impl: str, device: torch.device, *, unsupported: Seque
         return resolved
     reasons = list(unsupported)
     if device.type != "cuda" and not interpreting():
-        reasons.append(f"Triton needs a GPU, the tensors are on {device} (set TRITON_INTERPRET=1 before importing triton to interpret kernels)")
+        reasons.append(
+            f"Triton needs a GPU, the tensors are on {device} (set TRITON_INTERPRET=1 before importing triton to "
+            "interpret kernels)"
+        )
     if importlib.util.find_spec("triton") is None:
         reasons.append("the package triton is not installed")
     if reasons:
-        raise NotImplementedError(f"{op}: no Triton kernel for this call: {'; '.join(reasons)}. Pass impl=\"eager\".")
+        raise NotImplementedError(f'{op}: no Triton kernel for this call: {"; ".join(reasons)}. Pass impl="eager".')
     return "triton"
 
 

@@ -1,6 +1,7 @@
 """Where everything lies: the packed layout of one batch, built once and used by every layer.
 
-Queries of all samples stand one after another, and so do keys: sample-major, modality-minor, without padding. Segment ``(b, m)`` is the contiguous run of modality ``m`` in
+Queries of all samples stand one after another, and so do keys: sample-major, modality-minor, without padding. Segment
+    ``(b, m)`` is the contiguous run of modality ``m`` in
 sample ``b``; a segment of length 0 is a missing modality.
 """
 
@@ -53,16 +54,26 @@ class ModalityLayout:
     def __post_init__(self) -> None:
         modalities = self.num_modalities
         if not 1 <= modalities <= MAX_MODALITIES:
-            raise ValueError(f"ModalityLayout: num_modalities must be 1 to {MAX_MODALITIES}, got {modalities}. Merge modalities, or split the attention.")
+            raise ValueError(
+                f"ModalityLayout: num_modalities must be 1 to {MAX_MODALITIES}, got {modalities}. Merge "
+                "modalities, or split the attention."
+            )
         if self.names is not None and (len(self.names) != modalities or len(set(self.names)) != modalities):
-            raise ValueError(f"ModalityLayout: names must be {modalities} different names, one a modality, got {list(self.names)}.")
+            raise ValueError(
+                f"ModalityLayout: names must be {modalities} different names, one a modality, got {list(self.names)}."
+            )
         for argument in ("cu_seqlens_q", "cu_seqlens_k"):
             check_dtype("ModalityLayout", argument, getattr(self, argument), (torch.int32,), ". Use .to(torch.int32).")
         check_device("ModalityLayout", {"cu_seqlens_q": self.cu_seqlens_q, "cu_seqlens_k": self.cu_seqlens_k})
         batch = self.cu_seqlens_q.numel() - 1
-        if self.cu_seqlens_q.ndim != 1 or self.cu_seqlens_k.ndim != 1 or self.cu_seqlens_k.numel() != batch * modalities + 1:
+        if (
+            self.cu_seqlens_q.ndim != 1
+            or self.cu_seqlens_k.ndim != 1
+            or self.cu_seqlens_k.numel() != batch * modalities + 1
+        ):
             raise ShapeError(
-                f"ModalityLayout: cu_seqlens_k must be [batch * num_modalities + 1] = [{batch * modalities + 1}], got {list(self.cu_seqlens_k.shape)} "
+                f"ModalityLayout: cu_seqlens_k must be [batch * num_modalities + 1] = [{batch * modalities + 1}], "
+                f"got {list(self.cu_seqlens_k.shape)} "
                 f"beside cu_seqlens_q {list(self.cu_seqlens_q.shape)}."
             )
         total_q, total_k = torch.stack((self.cu_seqlens_q[-1], self.cu_seqlens_k[-1])).tolist()
@@ -71,7 +82,9 @@ class ModalityLayout:
         object.__setattr__(self, "total_q", total_q)
         object.__setattr__(self, "total_k", total_k)
         object.__setattr__(self, "query_tiles", _work_list(self.cu_seqlens_q, total_q, sample_keys))
-        object.__setattr__(self, "key_tiles", _work_list(self.cu_seqlens_k, total_k, query_counts.repeat_interleave(modalities)))
+        object.__setattr__(
+            self, "key_tiles", _work_list(self.cu_seqlens_k, total_k, query_counts.repeat_interleave(modalities))
+        )
 
     @classmethod
     def from_lengths(cls, q_lengths: Tensor, k_lengths: Tensor, names: Sequence[str] | None = None) -> "ModalityLayout":
@@ -88,7 +101,9 @@ class ModalityLayout:
             ValueError: where a length is negative, or a total does not fit in int32.
         """
         op = "ModalityLayout.from_lengths"
-        sizes = check_shapes(op, {"q_lengths": (q_lengths, ("batch",)), "k_lengths": (k_lengths, ("batch", "modality"))})
+        sizes = check_shapes(
+            op, {"q_lengths": (q_lengths, ("batch",)), "k_lengths": (k_lengths, ("batch", "modality"))}
+        )
         check_device(op, {"q_lengths": q_lengths, "k_lengths": k_lengths})
         for argument, lengths in (("q_lengths", q_lengths), ("k_lengths", k_lengths)):
             check_dtype(op, argument, lengths, INTEGERS, ". Lengths are whole numbers; use .to(torch.int64).")
@@ -133,7 +148,9 @@ class ModalityLayout:
             check_dtype(op, argument, mask, (torch.bool,), ". True where there is a token; use .bool().")
         check_shapes(op, {argument: (mask, ("batch", f"tokens of {argument}")) for argument, mask in masks.items()})
         check_device(op, masks)
-        layout = cls.from_lengths(q_mask.sum(1), torch.stack([mask.sum(1) for mask in k_masks.values()], 1), names=list(k_masks))
+        layout = cls.from_lengths(
+            q_mask.sum(1), torch.stack([mask.sum(1) for mask in k_masks.values()], 1), names=list(k_masks)
+        )
         return replace(
             layout,
             _query_slots=_occupied(q_mask, layout.total_q),
@@ -158,13 +175,17 @@ class ModalityLayout:
     def per_query(self, x: Tensor) -> Tensor:
         """Repeat a per-sample value for each of its queries: [B, ...] to [total_q, ...]; differentiable."""
         if x.ndim == 0 or x.shape[0] != self.batch_size:
-            raise ShapeError(f"ModalityLayout.per_query: x must have shape [batch={self.batch_size}, ...], got {list(x.shape)}.")
+            raise ShapeError(
+                f"ModalityLayout.per_query: x must have shape [batch={self.batch_size}, ...], got {list(x.shape)}."
+            )
         return x.index_select(0, self.query_samples())
 
     def pack(self, padded: Tensor | Mapping[str, Tensor]) -> Tensor:
-        """Drop the padding: queries [B, Lq, ...] to [total_q, ...], or keys {name: [B, Lm, ...]} to [total_k, ...]; differentiable.
+        """Drop the padding: queries [B, Lq, ...] to [total_q, ...], or keys {name: [B, Lm, ...]} to [total_k, ...];
+        differentiable.
 
-        A layout from `from_masks` takes the tokens its masks name; one from `from_lengths` takes the first tokens of every row. What lies in the padding, NaN too, is never read.
+        A layout from `from_masks` takes the tokens its masks name; one from `from_lengths` takes the first tokens of
+        every row. What lies in the padding, NaN too, is never read.
         """
         if isinstance(padded, Tensor):
             self._check_padded("query", padded, self._padded_q, self.max_seqlen_q)
@@ -172,7 +193,9 @@ class ModalityLayout:
             return padded.flatten(0, 1).index_select(0, slots)
         names = self._names("pack")
         if set(padded) != set(names):
-            raise ValueError(f"ModalityLayout.pack: keys must be given for the modalities {list(names)}, got {list(padded)}.")
+            raise ValueError(
+                f"ModalityLayout.pack: keys must be given for the modalities {list(names)}, got {list(padded)}."
+            )
         for index, name in enumerate(names):
             self._check_padded(name, padded[name], self._padded_k[index] if self._padded_k else None, None)
         if self._key_slots is not None:
@@ -184,25 +207,34 @@ class ModalityLayout:
     def unpack(self, packed: Tensor) -> Tensor:
         """Put packed queries back: [total_q, ...] to [B, Lq, ...], zeros in the padding; differentiable."""
         if packed.ndim == 0 or packed.shape[0] != self.total_q:
-            raise ShapeError(f"ModalityLayout.unpack: packed must have shape [query={self.total_q}, ...], got {list(packed.shape)}.")
+            raise ShapeError(
+                f"ModalityLayout.unpack: packed must have shape [query={self.total_q}, ...], got {list(packed.shape)}."
+            )
         length = self.max_seqlen_q if self._padded_q is None else self._padded_q
         slots = self._query_slots if self._query_slots is not None else self._leading_query_slots(length)
         flat = packed.new_zeros((self.batch_size * length, *packed.shape[1:])).index_copy(0, slots, packed)
-        return flat.unflatten(0, (self.batch_size, length))
+        return flat.view(self.batch_size, length, *packed.shape[1:])
 
     def unpack_keys(self, packed: Tensor) -> dict[str, Tensor]:
         """Put packed keys back: [total_k, ...] to {name: [B, Lm, ...]}, zeros in the padding; differentiable."""
         names = self._names("unpack_keys")
         if packed.ndim == 0 or packed.shape[0] != self.total_k:
-            raise ShapeError(f"ModalityLayout.unpack_keys: packed must have shape [key={self.total_k}, ...], got {list(packed.shape)}.")
+            raise ShapeError(
+                f"ModalityLayout.unpack_keys: packed must have shape [key={self.total_k}, ...], got "
+                f"{list(packed.shape)}."
+            )
         if self._padded_k is not None and self._key_slots is not None:
             lengths, slots = list(self._padded_k), self._key_slots
         else:
-            lengths = self.cu_seqlens_k.diff().view(-1, self.num_modalities).amax(0).tolist() if self.batch_size else [0] * len(names)
+            lengths = (
+                self.cu_seqlens_k.diff().view(-1, self.num_modalities).amax(0).tolist()
+                if self.batch_size
+                else [0] * len(names)
+            )
             slots = self._leading_key_slots(lengths)
         width = sum(lengths)
         flat = packed.new_zeros((self.batch_size * width, *packed.shape[1:])).index_copy(0, slots, packed)
-        return dict(zip(names, flat.unflatten(0, (self.batch_size, width)).split(lengths, 1), strict=True))
+        return dict(zip(names, flat.view(self.batch_size, width, *packed.shape[1:]).split(lengths, 1), strict=True))
 
     def at_times(self, query_time: Tensor, key_time: Tensor, lookback: int | Tensor | None = None) -> "ModalityLayout":
         """The same layout with timestamp causality worked out once for all layers.
@@ -211,12 +243,15 @@ class ModalityLayout:
 
         Args:
             query_time: [total_q] int64, in any order.
-            key_time: [total_k] int64. Sorted within each segment it costs nothing more; otherwise keys and values are gathered into that order by each attention call.
+            key_time: [total_k] int64. Sorted within each segment it costs nothing more; otherwise keys and values are
+                gathered into that order by each attention call.
             lookback: half-open window in the unit of the times, an int or [M] int64; None: unbounded.
 
         Cost: a binary search per query and modality, and one wait for the GPU to learn whether keys are sorted.
         """
-        return replace(self, visibility=find_visible("ModalityLayout.at_times", self, query_time, key_time, lookback, wait=True))
+        return replace(
+            self, visibility=find_visible("ModalityLayout.at_times", self, query_time, key_time, lookback, wait=True)
+        )
 
     def with_visibility(self, visibility: Visibility | None) -> "ModalityLayout":
         """The same layout with other times."""
@@ -224,14 +259,21 @@ class ModalityLayout:
 
     def _names(self, method: str) -> tuple[str, ...]:
         if self.names is None:
-            raise ValueError(f"ModalityLayout.{method}: the layout has no modality names, got a mapping. Build it with names=...")
+            raise ValueError(
+                f"ModalityLayout.{method}: the layout has no modality names, got a mapping. Build it with names=..."
+            )
         return self.names
 
     def _check_padded(self, argument: str, padded: Tensor, exact: int | None, at_least: int | None) -> None:
         rule = f"{exact}" if exact is not None else f"at least {at_least}" if at_least is not None else "any number of"
-        wrong_length = padded.ndim >= 2 and ((exact is not None and padded.shape[1] != exact) or (at_least is not None and padded.shape[1] < at_least))
+        wrong_length = padded.ndim >= 2 and (
+            (exact is not None and padded.shape[1] != exact) or (at_least is not None and padded.shape[1] < at_least)
+        )
         if padded.ndim < 2 or padded.shape[0] != self.batch_size or wrong_length:
-            raise ShapeError(f"ModalityLayout.pack: {argument} must have shape [batch={self.batch_size}, {rule} tokens, ...], got {list(padded.shape)}.")
+            raise ShapeError(
+                f"ModalityLayout.pack: {argument} must have shape [batch={self.batch_size}, {rule} tokens, ...], "
+                f"got {list(padded.shape)}."
+            )
 
     def _leading_query_slots(self, length: int) -> Tensor:
         sample = self.query_samples()
@@ -241,7 +283,11 @@ class ModalityLayout:
         segment = self.key_segments()
         starts = torch.tensor([sum(lengths[:index]) for index in range(len(lengths))], device=segment.device)
         position = torch.arange(self.total_k, device=segment.device) - self.cu_seqlens_k[segment]
-        return torch.div(segment, self.num_modalities, rounding_mode="floor") * sum(lengths) + starts[segment % self.num_modalities] + position
+        return (
+            torch.div(segment, self.num_modalities, rounding_mode="floor") * sum(lengths)
+            + starts[segment % self.num_modalities]
+            + position
+        )
 
 
 def _occupied(mask: Tensor, total: int) -> Tensor:
@@ -257,7 +303,8 @@ def _owners(cu_seqlens: Tensor, total: int) -> Tensor:
 def _work_list(cu_seqlens: Tensor, total: int, partner_counts: Tensor) -> Tensor:
     """Tiles of up to 128 rows of one run, the most expensive first, made on the device without a wait.
 
-    Run r owns the tile ids from ``cu_seqlens[r] // 128 + r`` on; that leaves a few ids unused, but needs no scan over counts of tiles, and kernels can find a row's tile from it.
+    Run r owns the tile ids from ``cu_seqlens[r] // 128 + r`` on; that leaves a few ids unused, but needs no scan over
+    counts of tiles, and kernels can find a row's tile from it.
 
     Args:
         cu_seqlens: [R+1] int32, bounds of the runs.
@@ -269,7 +316,9 @@ def _work_list(cu_seqlens: Tensor, total: int, partner_counts: Tensor) -> Tensor
     """
     runs = cu_seqlens.numel() - 1
     capacity = total // TILE + runs
-    first_tile = torch.div(cu_seqlens[:-1].long(), TILE, rounding_mode="floor") + torch.arange(runs, device=cu_seqlens.device)
+    first_tile = torch.div(cu_seqlens[:-1].long(), TILE, rounding_mode="floor") + torch.arange(
+        runs, device=cu_seqlens.device
+    )
     tile = torch.arange(capacity, device=cu_seqlens.device)
     run = torch.searchsorted(first_tile, tile, right=True) - 1
     start = cu_seqlens[run].long() + (tile - first_tile[run]) * TILE
@@ -278,5 +327,3 @@ def _work_list(cu_seqlens: Tensor, total: int, partner_counts: Tensor) -> Tensor
     used = rows > 0
     tiles = torch.stack((torch.where(used, run, -1), torch.where(used, start, 0)), 1).to(torch.int32)
     return tiles[torch.argsort(cost, descending=True, stable=True)]
-
-

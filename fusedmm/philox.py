@@ -1,6 +1,7 @@
 """Philox 4x32-10 in plain PyTorch, the same counters and rounds as Triton's ``tl.philox``.
 
-Attention dropout depends only on (seed, query, head, key), so that every implementation and every tile size drops the same probabilities.
+Attention dropout depends only on (seed, query, head, key), so that every implementation and every tile size drops the
+same probabilities.
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
 

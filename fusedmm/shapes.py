@@ -1,6 +1,7 @@
 """Checks of what a user passes: one helper for shapes, one for dtypes, one form of error.
 
-Every message reads ``op: argument rule, got value. What to do.`` Nothing here reads a tensor's values, so no check waits for a GPU.
+Every message reads ``op: argument rule, got value. What to do.`` Nothing here reads a tensor's values, so no check
+waits for a GPU.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,12 +18,15 @@ Dim = str | int
 Bindings = dict[str, tuple[int, str]]
 
 
-def check_shapes(op: str, shapes: Mapping[str, tuple[Tensor | None, Sequence[Dim]]], known: Mapping[str, int] | None = None) -> dict[str, int]:
+def check_shapes(
+    op: str, shapes: Mapping[str, tuple[Tensor | None, Sequence[Dim]]], known: Mapping[str, int] | None = None
+) -> dict[str, int]:
     """Bind dimension names to sizes over all arguments, and complain about the first disagreement.
 
     Args:
         op: name of the public function, the first word of the message.
-        shapes: for each argument the tensor (None: not given, skipped) and its dimensions: a name binds or must agree, an int must be that size.
+        shapes: for each argument the tensor (None: not given, skipped) and its dimensions: a name binds or must agree,
+            an int must be that size.
         known: sizes of names that are bound beforehand, for example by the layout.
 
     Returns:
@@ -37,7 +41,9 @@ def check_shapes(op: str, shapes: Mapping[str, tuple[Tensor | None, Sequence[Dim
             continue
         expected = "[" + ", ".join(str(dim) for dim in dims) + "]"
         if tensor.ndim != len(dims):
-            raise ShapeError(f"{op}: {argument} must have {len(dims)} dimensions {expected}, got shape {list(tensor.shape)}.")
+            raise ShapeError(
+                f"{op}: {argument} must have {len(dims)} dimensions {expected}, got shape {list(tensor.shape)}."
+            )
         for dim, size in zip(dims, tensor.shape, strict=True):
             if isinstance(dim, int):
                 if size != dim:
@@ -45,7 +51,10 @@ def check_shapes(op: str, shapes: Mapping[str, tuple[Tensor | None, Sequence[Dim
                 continue
             before, owner = bound.setdefault(dim, (size, argument))
             if before != size:
-                raise ShapeError(f"{op}: {argument} has {dim}={size}, but {owner} has {dim}={before}; expected {argument} of shape {expected}.")
+                raise ShapeError(
+                    f"{op}: {argument} has {dim}={size}, but {owner} has {dim}={before}; expected {argument} of "
+                    f"shape {expected}."
+                )
     return {name: size for name, (size, _) in bound.items()}
 
 
@@ -56,7 +65,9 @@ def check_broadcast(op: str, argument: str, tensor: Tensor, shape: Sequence[int]
         ShapeError: where a dimension is neither 1 nor the size that is needed.
     """
     trailing = tuple(tensor.shape)
-    fits = len(trailing) <= len(shape) and all(have in (1, need) for have, need in zip(trailing[::-1], tuple(shape)[::-1], strict=False))
+    fits = len(trailing) <= len(shape) and all(
+        have in (1, need) for have, need in zip(trailing[::-1], tuple(shape)[::-1], strict=False)
+    )
     if not fits:
         named = ", ".join(f"{dim}={size}" for dim, size in zip(dims, shape, strict=True))
         raise ShapeError(f"{op}: {argument} must broadcast from the right to [{named}], got shape {list(trailing)}.")
@@ -79,4 +90,7 @@ def check_device(op: str, tensors: Mapping[str, Tensor | None]) -> None:
         if first is None:
             first = (argument, tensor.device)
         elif tensor.device != first[1]:
-            raise ValueError(f"{op}: {argument} must be on the device of {first[0]} ({first[1]}), got {tensor.device}. Move it with .to({str(first[1])!r}).")
+            raise ValueError(
+                f"{op}: {argument} must be on the device of {first[0]} ({first[1]}), got {tensor.device}. Move it "
+                f"with .to({str(first[1])!r})."
+            )

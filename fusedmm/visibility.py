@@ -1,4 +1,5 @@
-"""Timestamp causality as key ranges: each query sees one contiguous run of every segment once keys are sorted by time."""
+"""Timestamp causality as key ranges: each query sees one contiguous run of every segment once keys are sorted "
+"by time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ class Visibility:
         query_time: [total_q] int64.
         key_time: [total_k] int64.
         lookback: [M] int64, or None.
-        ranges: [total_q, M, 2] int32: query i sees keys ``ranges[i, m, 0] : ranges[i, m, 1]`` of modality m, in the order below.
+        ranges: [total_q, M, 2] int32: query i sees keys ``ranges[i, m, 0] : ranges[i, m, 1]`` of modality m, in the
+            order below.
         key_order: [total_k] int64 that sorts keys by time within their segments; None where they are sorted already.
     """
 
@@ -33,7 +35,13 @@ class Visibility:
 
 
 def find_visible(
-    op: str, layout: "ModalityLayout", query_time: Tensor, key_time: Tensor, lookback: int | Sequence[int] | Tensor | None, *, wait: bool
+    op: str,
+    layout: "ModalityLayout",
+    query_time: Tensor,
+    key_time: Tensor,
+    lookback: int | Sequence[int] | Tensor | None,
+    *,
+    wait: bool,
 ) -> Visibility:
     """Check times and turn them into ranges.
 
@@ -43,11 +51,16 @@ def find_visible(
         query_time: [total_q] int64.
         key_time: [total_k] int64.
         lookback: int or [M] int64, at least 0; None: unbounded.
-        wait: ask the GPU whether keys are sorted (a wait); otherwise they are sorted and gathered in any case. On a CPU it is always asked.
+        wait: ask the GPU whether keys are sorted (a wait); otherwise they are sorted and gathered in any case. On a CPU
+            it is always asked.
 
     Cost: ``total_q * M`` binary searches in ``log2(max_seqlen_k)`` steps.
     """
-    check_shapes(op, {"query_time": (query_time, ("query",)), "key_time": (key_time, ("key",))}, {"query": layout.total_q, "key": layout.total_k})
+    check_shapes(
+        op,
+        {"query_time": (query_time, ("query",)), "key_time": (key_time, ("key",))},
+        {"query": layout.total_q, "key": layout.total_k},
+    )
     for argument, time in (("query_time", query_time), ("key_time", key_time)):
         advice = " (it cannot hold epoch times exactly)" if time.is_floating_point() else ""
         check_dtype(op, argument, time, (torch.int64,), f"{advice}. Use {argument}.to(torch.int64).")
@@ -59,10 +72,16 @@ def find_visible(
         key_order = by_time[torch.argsort(layout.key_segments()[by_time], stable=True)]
     ordered = key_time if key_order is None else key_time[key_order]
     bounds = layout.cu_seqlens_k.view(-1).long()
-    segment = layout.query_samples()[:, None] * layout.num_modalities + torch.arange(layout.num_modalities, device=key_time.device)
+    segment = layout.query_samples()[:, None] * layout.num_modalities + torch.arange(
+        layout.num_modalities, device=key_time.device
+    )
     first, last = bounds[segment], bounds[segment + 1]
     end = _upper_bound(ordered, query_time[:, None], first, last, layout.max_seqlen_k)
-    start = first if window is None else _upper_bound(ordered, query_time[:, None] - window, first, last, layout.max_seqlen_k)
+    start = (
+        first
+        if window is None
+        else _upper_bound(ordered, query_time[:, None] - window, first, last, layout.max_seqlen_k)
+    )
     return Visibility(query_time, key_time, window, torch.stack((start, end), -1).to(torch.int32), key_order)
 
 
@@ -77,7 +96,9 @@ def lookback_tensor(op: str, layout: "ModalityLayout", lookback: int | Sequence[
     window = torch.as_tensor(lookback)
     check_dtype(op, "lookback", window, (torch.int64,), ". Use lookback.to(torch.int64).")
     if window.ndim > 1 or (window.ndim == 1 and window.shape[0] != layout.num_modalities):
-        raise ShapeError(f"{op}: lookback must be an int or have shape [modality={layout.num_modalities}], got {list(window.shape)}.")
+        raise ShapeError(
+            f"{op}: lookback must be an int or have shape [modality={layout.num_modalities}], got {list(window.shape)}."
+        )
     return window.to(layout.cu_seqlens_k.device).expand(layout.num_modalities)
 
 

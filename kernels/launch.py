@@ -1,7 +1,8 @@
 """How a kernel is launched: its tile sizes, and the description from which it can be compiled ahead of time.
 
-Launch parameters come from pure functions of sizes and architecture (`_<op>_config`), never from tuning at run time: every rank agrees, the first call does not stall,
-and every configuration in use can be compiled, inspected and tested without a GPU.
+Launch parameters come from pure functions of sizes and architecture (`_<op>_config`), never from tuning at run time:
+every rank agrees, the first call does not stall, and every configuration in use can be compiled, inspected and tested
+without a GPU.
 """
 
 from collections.abc import Mapping
@@ -44,12 +45,14 @@ class KernelSpec:
     Attributes:
         name: unique within an architecture, such as ``attention_forward[joint,d128,bf16]``.
         kernel: the ``@triton.jit`` or ``@gluon.jit`` function.
-        signature: Triton type of every run-time argument, in order, such as ``{"query_ptr": "*bf16", "size_q": "i32"}``.
+        signature: Triton type of every run-time argument, in order, such as ``{"query_ptr": "*bf16", "size_q":
+            "i32"}``.
         constexprs: value of every constexpr argument other than the tile sizes.
         config: tile sizes and resources.
         arch: one of `ARCHITECTURES`.
         divisible_by_16: run-time arguments known to be multiples of 16 (pointers always are).
-        main_loop_flops: matrix FLOPs of one iteration of the main loop, for the modelled share of peak; 0 when there is no matrix work.
+        main_loop_flops: matrix FLOPs of one iteration of the main loop, for the modelled share of peak; 0 when there is
+            no matrix work.
     """
 
     name: str

@@ -1,14 +1,16 @@
 """Gated multimodal attention composed from PyTorch's own operators: the CPU path.
 
-Samples of similar size are padded together into chunks of bounded memory, and each chunk is a handful of batched matrix products. Priors and padding ride along as extra
-columns of the products (one column a modality), so that no pass over the scores is spent on them:
+Samples of similar size are padded together into chunks of bounded memory, and each chunk is a handful of batched matrix
+products. Priors and padding ride along as extra columns of the products (one column a modality), so that no pass over
+the scores is spent on them:
 
     [scale * q, log_prior, 1] @ [k, onehot(m), hidden]^T  = scores + prior, and -1e30 where a key is padding
     exp(scores - max) @ onehot(m)                         = the mass of each modality, and its lse
     dz @ [scale * k, onehot(m)]                           = dq and dlog_prior
 
-``per_modality`` and partials treat each (sample, modality) as a problem of its own with one modality. Probabilities are recomputed in the backward; what lives at once is one
-chunk, at most `CHUNK_ELEMENTS` probabilities (or one sample, where that is more). Accumulation is float32, or float64 for float64 inputs.
+``per_modality`` and partials treat each (sample, modality) as a problem of its own with one modality. Probabilities are
+recomputed in the backward; what lives at once is one chunk, at most `CHUNK_ELEMENTS` probabilities (or one sample,
+where that is more). Accumulation is float32, or float64 for float64 inputs.
 """
 
 from collections.abc import Iterator
@@ -63,7 +65,9 @@ class _Chunk:
 
 
 def forward(x: Inputs, softmax: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Output without output gate ([total_q, Hq, D], or [total_q, Hq, M, D] for partials), mass and lse, in the accumulation dtype."""
+    """Output without output gate ([total_q, Hq, D], or [total_q, Hq, M, D] for partials), mass and lse, in the
+    accumulation dtype.
+    """
     split = softmax != "joint"
     total_q, heads, dim = x.query.shape
     modalities = x.num_modalities
@@ -87,7 +91,14 @@ def forward(x: Inputs, softmax: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(
-    x: Inputs, softmax: str, grad_output: Tensor, grad_mass: Tensor | None, grad_lse: Tensor | None, inner: Tensor, mass: Tensor, lse: Tensor
+    x: Inputs,
+    softmax: str,
+    grad_output: Tensor,
+    grad_mass: Tensor | None,
+    grad_lse: Tensor | None,
+    inner: Tensor,
+    mass: Tensor,
+    lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, log_prior and gate in the accumulation dtype.
 
@@ -132,7 +143,9 @@ def backward(
             else:
                 column = chunk.modality_of[:, None].expand_as(chunk.rows)
                 column = column.flatten() if valid is None else column[valid]
-                buffer[rows, :, column] = result.squeeze(-1).flatten(0, 1) if valid is None else result.squeeze(-1)[valid]
+                buffer[rows, :, column] = (
+                    result.squeeze(-1).flatten(0, 1) if valid is None else result.squeeze(-1)[valid]
+                )
     return grad_query, grad_key, grad_value, grad_prior, grad_gate
 
 
@@ -142,7 +155,10 @@ def _forward_chunk(x: Inputs, chunk: _Chunk, split: bool) -> tuple[Tensor, Tenso
     one_hot = chunk.one_hot[:, None, None]  # [c, 1, 1, k, M']
     if scores.shape[-1] == 0:
         scores = scores.new_full((*scores.shape[:-1], 1), HIDDEN)
-        one_hot, values = one_hot.new_zeros((*one_hot.shape[:3], 1, one_hot.shape[-1])), values.new_zeros((*values.shape[:3], 1, values.shape[-1]))
+        one_hot, values = (
+            one_hot.new_zeros((*one_hot.shape[:3], 1, one_hot.shape[-1])),
+            values.new_zeros((*values.shape[:3], 1, values.shape[-1])),
+        )
     peak = scores.amax(-1, keepdim=True)
     nothing = peak <= HIDDEN / 10
     probabilities = (scores - peak.masked_fill(nothing, torch.inf)).exp_()
@@ -157,8 +173,12 @@ def _forward_chunk(x: Inputs, chunk: _Chunk, split: bool) -> tuple[Tensor, Tenso
 
 
 def _certain_rows(x: Inputs) -> Tensor | None:
-    """[total_q, Hq, 1] True where a query sees a single key: its softmax is constant, and dz is exactly 0, not the rounding error of delta; None where there is no such row."""
-    sample = torch.searchsorted(x.cu_seqlens_q[1:].long(), torch.arange(x.query.shape[0], device=x.query.device), right=True)
+    """[total_q, Hq, 1] True where a query sees a single key: its softmax is constant, and dz is exactly 0, not the
+    rounding error of delta; None where there is no such row.
+    """
+    sample = torch.searchsorted(
+        x.cu_seqlens_q[1:].long(), torch.arange(x.query.shape[0], device=x.query.device), right=True
+    )
     if x.visible is not None:
         counts = (x.visible[..., 1] - x.visible[..., 0]).clamp_min(0).long()  # [total_q, M]
     else:
@@ -182,7 +202,13 @@ def _separate_lse(scores: Tensor, one_hot: Tensor) -> Tensor:
 
 
 def _backward_chunk(
-    x: Inputs, chunk: _Chunk, softmax: str, grad_output: Tensor, offset: Tensor, normaliser: Tensor, certain: Tensor | None
+    x: Inputs,
+    chunk: _Chunk,
+    softmax: str,
+    grad_output: Tensor,
+    offset: Tensor,
+    normaliser: Tensor,
+    certain: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     split = softmax != "joint"
     scores, values = _scores(x, chunk, split)
@@ -219,7 +245,13 @@ def _backward_chunk(
     grad_value = weighted.flatten(2, 3).transpose(-1, -2) @ gradient.flatten(2, 3)
     if chunk.unread is not None:
         grad_key, grad_value = (g.masked_fill(chunk.unread[..., None], 0.0) for g in (grad_key, grad_value))
-    return _to_rows(grad_query), grad_key.transpose(1, 2), grad_value.transpose(1, 2), _to_rows(dz @ one_hot), _to_rows(grad_gate)
+    return (
+        _to_rows(grad_query),
+        grad_key.transpose(1, 2),
+        grad_value.transpose(1, 2),
+        _to_rows(dz @ one_hot),
+        _to_rows(grad_gate),
+    )
 
 
 def _scores(x: Inputs, chunk: _Chunk, split: bool) -> tuple[Tensor, Tensor]:
@@ -277,7 +309,8 @@ def _keep(x: Inputs, chunk: _Chunk) -> Tensor:
 
 def _heads_first(rows: Tensor, kv_heads: int) -> Tensor:
     """[c, q, Hq, X] to [c, Hkv, G, q, X]."""
-    return rows.unflatten(2, (kv_heads, rows.shape[2] // kv_heads)).permute(0, 2, 3, 1, 4)
+    chunk, size, heads, width = rows.shape
+    return rows.reshape(chunk, size, kv_heads, heads // kv_heads, width).permute(0, 2, 3, 1, 4)
 
 
 def _to_rows(heads: Tensor) -> Tensor:
@@ -293,7 +326,9 @@ def _put(buffer: Tensor, rows: Tensor, valid: Tensor | None, result: Tensor) -> 
 
 
 def _chunks(x: Inputs, split: bool) -> Iterator[_Chunk]:
-    """Group problems (samples, or segments where each is a softmax of its own) of similar size; those without a query or a key are left at zero."""
+    """Group problems (samples, or segments where each is a softmax of its own) of similar size; those without a query
+    or a key are left at zero.
+    """
     modalities = x.num_modalities
     step = 1 if split else modalities
     bounds_k = x.cu_seqlens_k[::step].long()
@@ -303,12 +338,18 @@ def _chunks(x: Inputs, split: bool) -> Iterator[_Chunk]:
     lengths_q, lengths_k = bounds_q.diff()[sample], bounds_k.diff()
     for group in _groups(lengths_q.tolist(), lengths_k.tolist(), x.query.shape[1]):
         index = torch.tensor(group, device=bounds_q.device)
-        yield _chunk(x, split, index, sample[index], starts_q[index], lengths_q[index], starts_k[index], lengths_k[index])
+        yield _chunk(
+            x, split, index, sample[index], starts_q[index], lengths_q[index], starts_k[index], lengths_k[index]
+        )
 
 
 def _groups(lengths_q: list[int], lengths_k: list[int], heads: int) -> Iterator[list[int]]:
     """Problems to pad together: as many as fit in a chunk while padding stays small."""
-    order = sorted((p for p in range(len(lengths_q)) if lengths_q[p] and lengths_k[p]), key=lambda p: (lengths_k[p], lengths_q[p]), reverse=True)
+    order = sorted(
+        (p for p in range(len(lengths_q)) if lengths_q[p] and lengths_k[p]),
+        key=lambda p: (lengths_k[p], lengths_q[p]),
+        reverse=True,
+    )
     group: list[int] = []
     real = longest_q = longest_k = 0
     for problem in order:
@@ -326,7 +367,16 @@ def _groups(lengths_q: list[int], lengths_k: list[int], heads: int) -> Iterator[
         yield group
 
 
-def _chunk(x: Inputs, split: bool, problem: Tensor, sample: Tensor, start_q: Tensor, length_q: Tensor, start_k: Tensor, length_k: Tensor) -> _Chunk:
+def _chunk(
+    x: Inputs,
+    split: bool,
+    problem: Tensor,
+    sample: Tensor,
+    start_q: Tensor,
+    length_q: Tensor,
+    start_k: Tensor,
+    length_k: Tensor,
+) -> _Chunk:
     device = problem.device
     position_q = torch.arange(int(length_q.max()), device=device)
     position_k = torch.arange(int(length_k.max()), device=device)
@@ -347,8 +397,12 @@ def _chunk(x: Inputs, split: bool, problem: Tensor, sample: Tensor, start_q: Ten
     return _Chunk(rows, keys, None if bool(row_valid.all()) else row_valid, one_hot, hidden, unread, modality_of)
 
 
-def _hidden(x: Inputs, sample: Tensor, rows: Tensor, keys: Tensor, modality: Tensor, key_valid: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Keys that a query may not see [c, Hkv, G, q, k], and keys that nothing may read [c, Hkv, k]: padding, and segments switched off for a whole group of heads."""
+def _hidden(
+    x: Inputs, sample: Tensor, rows: Tensor, keys: Tensor, modality: Tensor, key_valid: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Keys that a query may not see [c, Hkv, G, q, k], and keys that nothing may read [c, Hkv, k]: padding, and
+    segments switched off for a whole group of heads.
+    """
     hidden = None
     unread = None if bool(key_valid.all()) else ~key_valid[:, None]
     if x.active is not None:
@@ -360,7 +414,9 @@ def _hidden(x: Inputs, sample: Tensor, rows: Tensor, keys: Tensor, modality: Ten
     if x.visible is not None:
         ranges = x.visible[rows]  # [c, q, M, 2]
         index = modality[:, None].expand(-1, rows.shape[1], -1)
-        outside = (keys[:, None] < ranges[..., 0].gather(-1, index)) | (keys[:, None] >= ranges[..., 1].gather(-1, index))
+        outside = (keys[:, None] < ranges[..., 0].gather(-1, index)) | (
+            keys[:, None] >= ranges[..., 1].gather(-1, index)
+        )
         outside = outside[:, None, None]
         hidden = outside if hidden is None else hidden | outside
     return hidden, unread

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedmm.impl import resolve_impl
 from fusedmm.layout import ModalityLayout
-from fusedmm.ops.attention_op import attention
+from fusedmm.ops.attention_op import Problem, attention
 from fusedmm.reference import attention as reference
 from fusedmm.shapes import ShapeError, check_broadcast, check_device, check_dtype, check_shapes
 from fusedmm.visibility import Visibility, find_visible
@@ -28,7 +28,8 @@ class AttentionOutput(NamedTuple):
     Attributes:
         output: [total_q, Hq, D], the query's dtype.
         mass: [total_q, Hq, M] float32, the share of attention that each modality got; differentiable.
-        lse: [total_q, Hq, M] float32, natural log of the sum of exp of each modality's scores, -inf for nothing; not differentiable.
+        lse: [total_q, Hq, M] float32, natural log of the sum of exp of each modality's scores, -inf for nothing; not
+            differentiable.
     """
 
     output: Tensor
@@ -65,24 +66,31 @@ def gated_multimodal_attention(
         mass   = stack([P[m == i].sum() for i in range(M)])
         output = sigmoid(output_gate) * ((gate[m] * P) @ v)
 
-    What sees nothing gives output 0, mass 0 and lse -inf, never NaN. Half-precision inputs are multiplied as they are and accumulated in float32. Under autocast query, key,
-    value and output_gate are cast to the autocast dtype, log_prior and gate to float32. Deterministic: two runs agree bit for bit.
+    What sees nothing gives output 0, mass 0 and lse -inf, never NaN. Half-precision inputs are multiplied as they are
+    and accumulated in float32. Under autocast query, key, value and output_gate are cast to the autocast dtype,
+    log_prior and gate to float32. Deterministic: two runs agree bit for bit.
 
     Args:
         query: [total_q, Hq, D] float16, bfloat16 or float32 (float64 too for "eager" and "reference"), D 16 to 256.
         key: [total_k, Hkv, D], the query's dtype; Hq is a multiple of Hkv.
         value: [total_k, Hkv, D].
         layout: where samples and modalities lie; with `ModalityLayout.at_times` it also holds times.
-        log_prior: broadcasts from the right to [total_q, Hq, M] float32, added to every score of a modality: natural log of the trust beforehand; -inf hides it.
-        gate: broadcasts to [total_q, Hq, M] float32, any sign, multiplies what a modality contributes after the softmax.
+        log_prior: broadcasts from the right to [total_q, Hq, M] float32, added to every score of a modality: natural
+            log of the trust beforehand; -inf hides it.
+        gate: broadcasts to [total_q, Hq, M] float32, any sign, multiplies what a modality contributes after the
+            softmax.
         output_gate: broadcasts to [total_q, Hq, D], logits: the output is multiplied by their sigmoid.
         active: [B, M] or [B, Hq, M] bool; False: as if the segment were empty, its keys are never read.
-        query_time: [total_q] int64; key j is visible to query i only if ``0 <= query_time[i] - key_time[j]``, and ``< lookback``.
-        key_time: [total_k] int64. On a GPU times given here cost a sort and a gather of keys and values a call; `ModalityLayout.at_times` avoids both for sorted keys.
+        query_time: [total_q] int64; key j is visible to query i only if ``0 <= query_time[i] - key_time[j]``, and ``<
+            lookback``.
+        key_time: [total_k] int64. On a GPU times given here cost a sort and a gather of keys and values a call;
+            `ModalityLayout.at_times` avoids both for sorted keys.
         lookback: int or [M] int64, half-open window in the unit of the times; None: unbounded.
-        softmax: "joint" over the union of the modalities, or "per_modality", one for each (log_prior is refused there: it would cancel).
+        softmax: "joint" over the union of the modalities, or "per_modality", one for each (log_prior is refused there:
+            it would cancel).
         scale: multiplies the scores; None: D ** -0.5.
-        dropout_p: probability of dropping a P after mass is taken, survivors are divided by ``1 - dropout_p``. Depends on (seed, query, head, key) only.
+        dropout_p: probability of dropping a P after mass is taken, survivors are divided by ``1 - dropout_p``. Depends
+            on (seed, query, head, key) only.
         impl: "auto" (Triton on CUDA, eager elsewhere), "triton", "eager" or "reference". No silent fallback.
 
     Returns:
@@ -94,15 +102,20 @@ def gated_multimodal_attention(
         ValueError: bad values, such as a log_prior beside softmax="per_modality".
         NotImplementedError: no Triton kernel for this call, with all reasons.
 
-    Cost: ``4 * Hq * D`` FLOPs a visible (query, key) pair forward, 2.5 times that backward (3.2 times for long segments under per_modality). Saved for the backward: inputs,
+    Cost: ``4 * Hq * D`` FLOPs a visible (query, key) pair forward, 2.5 times that backward (3.2 times for long segments
+        under per_modality). Saved for the backward: inputs,
         output, and mass and lse [total_q, Hq, M]; never a [query, key] matrix.
 
-    Source: SPEC of the project; softmax online after Milakov and Gimelshein 2018, tiling after Dao et al. 2022; output gate after Qiu et al. 2025, "Gated attention for LLMs".
+    Source: SPEC of the project; softmax online after Milakov and Gimelshein 2018, tiling after Dao et al. 2022; output
+        gate after Qiu et al. 2025, "Gated attention for LLMs".
     """
     if softmax not in SOFTMAXES:
         raise ValueError(f'{OP}: softmax must be "joint" or "per_modality", got {softmax!r}.')
     if softmax == "per_modality" and log_prior is not None:
-        raise ValueError(f'{OP}: log_prior must be None with softmax="per_modality", where it cancels, got a tensor. Use gate, or softmax="joint".')
+        raise ValueError(
+            f'{OP}: log_prior must be None with softmax="per_modality", where it cancels, got a tensor. Use gate, '
+            'or softmax="joint".'
+        )
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{OP}: dropout_p must be in [0, 1), got {dropout_p}.")
     query, key, value, output_gate = _autocast(query, key, value, output_gate)
@@ -111,10 +124,24 @@ def gated_multimodal_attention(
     log_prior = _per_modality_rows("log_prior", log_prior, rows, query)
     gate = _per_modality_rows("gate", gate, rows, query)
     if output_gate is not None:
-        check_dtype(OP, "output_gate", output_gate, (query.dtype, torch.float32), f". Use output_gate.to({query.dtype}).")
-        output_gate = check_broadcast(OP, "output_gate", output_gate, tuple(query.shape), ("query", "head", "dim")).to(query.dtype)
+        check_dtype(
+            OP, "output_gate", output_gate, (query.dtype, torch.float32), f". Use output_gate.to({query.dtype})."
+        )
+        output_gate = check_broadcast(OP, "output_gate", output_gate, tuple(query.shape), ("query", "head", "dim")).to(
+            query.dtype
+        )
     active = check_active(OP, active, layout, query.shape[1])
-    check_device(OP, {"query": query, "layout": layout.cu_seqlens_q, "log_prior": log_prior, "gate": gate, "output_gate": output_gate, "active": active})
+    check_device(
+        OP,
+        {
+            "query": query,
+            "layout": layout.cu_seqlens_q,
+            "log_prior": log_prior,
+            "gate": gate,
+            "output_gate": output_gate,
+            "active": active,
+        },
+    )
     chosen = resolve_impl(OP, impl, query.device, unsupported=triton_gaps(query))
     visibility = resolve_visibility(OP, layout, query_time, key_time, lookback)
     scale = query.shape[2] ** -0.5 if scale is None else float(scale)
@@ -122,33 +149,59 @@ def gated_multimodal_attention(
     if chosen == "reference":
         layout = layout.with_visibility(visibility)
         result = reference.gated_multimodal_attention(
-            query, key, value, layout, log_prior=log_prior, gate=gate, output_gate=output_gate, active=active, softmax=softmax, scale=scale, seed=seed, dropout_p=dropout_p
+            query,
+            key,
+            value,
+            layout,
+            log_prior=log_prior,
+            gate=gate,
+            output_gate=output_gate,
+            active=active,
+            softmax=softmax,
+            scale=scale,
+            seed=seed,
+            dropout_p=dropout_p,
         )
         return AttentionOutput(result[0].to(query.dtype), result[1], result[2].detach())
     key, value = in_time_order(key, value, visibility)
-    return AttentionOutput(
-        *attention(
-            query, key, value, log_prior, gate, output_gate, *layout_arguments(layout), active, None if visibility is None else visibility.ranges, seed,
-            layout.num_modalities, dropout_p, scale, softmax, chosen,
-        )
-    )  # fmt: skip
+    problem = Problem(
+        log_prior=log_prior,
+        gate=gate,
+        output_gate=output_gate,
+        active=active,
+        seed=seed,
+        dropout_p=dropout_p,
+        scale=scale,
+        softmax=softmax,
+        impl=chosen,
+        **layout_arguments(layout, visibility),
+    )
+    return AttentionOutput(*attention(query, key, value, problem))
 
 
 def check_packed(op: str, query: Tensor, key: Tensor, value: Tensor, layout: ModalityLayout) -> None:
     """Shapes, dtypes and devices of packed query, key and value."""
     check_shapes(
         op,
-        {"query": (query, ("query", "head", "dim")), "key": (key, ("key", "kv_head", "dim")), "value": (value, ("key", "kv_head", "dim"))},
+        {
+            "query": (query, ("query", "head", "dim")),
+            "key": (key, ("key", "kv_head", "dim")),
+            "value": (value, ("key", "kv_head", "dim")),
+        },
         {"query": layout.total_q, "key": layout.total_k},
     )
     check_dtype(op, "query", query, (*HALF_OR_SINGLE, torch.float64), ". Use query.to(torch.bfloat16).")
     for argument, tensor in (("key", key), ("value", value)):
-        check_dtype(op, argument, tensor, (query.dtype,), f". All three share one dtype; use {argument}.to({query.dtype}).")
+        check_dtype(
+            op, argument, tensor, (query.dtype,), f". All three share one dtype; use {argument}.to({query.dtype})."
+        )
     heads, kv_heads, dim = query.shape[1], key.shape[1], query.shape[2]
     if kv_heads == 0 or heads % kv_heads:
         raise ShapeError(f"{op}: query heads must be a multiple of key heads, got {heads} and {kv_heads}.")
     if dim < MIN_HEAD_DIM or dim > MAX_HEAD_DIM:
-        raise NotImplementedError(f"{op}: head dim must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {dim}. Split or pad the heads.")
+        raise NotImplementedError(
+            f"{op}: head dim must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {dim}. Split or pad the heads."
+        )
     check_device(op, {"query": query, "key": key, "value": value, "layout": layout.cu_seqlens_q})
 
 
@@ -158,24 +211,40 @@ def check_active(op: str, active: Tensor | None, layout: ModalityLayout, heads: 
         return None
     check_dtype(op, "active", active, (torch.bool,), ". False switches a segment off; use active.bool().")
     dims = ("batch", "modality") if active.ndim == 2 else ("batch", "head", "modality")
-    check_shapes(op, {"active": (active, dims)}, {"batch": layout.batch_size, "head": heads, "modality": layout.num_modalities})
+    check_shapes(
+        op, {"active": (active, dims)}, {"batch": layout.batch_size, "head": heads, "modality": layout.num_modalities}
+    )
     return active if active.ndim == 3 else active[:, None].expand(-1, heads, -1)
 
 
 def triton_gaps(query: Tensor) -> list[str]:
     """Why no Triton kernel takes this query; empty where one does."""
-    return [] if query.dtype in HALF_OR_SINGLE else [f"dtype {str(query.dtype).removeprefix('torch.')} (float16, bfloat16 and float32 have kernels)"]
+    return (
+        []
+        if query.dtype in HALF_OR_SINGLE
+        else [f"dtype {str(query.dtype).removeprefix('torch.')} (float16, bfloat16 and float32 have kernels)"]
+    )
 
 
 def resolve_visibility(
-    op: str, layout: ModalityLayout, query_time: Tensor | None, key_time: Tensor | None, lookback: int | Sequence[int] | Tensor | None
+    op: str,
+    layout: ModalityLayout,
+    query_time: Tensor | None,
+    key_time: Tensor | None,
+    lookback: int | Sequence[int] | Tensor | None,
 ) -> Visibility | None:
     """Times of this call, or those of the layout."""
     if (query_time is None) != (key_time is None):
-        raise ValueError(f"{op}: query_time and key_time must be given together, got only {'key_time' if query_time is None else 'query_time'}.")
+        raise ValueError(
+            f"{op}: query_time and key_time must be given together, got only "
+            f"{'key_time' if query_time is None else 'query_time'}."
+        )
     if query_time is None or key_time is None:
         if lookback is not None:
-            raise ValueError(f"{op}: lookback needs query_time and key_time, got lookback alone. Give it to layout.at_times, or pass the times.")
+            raise ValueError(
+                f"{op}: lookback needs query_time and key_time, got lookback alone. Give it to layout.at_times, "
+                "or pass the times."
+            )
         return layout.visibility
     return find_visible(op, layout, query_time, key_time, lookback, wait=False)
 
@@ -187,12 +256,21 @@ def in_time_order(key: Tensor, value: Tensor, visibility: Visibility | None) -> 
     return key.index_select(0, visibility.key_order), value.index_select(0, visibility.key_order)
 
 
-def layout_arguments(layout: ModalityLayout) -> tuple[Any, ...]:
-    """What the registered operators take of a layout, in their order."""
-    return layout.cu_seqlens_q, layout.cu_seqlens_k, layout.query_tiles, layout.key_tiles
+def layout_arguments(layout: ModalityLayout, visibility: Visibility | None) -> dict[str, Any]:
+    """What the registered operators take of a layout."""
+    return {
+        "cu_seqlens_q": layout.cu_seqlens_q,
+        "cu_seqlens_k": layout.cu_seqlens_k,
+        "query_tiles": layout.query_tiles,
+        "key_tiles": layout.key_tiles,
+        "num_modalities": layout.num_modalities,
+        "visible": None if visibility is None else visibility.ranges,
+    }
 
 
-def _per_modality_rows(argument: str, tensor: Tensor | None, shape: tuple[int, int, int], query: Tensor) -> Tensor | None:
+def _per_modality_rows(
+    argument: str, tensor: Tensor | None, shape: tuple[int, int, int], query: Tensor
+) -> Tensor | None:
     if tensor is None:
         return None
     wanted = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -200,7 +278,9 @@ def _per_modality_rows(argument: str, tensor: Tensor | None, shape: tuple[int, i
     return check_broadcast(OP, argument, tensor, shape, ("query", "head", "modality")).to(wanted)
 
 
-def _autocast(query: Tensor, key: Tensor, value: Tensor, output_gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _autocast(
+    query: Tensor, key: Tensor, value: Tensor, output_gate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     device = query.device.type
     if not torch.is_autocast_enabled(device):
         return query, key, value, output_gate

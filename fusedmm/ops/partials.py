@@ -1,4 +1,6 @@
-"""Everything about modalities from one pass: the output of each on its own, from which any joint output follows without another attention."""
+"""Everything about modalities from one pass: the output of each on its own, from which any joint output follows without
+another attention.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,7 +20,7 @@ from fusedmm.ops.attention import (
     resolve_visibility,
     triton_gaps,
 )
-from fusedmm.ops.attention_op import attention
+from fusedmm.ops.attention_op import Problem, attention
 from fusedmm.reference import attention as reference
 from fusedmm.shapes import check_broadcast, check_shapes
 
@@ -57,7 +59,8 @@ def modality_partials(
         output = exp(z - lse) @ v[m]
 
     Args:
-        query, key, value, layout, active, query_time, key_time, lookback, scale, impl: as in `fusedmm.gated_multimodal_attention`.
+        query, key, value, layout, active, query_time, key_time, lookback, scale, impl: as in
+            `fusedmm.gated_multimodal_attention`.
 
     Returns:
         ModalityPartials(output [total_q, Hq, M, D], lse [total_q, Hq, M]).
@@ -74,17 +77,30 @@ def modality_partials(
     visibility = resolve_visibility(op, layout, query_time, key_time, lookback)
     scale = query.shape[2] ** -0.5 if scale is None else float(scale)
     if chosen == "reference":
-        output, lse = reference.modality_partials(query, key, value, layout.with_visibility(visibility), active=active, scale=scale)
+        output, lse = reference.modality_partials(
+            query, key, value, layout.with_visibility(visibility), active=active, scale=scale
+        )
         return ModalityPartials(output.to(query.dtype), lse)
     key, value = in_time_order(key, value, visibility)
-    ranges = None if visibility is None else visibility.ranges
-    output, _, lse = attention(
-        query, key, value, None, None, None, *layout_arguments(layout), active, ranges, None, layout.num_modalities, 0.0, scale, "partials", chosen
+    problem = Problem(
+        log_prior=None,
+        gate=None,
+        output_gate=None,
+        active=active,
+        seed=None,
+        dropout_p=0.0,
+        scale=scale,
+        softmax="partials",
+        impl=chosen,
+        **layout_arguments(layout, visibility),
     )
+    output, _, lse = attention(query, key, value, problem)
     return ModalityPartials(output, lse)
 
 
-def merge_modalities(partials: ModalityPartials, log_prior: Tensor | None = None, gate: Tensor | None = None, softmax: str = "joint") -> AttentionOutput:
+def merge_modalities(
+    partials: ModalityPartials, log_prior: Tensor | None = None, gate: Tensor | None = None, softmax: str = "joint"
+) -> AttentionOutput:
     """Put partials together: the same as `fusedmm.gated_multimodal_attention`, without another pass over keys.
 
     ::
@@ -107,10 +123,17 @@ def merge_modalities(partials: ModalityPartials, log_prior: Tensor | None = None
     if softmax not in SOFTMAXES:
         raise ValueError(f'{op}: softmax must be "joint" or "per_modality", got {softmax!r}.')
     if softmax == "per_modality" and log_prior is not None:
-        raise ValueError(f'{op}: log_prior must be None with softmax="per_modality", where it cancels, got a tensor. Use gate, or softmax="joint".')
+        raise ValueError(
+            f'{op}: log_prior must be None with softmax="per_modality", where it cancels, got a tensor. Use gate, '
+            'or softmax="joint".'
+        )
     lse = _with_prior(op, partials, log_prior)
     mass = _shares(lse) if softmax == "joint" else (~torch.isneginf(lse)).to(lse.dtype)
-    weights = mass if gate is None else mass * check_broadcast(op, "gate", gate, tuple(lse.shape), ("query", "head", "modality")).to(lse.dtype)
+    weights = (
+        mass
+        if gate is None
+        else mass * check_broadcast(op, "gate", gate, tuple(lse.shape), ("query", "head", "modality")).to(lse.dtype)
+    )
     output = (weights[..., None, :] @ partials.output.to(lse.dtype)).squeeze(-2)
     return AttentionOutput(output.to(partials.output.dtype), mass, lse.detach())
 
@@ -118,7 +141,8 @@ def merge_modalities(partials: ModalityPartials, log_prior: Tensor | None = None
 def leave_one_out(partials: ModalityPartials, log_prior: Tensor | None = None) -> Tensor:
     """The joint output that each query would have had without modality m, for all m at once; differentiable.
 
-    Equal to ``(o - mass[m] * o_m) / (1 - mass[m])``, but from the other modalities' lse, so that ``mass[m] == 1`` gives 0 and nothing cancels.
+    Equal to ``(o - mass[m] * o_m) / (1 - mass[m])``, but from the other modalities' lse, so that ``mass[m] == 1`` gives
+    0 and nothing cancels.
 
     Args:
         partials: of `modality_partials`.
@@ -137,7 +161,13 @@ def leave_one_out(partials: ModalityPartials, log_prior: Tensor | None = None) -
 
 
 def _with_prior(op: str, partials: ModalityPartials, log_prior: Tensor | None) -> Tensor:
-    check_shapes(op, {"partials.lse": (partials.lse, ("query", "head", "modality")), "partials.output": (partials.output, ("query", "head", "modality", "dim"))})
+    check_shapes(
+        op,
+        {
+            "partials.lse": (partials.lse, ("query", "head", "modality")),
+            "partials.output": (partials.output, ("query", "head", "modality", "dim")),
+        },
+    )
     if log_prior is None:
         return partials.lse
     prior = check_broadcast(op, "log_prior", log_prior, tuple(partials.lse.shape), ("query", "head", "modality"))

@@ -1,10 +1,11 @@
-"""The definition of gated multimodal attention: one sample at a time, every matrix written out, any floating dtype, differentiable by autograd.
+"""The definition of gated multimodal attention: one sample at a time, every matrix written out, any floating dtype,
+differentiable by autograd.
 
-    z_j    = scale * q . k_j + log_prior[m(j)]                            over the visible keys
-    lse_m  = log sum_{j in m} exp(z_j)
-    P_j    = exp(z_j - logsumexp_m lse_m)  (joint)    or    exp(z_j - lse_{m(j)})  (per_modality)
-    mass_m = sum_{j in m} P_j
-    output = sigmoid(output_gate) * sum_j gate[m(j)] P_j v_j
+z_j    = scale * q . k_j + log_prior[m(j)]                            over the visible keys
+lse_m  = log sum_{j in m} exp(z_j)
+P_j    = exp(z_j - logsumexp_m lse_m)  (joint)    or    exp(z_j - lse_{m(j)})  (per_modality)
+mass_m = sum_{j in m} P_j
+output = sigmoid(output_gate) * sum_j gate[m(j)] P_j v_j
 """
 
 import torch
@@ -29,14 +30,18 @@ def gated_multimodal_attention(
     seed: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, mass and lse in the accumulation dtype (float64 for float64, else float32); times come from ``layout.visibility``.
+    """Output, mass and lse in the accumulation dtype (float64 for float64, else float32); times come from
+    ``layout.visibility``.
 
-    Args are those of `fusedmm.gated_multimodal_attention`, already checked and expanded: log_prior and gate [total_q, Hq, M], active [B, Hq, M].
+    Args are those of `fusedmm.gated_multimodal_attention`, already checked and expanded: log_prior and gate [total_q,
+    Hq, M], active [B, Hq, M].
     """
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     outputs, masses, lses = [], [], []
     for sample in range(layout.batch_size):
-        rows, weights, values, lse = _sample_probabilities(query, key, value, layout, sample, log_prior, active, softmax, scale, compute)
+        rows, weights, values, lse = _sample_probabilities(
+            query, key, value, layout, sample, log_prior, active, softmax, scale, compute
+        )
         modality = _one_hot(layout, sample, compute)
         mass = weights @ modality
         if gate is not None:
@@ -61,7 +66,9 @@ def modality_partials(
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     outputs, lses = [], []
     for sample in range(layout.batch_size):
-        _, weights, values, lse = _sample_probabilities(query, key, value, layout, sample, None, active, "per_modality", scale, compute)
+        _, weights, values, lse = _sample_probabilities(
+            query, key, value, layout, sample, None, active, "per_modality", scale, compute
+        )
         outputs.append(torch.einsum("qhk,km,khd->qhmd", weights, _one_hot(layout, sample, compute), values))
         lses.append(lse)
     empty = query.new_zeros((0, query.shape[1], layout.num_modalities, query.shape[2]), dtype=compute)
@@ -80,7 +87,9 @@ def _sample_probabilities(
     scale: float,
     compute: torch.dtype,
 ) -> tuple[slice, Tensor, Tensor, Tensor]:
-    """Query rows of a sample, its probabilities [q, h, k], values repeated for every query head [k, h, d], and lse [q, h, m]."""
+    """Query rows of a sample, its probabilities [q, h, k], values repeated for every query head [k, h, d], and lse [q,
+    h, m].
+    """
     rows, keys = _rows(layout, sample), _keys(layout, sample)
     group = query.shape[1] // key.shape[1]
     modality = _key_modalities(layout, sample)
@@ -112,7 +121,9 @@ def _logsumexp(x: Tensor) -> Tensor:
 def _visible(layout: ModalityLayout, sample: int, heads: int, active: Tensor | None) -> Tensor:
     rows, keys = _rows(layout, sample), _keys(layout, sample)
     modality = _key_modalities(layout, sample)
-    visible = torch.ones((rows.stop - rows.start, heads, keys.stop - keys.start), dtype=torch.bool, device=layout.cu_seqlens_q.device)
+    visible = torch.ones(
+        (rows.stop - rows.start, heads, keys.stop - keys.start), dtype=torch.bool, device=layout.cu_seqlens_q.device
+    )
     if active is not None:
         visible = visible & active[sample][:, modality]
     if layout.visibility is not None:
@@ -126,7 +137,10 @@ def _visible(layout: ModalityLayout, sample: int, heads: int, active: Tensor | N
 
 def _kept(query: Tensor, layout: ModalityLayout, sample: int, seed: Tensor, dropout_p: float) -> Tensor:
     rows, keys = _rows(layout, sample), _keys(layout, sample)
-    index = [torch.arange(*bounds, device=query.device) for bounds in ((rows.start, rows.stop), (0, query.shape[1]), (keys.start, keys.stop))]
+    index = [
+        torch.arange(*bounds, device=query.device)
+        for bounds in ((rows.start, rows.stop), (0, query.shape[1]), (keys.start, keys.stop))
+    ]
     return keep_mask(seed, index[0][:, None, None], index[1][:, None], index[2], dropout_p)
 
 

@@ -1,0 +1,7 @@
+"""Modules: parameters, initialisation, and one call to the operators each."""
+
+from fusedmm.nn.attention import FusionBlock, FusionOutput, GatedMultimodalAttention
+from fusedmm.nn.batch import MultimodalBatch
+from fusedmm.nn.gate import GateOutput, ModalityGate
+
+__all__ = ["FusionBlock", "FusionOutput", "GateOutput", "GatedMultimodalAttention", "ModalityGate", "MultimodalBatch"]

@@ -1,0 +1,304 @@
+"""GatedMultimodalAttention and FusionBlock: the fused attention as modules with parameters."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedmm.nn.batch import MultimodalBatch
+from fusedmm.nn.gate import ModalityGate
+from fusedmm.ops.attention import MAX_HEAD_DIM, MIN_HEAD_DIM, gated_multimodal_attention
+
+Modalities = Sequence[str] | Mapping[str, int]
+
+
+class FusionOutput(NamedTuple):
+    """What a fusion module gives, in the form the query came in (padded, nested or packed).
+
+    Attributes:
+        output: [B, Lq, embed_dim], the query's dtype; zeros in the padding.
+        mass: [B, Lq, num_heads, M] float32, attention mass of each modality; differentiable.
+    """
+
+    output: Tensor
+    mass: Tensor
+
+
+class GatedMultimodalAttention(nn.Module):
+    """Cross-attention from a query to the tokens of several modalities, with learned priors and gates.
+
+    Every modality has its own key and value projection, so token widths may differ. Drop-in for a cross-attention::
+
+        attention = GatedMultimodalAttention(256, 8, {"price": 16, "text": 384})
+        fused = attention(query, {"price": bars, "text": sentences}, masks={"text": sentence_mask})
+        fused.output, fused.mass
+
+    Args:
+        embed_dim: width of query and output.
+        num_heads: query heads; ``embed_dim / num_heads`` is the head dim, 16 to 256.
+        modalities: names, each of token width embed_dim, or names with their token widths.
+        num_kv_heads: key and value heads, a divisor of num_heads; None: num_heads.
+        softmax: "joint" over all modalities, or "per_modality".
+        prior: learn a log prior of each modality from the query (joint only).
+        gate: learn a gate of each modality from the query.
+        output_gate: learn a sigmoid gate of every output channel from the query.
+        threshold: switch a modality off once its score stays below, see `ModalityGate`; None: never.
+        dropout: attention dropout in training.
+        bias: biases of the projections.
+        impl: as in `fusedmm.gated_multimodal_attention`.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: dimensions that do not divide, no or duplicate or unusable modality names.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        modalities: Modalities,
+        *,
+        num_kv_heads: int | None = None,
+        softmax: str = "joint",
+        prior: bool = True,
+        gate: bool = True,
+        output_gate: bool = False,
+        threshold: float | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.modalities = _modality_widths(modalities, embed_dim)
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if embed_dim % num_heads or num_heads % num_kv_heads:
+            raise ValueError(
+                "GatedMultimodalAttention: num_heads must divide embed_dim and num_kv_heads must divide "
+                f"num_heads, got {embed_dim}, {num_heads} and {num_kv_heads}."
+            )
+        head_dim = embed_dim // num_heads
+        if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"GatedMultimodalAttention: embed_dim / num_heads must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got "
+                f"{head_dim}. Change num_heads."
+            )
+        self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = embed_dim, num_heads, num_kv_heads, head_dim
+        self.softmax, self.dropout, self.impl = softmax, dropout, impl
+        kv_width = num_kv_heads * head_dim
+        self.query_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.key_proj = nn.ModuleDict(
+            {
+                name: nn.Linear(width, kv_width, bias=bias, device=device, dtype=dtype)
+                for name, width in self.modalities.items()
+            }
+        )
+        self.value_proj = nn.ModuleDict(
+            {
+                name: nn.Linear(width, kv_width, bias=bias, device=device, dtype=dtype)
+                for name, width in self.modalities.items()
+            }
+        )
+        self.output_gate_proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype) if output_gate else None
+        self.modality_gate = ModalityGate(
+            embed_dim,
+            num_heads,
+            len(self.modalities),
+            prior=prior and softmax == "joint",
+            gate=gate,
+            threshold=threshold,
+            device=device,
+            dtype=dtype,
+        )
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform projections with zero biases, an output gate half open, a neutral modality gate."""
+        for layer in (self.query_proj, self.out_proj, *self.key_proj.values(), *self.value_proj.values()):
+            assert isinstance(layer, nn.Linear)
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        if self.output_gate_proj is not None:
+            nn.init.zeros_(self.output_gate_proj.weight)
+            nn.init.zeros_(self.output_gate_proj.bias)
+        self.modality_gate.reset_parameters()
+
+    def forward(
+        self,
+        query: Tensor,
+        tokens: Mapping[str, Tensor] | MultimodalBatch,
+        *,
+        masks: Mapping[str, Tensor] | None = None,
+        query_mask: Tensor | None = None,
+        times: Mapping[str, Tensor] | None = None,
+        query_time: Tensor | None = None,
+        lookback: int | Mapping[str, int] | None = None,
+        active: Tensor | None = None,
+    ) -> FusionOutput:
+        """Fuse the modalities' tokens into the query.
+
+        Args:
+            query: [B, Lq, embed_dim] padded, or jagged nested; [total_q, embed_dim] beside a MultimodalBatch.
+            tokens: {name: [B, Lm, width]} padded or nested, missing modalities left out; or a `MultimodalBatch` built
+                once for many layers (then nothing else is given).
+            masks, query_mask, times, query_time, lookback, active: see `MultimodalBatch.build`.
+
+        Returns:
+            FusionOutput(output, mass).
+        """
+        if isinstance(tokens, MultimodalBatch):
+            batch = tokens
+        else:
+            batch = MultimodalBatch.build(
+                query,
+                tokens,
+                self.modalities,
+                masks=masks,
+                query_mask=query_mask,
+                times=times,
+                query_time=query_time,
+                lookback=lookback,
+                active=active,
+            )
+        packed = batch.pack_query(query)
+        key, value = self._keys_values(batch)
+        prior_and_gate = self.modality_gate(packed)
+        result = gated_multimodal_attention(
+            self.query_proj(packed).unflatten(-1, (self.num_heads, self.head_dim)),
+            key,
+            value,
+            batch.layout,
+            log_prior=prior_and_gate.log_prior,
+            gate=prior_and_gate.gate,
+            output_gate=None
+            if self.output_gate_proj is None
+            else self.output_gate_proj(packed).unflatten(-1, (self.num_heads, self.head_dim)),
+            active=self._active(batch),
+            softmax=self.softmax,
+            dropout_p=self.dropout if self.training else 0.0,
+            impl=self.impl,
+        )
+        output = self.out_proj(result.output.flatten(-2).to(self.out_proj.weight.dtype))
+        return FusionOutput(batch.restore_query(output, query), batch.restore_query(result.mass, query))
+
+    def _keys_values(self, batch: MultimodalBatch) -> tuple[Tensor, Tensor]:
+        """Project every modality's tokens and put them in the layout's order: [total_k, Hkv, D] each."""
+        heads = (self.num_kv_heads, self.head_dim)
+        key = torch.cat([self.key_proj[name](batch.tokens[name]) for name in self.modalities])
+        value = torch.cat([self.value_proj[name](batch.tokens[name]) for name in self.modalities])
+        return key.index_select(0, batch.key_source).unflatten(-1, heads), value.index_select(
+            0, batch.key_source
+        ).unflatten(-1, heads)
+
+    def _active(self, batch: MultimodalBatch) -> Tensor | None:
+        switched = self.modality_gate.active(batch.layout.batch_size)
+        if batch.active is None or switched is None:
+            return switched if batch.active is None else batch.active
+        return batch.active & (switched if batch.active.ndim == 2 else switched[:, None])
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(module)."""
+        sizes = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
+        return f"{sizes}, softmax={self.softmax!r}, impl={self.impl!r}"
+
+
+class FusionBlock(nn.Module):
+    """A pre-norm fusion layer: gated multimodal cross-attention, then an MLP, each with a residual.
+
+    ::
+
+        x = query + attention(norm(query), tokens)
+        y = x + mlp(norm(x))
+
+    Args:
+        embed_dim, num_heads, modalities: as in `GatedMultimodalAttention`.
+        mlp_ratio: hidden width of the MLP over embed_dim.
+        residual_dropout: dropout of both branches in training.
+        attention_options: further arguments of `GatedMultimodalAttention` (num_kv_heads, softmax, prior, gate,
+            output_gate, threshold, dropout, bias, impl, device, dtype).
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        modalities: Modalities,
+        *,
+        mlp_ratio: float = 4.0,
+        residual_dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **attention_options: Any,
+    ) -> None:
+        super().__init__()
+        hidden = int(embed_dim * mlp_ratio)
+        self.attention_norm = nn.RMSNorm(embed_dim, device=device, dtype=dtype)
+        self.attention = GatedMultimodalAttention(
+            embed_dim, num_heads, modalities, device=device, dtype=dtype, **attention_options
+        )
+        self.mlp_norm = nn.RMSNorm(embed_dim, device=device, dtype=dtype)
+        self.mlp = nn.Sequential(
+            nn.Linear(embed_dim, hidden, device=device, dtype=dtype),
+            nn.GELU(),
+            nn.Linear(hidden, embed_dim, device=device, dtype=dtype),
+        )
+        self.residual_dropout = nn.Dropout(residual_dropout)
+
+    @property
+    def modalities(self) -> dict[str, int]:
+        """Names and token widths, in order."""
+        return self.attention.modalities
+
+    def forward(
+        self,
+        query: Tensor,
+        tokens: Mapping[str, Tensor] | MultimodalBatch,
+        *,
+        masks: Mapping[str, Tensor] | None = None,
+        query_mask: Tensor | None = None,
+        times: Mapping[str, Tensor] | None = None,
+        query_time: Tensor | None = None,
+        lookback: int | Mapping[str, int] | None = None,
+        active: Tensor | None = None,
+    ) -> FusionOutput:
+        """As `GatedMultimodalAttention.forward`."""
+        if isinstance(tokens, MultimodalBatch):
+            batch = tokens
+        else:
+            batch = MultimodalBatch.build(
+                query,
+                tokens,
+                self.modalities,
+                masks=masks,
+                query_mask=query_mask,
+                times=times,
+                query_time=query_time,
+                lookback=lookback,
+                active=active,
+            )
+        x = batch.pack_query(query)
+        fused = self.attention(self.attention_norm(x), batch)
+        x = x + self.residual_dropout(fused.output)
+        x = x + self.residual_dropout(self.mlp(self.mlp_norm(x)))
+        return FusionOutput(batch.restore_query(x, query), batch.restore_query(fused.mass, query))
+
+
+def _modality_widths(modalities: Modalities, embed_dim: int) -> dict[str, int]:
+    if isinstance(modalities, str) or not modalities:
+        raise ValueError(
+            "GatedMultimodalAttention: modalities must be a non-empty sequence of names or a mapping to widths, "
+            f"got {modalities!r}."
+        )
+    widths = dict(modalities) if isinstance(modalities, Mapping) else dict.fromkeys(modalities, embed_dim)
+    if len(widths) != len(modalities):
+        raise ValueError(f"GatedMultimodalAttention: modalities must have different names, got {list(modalities)}.")
+    unusable = [name for name in widths if not name or "." in name]
+    if unusable:
+        raise ValueError(
+            f'GatedMultimodalAttention: a modality name must be non-empty and without ".", got {unusable[0]!r}.'
+        )
+    return widths

@@ -1,0 +1,234 @@
+"""What a fusion module reads: the tokens of every modality packed once, for all layers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusedmm.layout import ModalityLayout
+from fusedmm.shapes import ShapeError, check_device, check_dtype
+
+OP = "MultimodalBatch"
+
+
+@dataclass(frozen=True, eq=False)
+class MultimodalBatch:
+    """Tokens of all modalities without padding, and how they lie.
+
+    Attributes:
+        layout: of queries and keys, with times if there are any.
+        tokens: for each modality of the layout, in its order, its tokens packed over the samples [n_m, Em].
+        key_source: [total_k] int64, where key j of the layout lies in the concatenation of all tokens.
+        active: [B, M] or [B, Hq, M] bool, or None.
+        query_slots: [total_q] int64, rows of the padded query [B * Lq]; None where the query was packed already.
+        query_shape: (B, Lq) of the padded query.
+    """
+
+    layout: ModalityLayout
+    tokens: Mapping[str, Tensor]
+    key_source: Tensor
+    active: Tensor | None
+    query_slots: Tensor | None
+    query_shape: tuple[int, int]
+
+    @classmethod
+    def build(
+        cls,
+        query: Tensor,
+        tokens: Mapping[str, Tensor],
+        modalities: Mapping[str, int],
+        *,
+        masks: Mapping[str, Tensor] | None = None,
+        query_mask: Tensor | None = None,
+        times: Mapping[str, Tensor] | None = None,
+        query_time: Tensor | None = None,
+        lookback: int | Mapping[str, int] | None = None,
+        active: Tensor | None = None,
+    ) -> "MultimodalBatch":
+        """Pack a batch; waits once for the GPU where masks are given.
+
+        Args:
+            query: [B, Lq, E] padded, or a jagged nested tensor.
+            tokens: for each modality its name and [B, Lm, Em], or a jagged nested tensor; a modality that is left out
+                is missing from every sample.
+            modalities: names and token widths the module knows, in its order.
+            masks: for padded modalities [B, Lm] bool, True where there is a token; a modality without a mask is full.
+            query_mask: [B, Lq] bool.
+            times: for every modality given [B, Lm] int64 (or nested): when each token was knowable.
+            query_time: [B, Lq] int64 (or nested): what is knowable then may be seen.
+            lookback: half-open window in the unit of the times; one for all, or by name (those left out are unbounded).
+            active: [B, M] or [B, Hq, M] bool, False switches a modality off.
+
+        Raises:
+            ValueError: for an unknown modality, or times for some modalities only.
+            ShapeError, TypeError: for shapes and dtypes that do not fit.
+        """
+        masks, times = masks or {}, times or {}
+        for argument, mapping in (("tokens", tokens), ("masks", masks), ("times", times)):
+            unknown = [name for name in mapping if name not in modalities]
+            if unknown:
+                raise ValueError(
+                    f"{OP}: {argument} names an unknown modality, got {unknown[0]!r}. The module knows "
+                    f"{list(modalities)}."
+                )
+        check_device(
+            OP,
+            {
+                "query": query,
+                **{f"tokens[{name!r}]": x for name, x in tokens.items()},
+                **{f"masks[{name!r}]": x for name, x in masks.items()},
+            },
+        )
+        if tokens and (bool(times) != (query_time is not None) or (times and set(times) != set(tokens))):
+            raise ValueError(
+                f"{OP}: times must be given for every modality and for the query (query_time), got "
+                f"{sorted(times)} of {sorted(tokens)}."
+            )
+        batch, device = query.shape[0], query.device
+        queries = _Ragged.of("query", query, query_mask, batch, None)
+        given = {
+            name: _Ragged.of(f"tokens[{name!r}]", tokens[name], masks.get(name), batch, modalities[name])
+            for name in modalities
+            if name in tokens
+        }
+        nothing = torch.zeros(batch, dtype=torch.int64, device=device)
+        lengths = torch.stack([given[name].lengths if name in given else nothing for name in modalities], 1)
+        layout = ModalityLayout.from_lengths(queries.lengths, lengths, names=list(modalities))
+        packed: dict[str, Tensor] = {}
+        totals = lengths.sum(0).tolist() if any(ragged.slots_wanted for ragged in given.values()) else None
+        slots: dict[str, Tensor | None] = {}
+        for index, (name, width) in enumerate(modalities.items()):
+            if name not in given:
+                packed[name] = (
+                    query.new_zeros((0, width)) if not query.is_nested else query.values().new_zeros((0, width))
+                )
+                continue
+            slots[name] = given[name].slots(None if totals is None else totals[index])
+            packed[name] = _take(given[name].values, slots[name])
+        key_source = _key_source(layout, lengths, [x.shape[0] for x in packed.values()])
+        if query_time is not None and tokens:
+            flat_times = torch.cat(
+                [_take(_flat_time(name, times[name], tokens[name]), slots[name]) for name in packed if name in given]
+            )
+            query_slots = queries.slots(layout.total_q)
+            layout = layout.at_times(
+                _take(_flat_time("query", query_time, query), query_slots),
+                flat_times[key_source],
+                _lookback(lookback, modalities),
+            )
+        elif lookback is not None and tokens:
+            raise ValueError(f"{OP}: lookback needs times and query_time, got lookback alone.")
+        query_slots = None if query.is_nested else queries.slots(layout.total_q)
+        shape = (batch, 0 if query.is_nested else query.shape[1])
+        return cls(layout, packed, key_source, active, query_slots, shape)
+
+    def pack_query(self, query: Tensor) -> Tensor:
+        """[B, Lq, ...] or nested to [total_q, ...]; packed queries pass."""
+        if query.is_nested:
+            return query.values()
+        if query.ndim == 2:
+            return query
+        flat = query.flatten(0, 1)
+        return flat if self.query_slots is None else flat.index_select(0, self.query_slots)
+
+    def restore_query(self, packed: Tensor, like: Tensor) -> Tensor:
+        """[total_q, ...] to the form that ``like``, the query, came in; zeros in the padding."""
+        if like.is_nested:
+            return torch.nested.nested_tensor_from_jagged(packed, _offsets(like))
+        if like.ndim == 2:
+            return packed
+        if self.query_slots is None:
+            return packed.view(*self.query_shape, *packed.shape[1:])
+        flat = packed.new_zeros((self.query_shape[0] * self.query_shape[1], *packed.shape[1:]))
+        return flat.index_copy(0, self.query_slots, packed).view(*self.query_shape, *packed.shape[1:])
+
+
+@dataclass(frozen=True)
+class _Ragged:
+    """Rows of one padded or nested tensor: flat values [rows, width], lengths [B], and the mask that picks the rows
+    that count.
+    """
+
+    values: Tensor
+    lengths: Tensor
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, argument: str, x: Tensor, mask: Tensor | None, batch: int, width: int | None) -> "_Ragged":
+        if x.is_nested:
+            if mask is not None:
+                raise ValueError(f"{OP}: {argument} is nested and has its own lengths, got a mask too. Drop the mask.")
+            rows = x.values()
+            ragged = cls(rows, _offsets(x).diff(), None)
+        else:
+            if x.ndim != 3:
+                raise ShapeError(
+                    f"{OP}: {argument} must be [batch, tokens, width] or a jagged nested tensor, got shape "
+                    f"{list(x.shape)}."
+                )
+            if mask is not None:
+                check_dtype(
+                    OP, f"mask of {argument}", mask, (torch.bool,), ". True where there is a token; use .bool()."
+                )
+                if mask.shape != x.shape[:2]:
+                    raise ShapeError(
+                        f"{OP}: mask of {argument} must have shape {list(x.shape[:2])}, got {list(mask.shape)}."
+                    )
+            lengths = (
+                torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
+                if mask is None
+                else mask.sum(1)
+            )
+            ragged = cls(x.flatten(0, 1), lengths, mask)
+        if ragged.lengths.shape[0] != batch:
+            raise ShapeError(f"{OP}: {argument} has batch={ragged.lengths.shape[0]}, but query has batch={batch}.")
+        if width is not None and ragged.values.shape[-1] != width:
+            raise ShapeError(f"{OP}: {argument} must have width {width}, got {ragged.values.shape[-1]}.")
+        return ragged
+
+    @property
+    def slots_wanted(self) -> bool:
+        return self.mask is not None
+
+    def slots(self, total: int | None) -> Tensor | None:
+        """Rows that count, in order; None: all of them."""
+        return None if self.mask is None else torch.argsort(~self.mask.flatten(), stable=True)[:total]
+
+
+def _offsets(nested: Tensor) -> Tensor:
+    offsets: Tensor = nested.offsets()  # type: ignore[attr-defined]
+    return offsets
+
+
+def _take(rows: Tensor, slots: Tensor | None) -> Tensor:
+    return rows if slots is None else rows.index_select(0, slots)
+
+
+def _flat_time(argument: str, time: Tensor, like: Tensor) -> Tensor:
+    if not time.is_nested and tuple(time.shape) != tuple(like.shape[:2]):
+        raise ShapeError(f"{OP}: time of {argument} must have shape {list(like.shape[:2])}, got {list(time.shape)}.")
+    flat = time.values() if time.is_nested else time.flatten()
+    advice = " (it cannot hold epoch times exactly)" if flat.is_floating_point() else ""
+    check_dtype(OP, f"time of {argument}", flat, (torch.int64,), f"{advice}. Use .to(torch.int64).")
+    return flat
+
+
+def _lookback(lookback: int | Mapping[str, int] | None, modalities: Mapping[str, int]) -> int | Tensor | None:
+    if not isinstance(lookback, Mapping):
+        return lookback
+    unknown = [name for name in lookback if name not in modalities]
+    if unknown:
+        raise ValueError(
+            f"{OP}: lookback names an unknown modality, got {unknown[0]!r}. The module knows {list(modalities)}."
+        )
+    return torch.tensor([lookback.get(name, 2**62) for name in modalities])
+
+
+def _key_source(layout: ModalityLayout, lengths: Tensor, totals: list[int]) -> Tensor:
+    """Row of each packed key in the concatenation of all modalities' tokens, modality after modality."""
+    before = lengths.cumsum(0) - lengths  # [B, M] tokens of the modality in earlier samples
+    starts = torch.tensor([sum(totals[:index]) for index in range(len(totals))], device=lengths.device)
+    segment = layout.key_segments()
+    position = torch.arange(layout.total_k, device=lengths.device) - layout.cu_seqlens_k[segment]
+    return (before + starts).flatten()[segment] + position
