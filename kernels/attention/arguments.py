@@ -1,0 +1,37 @@
+"""What the attention launchers do to their arguments before a launch: no kernel here, and nothing that waits for the GPU."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+SoftmaxKind = Literal["joint", "per_modality", "partials"]
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of ``tl.dot``: float32 multiplies in full unless PyTorch's own switch for matrix products allows TF32."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def unit_last_stride(x: Tensor) -> Tensor:
+    """``x`` itself if its last stride is 1, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strides_of(x: Tensor | None, name: str, dims: str) -> dict[str, int]:
+    """Kernel arguments ``{name}_stride_{dim}`` for the leading dimensions of ``x``; 0 where the tensor is absent."""
+    strides = (0,) * len(dims) if x is None else x.stride()
+    return {f"{name}_stride_{dim}": stride for dim, stride in zip(dims, strides, strict=False)}
+
+
+def find_key_ranges(
+    cu_seqlens_k: Tensor, active: Tensor | None, batch: int, num_heads: int, num_modalities: int
+) -> Tensor:
+    """[B, Hq, M, 2] int32, first key and end of each segment as a head sees it: an inactive segment is empty.
+
+    Without ``active`` this is a view of ``cu_seqlens_k`` in which neighbours overlap.
+    """
+    ranges = cu_seqlens_k.as_strided((batch, num_heads, num_modalities, 2), (num_modalities, 0, 1, 1))
+    if active is None:
+        return ranges
+    return torch.where(active[..., None], ranges, ranges[..., :1])

@@ -1,0 +1,202 @@
+"""Backward of gated multimodal attention: three passes without atomics, four for the per-modality softmax.
+
+    rows       one number a query, head and modality: offset, shift and gate; with an output gate its gradient and grad_output behind it
+    (delta)    per_modality only: shift_m = -gate sum_{j in m} p_j R_j, the query pass without its third product
+    key_value  dk, dv: a program owns keys
+    query      dq, dgate, dlog_prior: a program owns queries
+
+The formulas stand in the modules of the passes. Recomputing scores in both costs 14 Hq D (visible pairs) FLOPs (18 with delta) against the forward's 4, and in exchange
+nothing is summed by two programs: gradients are bitwise reproducible. Besides the gradients it allocates 12 Hq M bytes a padded query row and, with an output gate, one
+tensor of the output's size.
+"""
+
+import torch
+from torch import Tensor
+
+from fusedmm.kernels.attention.arguments import (
+    SoftmaxKind,
+    find_key_ranges,
+    input_precision,
+    strides_of,
+    unit_last_stride,
+)
+from fusedmm.kernels.attention.backward_key_value import _attention_backward_key_value_kernel
+from fusedmm.kernels.attention.backward_query import _attention_backward_query_kernel
+from fusedmm.kernels.attention.backward_rows import _attention_backward_rows_kernel
+from fusedmm.kernels.attention.config import (
+    _attention_backward_key_value_config,
+    _attention_backward_query_config,
+    _attention_backward_rows_config,
+)
+from fusedmm.kernels.indexing import TILE
+from fusedmm.kernels.launch import device_arch
+
+
+def attention_backward(
+    grad_output: Tensor,
+    grad_mass: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    mass: Tensor,
+    lse: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    query_tiles: Tensor,
+    key_tiles: Tensor,
+    log_prior: Tensor | None,
+    gate: Tensor | None,
+    output_gate: Tensor | None,
+    active: Tensor | None,
+    visible: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    softmax: SoftmaxKind,
+    scale: float,
+    needs_log_prior: bool,
+    needs_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Launch the backward.
+
+    Args:
+        grad_output: gradient of the output (behind the output gate), in its shape; any strides.
+        grad_mass: [total_q, Hq, M] float32 or None; only for the joint softmax, elsewhere mass is constant.
+        grad_lse: [total_q, Hq, M] float32 or None; only for partials.
+        query: with key and value as given to the forward.
+        key: see query.
+        value: see query.
+        output: as returned by the forward, contiguous.
+        mass: as returned by the forward.
+        lse: as returned by the forward.
+        cu_seqlens_q: this and what follows as given to the forward.
+        cu_seqlens_k: see `attention_forward`.
+        query_tiles: see `attention_forward`.
+        key_tiles: see `attention_forward`.
+        log_prior: see `attention_forward`.
+        gate: see `attention_forward`.
+        output_gate: see `attention_forward`.
+        active: see `attention_forward`.
+        visible: see `attention_forward`.
+        seed: see `attention_forward`.
+        dropout_p: see `attention_forward`.
+        softmax: see `attention_forward`.
+        scale: see `attention_forward`.
+        needs_log_prior: whether to return the gradient of log_prior.
+        needs_gate: whether to return the gradient of gate.
+
+    Returns:
+        Gradients of query, key, value, log_prior, gate (both [total_q, Hq, M] float32 or None) and output_gate (None without one).
+    """
+    total_q, num_heads, head_dim = query.shape
+    num_key_heads = key.shape[1]
+    batch = cu_seqlens_q.numel() - 1
+    num_modalities = mass.shape[-1]
+    query, key, value, grad_output = (unit_last_stride(x) for x in (query, key, value, grad_output))
+    padded_rows = query_tiles.shape[0] * TILE.value
+    row_terms = mass.new_empty((3, num_heads, num_modalities, padded_rows))
+    arch = device_arch(query.device)
+
+    grad_gated, grad_output_gate = grad_output, None
+    if output_gate is not None:
+        output_gate = unit_last_stride(output_gate)
+        grad_gated = query.new_empty(query.shape)
+        grad_output_gate = output_gate.new_empty(query.shape)
+    grad_statistic = {"joint": grad_mass, "partials": grad_lse, "per_modality": None}[softmax]
+    rows_config = _attention_backward_rows_config(head_dim)
+    _attention_backward_rows_kernel[(padded_rows // rows_config.blocks["BLOCK_Q"] * num_heads,)](
+        output_ptr=output,
+        grad_output_ptr=grad_output,
+        grad_statistic_ptr=grad_statistic,
+        output_gate_ptr=output_gate,
+        grad_gated_ptr=None if output_gate is None else grad_gated,
+        grad_output_gate_ptr=grad_output_gate,
+        log_prior_ptr=log_prior,
+        gate_ptr=gate,
+        mass_ptr=mass,
+        lse_ptr=lse,
+        row_terms_ptr=row_terms,
+        query_tiles_ptr=query_tiles,
+        cu_seqlens_q_ptr=cu_seqlens_q,
+        **_grad_output_strides(grad_output),
+        **strides_of(grad_statistic, "grad_statistic", "qhm"),
+        **strides_of(output_gate, "output_gate", "qh"),
+        **strides_of(log_prior, "log_prior", "qhm"),
+        **strides_of(gate, "gate", "qhm"),
+        num_heads=num_heads,
+        num_modalities=num_modalities,
+        padded_rows=padded_rows,
+        HEAD_DIM=head_dim,
+        SOFTMAX=softmax,
+        **rows_config.launch_options(),
+    )
+
+    grad_query = query.new_empty(query.shape)
+    grad_key = key.new_empty(key.shape)
+    grad_value = value.new_empty(value.shape)
+    grad_log_prior = torch.empty_like(mass) if needs_log_prior else None
+    grad_gate = torch.empty_like(mass) if needs_gate else None
+    key_ranges = find_key_ranges(cu_seqlens_k, active, batch, num_heads, num_modalities)
+    shared = {
+        "query_ptr": query,
+        "key_ptr": key,
+        "value_ptr": value,
+        "grad_output_ptr": grad_gated,
+        "row_terms_ptr": row_terms,
+        "cu_seqlens_q_ptr": cu_seqlens_q,
+        "key_ranges_ptr": key_ranges,
+        "visible_ptr": visible,
+        "seed_ptr": seed,
+        "scale": scale,
+        "dropout_p": dropout_p,
+        **strides_of(query, "query", "qh"),
+        **strides_of(key, "key", "kh"),
+        **strides_of(value, "value", "kh"),
+        **_grad_output_strides(grad_gated),
+        **strides_of(key_ranges, "key_ranges", "bhm"),
+        "group_size": num_heads // num_key_heads,
+        "num_modalities": num_modalities,
+        "padded_rows": padded_rows,
+        "HEAD_DIM": head_dim,
+        "PRECISION": input_precision(query.dtype),
+    }
+    query_config = _attention_backward_query_config(head_dim, query.dtype, arch)
+    query_grid = (padded_rows // query_config.blocks["BLOCK_Q"] * num_heads,)
+    for delta_only in (True, False) if softmax == "per_modality" else (False,):
+        _attention_backward_query_kernel[query_grid](
+            **shared,
+            grad_query_ptr=grad_query,
+            grad_log_prior_ptr=grad_log_prior,
+            grad_gate_ptr=grad_gate,
+            mass_ptr=mass,
+            query_tiles_ptr=query_tiles,
+            num_heads=num_heads,
+            IS_PARTIALS=softmax == "partials",
+            DELTA_ONLY=delta_only,
+            **query_config.launch_options(),
+        )
+    key_value_config = _attention_backward_key_value_config(head_dim, query.dtype, arch)
+    _attention_backward_key_value_kernel[
+        (key_tiles.shape[0] * (TILE.value // key_value_config.blocks["BLOCK_K"]) * num_key_heads,)
+    ](
+        **shared,
+        grad_key_ptr=grad_key,
+        grad_value_ptr=grad_value,
+        key_tiles_ptr=key_tiles,
+        cu_seqlens_k_ptr=cu_seqlens_k,
+        num_key_heads=num_key_heads,
+        **key_value_config.launch_options(),
+    )
+    return grad_query, grad_key, grad_value, grad_log_prior, grad_gate, grad_output_gate
+
+
+def _grad_output_strides(grad_output: Tensor) -> dict[str, int]:
+    """Strides of [total_q, Hq, D] or [total_q, Hq, M, D]; without modalities theirs is 0."""
+    stride_q, stride_h, *stride_m, _ = grad_output.stride()
+    return {
+        "grad_output_stride_q": stride_q,
+        "grad_output_stride_h": stride_h,
+        "grad_output_stride_m": stride_m[0] if stride_m else 0,
+    }

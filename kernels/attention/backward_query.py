@@ -1,0 +1,237 @@
+"""Third pass of the attention backward: gradients of queries, gates and priors.
+
+    p_ij = exp2(scale2 q_i.k_j + offset_i)       R_ij = grad_output_i.v_j        dz_ij = p_ij (gate_i R_ij + shift_i)
+    dq_i = scale sum_j dz_ij k_j                 dgate_i,m = sum_{j in m} p_ij R_ij
+    dlog_prior_i,m = sum_{j in m} dz_ij = gate dgate + shift mass
+
+with offset, shift and gate from `backward_rows`; dropout multiplies R by keep / (1 - dropout_p).
+
+A program owns BLOCK_Q queries of one sample and one head and walks the segments in the same pieces as the forward. DELTA_ONLY is the pass before all others that the
+per-modality softmax needs: it takes only dgate, two of the three products, and writes shift = -gate dgate into ``row_terms``.
+
+Cost: 6 Hq D (visible pairs) FLOPs, 4 with DELTA_ONLY. p, R and dz in float32, dz rounded once to key's dtype for its product; sums in float32. Bitwise reproducible.
+"""
+
+import triton
+import triton.language as tl
+
+from fusedmm.kernels.attention.backward_rows import padded_row
+from fusedmm.kernels.indexing import (
+    keep_mask,
+    load_rows,
+    load_visible,
+    load_work,
+    split_range,
+    store_rows,
+    visible_range,
+)
+from fusedmm.kernels.softmax import LOG2_E
+
+
+@triton.jit
+def _walk_keys(
+    grad_query,  # [BLOCK_Q, BLOCK_D]
+    grad_gate,  # [BLOCK_Q]
+    query,  # [BLOCK_Q, BLOCK_D]
+    grad_output,  # [BLOCK_Q, BLOCK_D]
+    key_ptr,
+    value_ptr,
+    key_stride_k,
+    value_stride_k,
+    start,
+    stop,
+    key_stop,
+    scale2,
+    offset,  # [BLOCK_Q], base 2
+    shift,  # [BLOCK_Q]
+    gate,  # [BLOCK_Q]
+    low,  # [BLOCK_Q] or None
+    high,
+    offs_q,
+    head,
+    seed,  # or None
+    dropout_p,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr,
+    DELTA_ONLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add the tiles of ``start : stop``; if MASKED, only keys before ``key_stop`` and within each row's ``low : high``."""
+    BLOCK_D: tl.constexpr = query.shape[1]
+    for first_key in tl.range(start, stop, BLOCK_K):
+        offs_k = first_key + tl.arange(0, BLOCK_K)
+        # [BLOCK_K, BLOCK_D]
+        key = load_rows(key_ptr, key_stride_k, first_key, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, MASKED)
+        value = load_rows(value_ptr, value_stride_k, first_key, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, MASKED)
+        # [BLOCK_Q, BLOCK_K]
+        scores = tl.dot(query, key.T, input_precision=PRECISION)
+        probs = tl.exp2(scores * scale2 + offset[:, None])
+        if MASKED:
+            # After exp2: a masked score of 0 may overflow where lse is very negative.
+            if low is None:
+                probs = tl.where((offs_k < key_stop)[None, :], probs, 0.0)
+            else:
+                probs = tl.where((offs_k[None, :] >= low[:, None]) & (offs_k[None, :] < high[:, None]), probs, 0.0)
+        # R = grad_output.v
+        grad_probs = tl.dot(grad_output, value.T, input_precision=PRECISION)
+        if seed is not None:
+            keep = keep_mask(seed, dropout_p, offs_q[:, None], head, offs_k[None, :])
+            grad_probs = tl.where(keep, grad_probs * (1.0 / (1.0 - dropout_p)), 0.0)
+        grad_gate += tl.sum(probs * grad_probs, 1)
+        if not DELTA_ONLY:
+            # dz = p (gate R + shift)
+            grad_scores = probs * (grad_probs * gate[:, None] + shift[:, None])
+            grad_query = tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision=PRECISION)
+    return grad_query, grad_gate
+
+
+@triton.jit
+def _attention_backward_query_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    grad_output_ptr,
+    grad_query_ptr,
+    grad_log_prior_ptr,
+    grad_gate_ptr,
+    mass_ptr,
+    row_terms_ptr,
+    query_tiles_ptr,
+    cu_seqlens_q_ptr,
+    key_ranges_ptr,
+    visible_ptr,
+    seed_ptr,
+    scale,
+    dropout_p,
+    query_stride_q,
+    query_stride_h,
+    key_stride_k,
+    key_stride_h,
+    value_stride_k,
+    value_stride_h,
+    grad_output_stride_q,
+    grad_output_stride_h,
+    grad_output_stride_m,
+    key_ranges_stride_b,
+    key_ranges_stride_h,
+    key_ranges_stride_m,
+    num_heads,
+    group_size,
+    num_modalities,
+    padded_rows,
+    HEAD_DIM: tl.constexpr,
+    IS_PARTIALS: tl.constexpr,
+    DELTA_ONLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    sample, first_query, head = load_work(query_tiles_ptr, num_heads, BLOCK_Q)
+    query_stop = tl.load(cu_seqlens_q_ptr + sample + 1)
+    if first_query >= query_stop:
+        return
+    offs_q = first_query + tl.arange(0, BLOCK_Q)
+    mask_q = offs_q < query_stop
+    offs_row = offs_q.to(tl.int64) * num_heads + head
+    plane = num_modalities * tl.cast(padded_rows, tl.int64) * num_heads
+    terms_ptrs = (
+        row_terms_ptr
+        + head * num_modalities * padded_rows
+        + padded_row(cu_seqlens_q_ptr, sample, first_query)
+        + tl.arange(0, BLOCK_Q)
+    )
+    # [BLOCK_Q, BLOCK_D]
+    query = load_rows(
+        query_ptr + head * query_stride_h, query_stride_q, first_query, query_stop, BLOCK_Q, HEAD_DIM, BLOCK_D, True
+    )
+    grad_output_ptr += head * grad_output_stride_h
+    grad_output = load_rows(
+        grad_output_ptr, grad_output_stride_q, first_query, query_stop, BLOCK_Q, HEAD_DIM, BLOCK_D, True
+    )
+    key_ptr += head // group_size * key_stride_h
+    value_ptr += head // group_size * value_stride_h
+    key_ranges_ptr += sample.to(tl.int64) * key_ranges_stride_b + head * key_ranges_stride_h
+    scale2 = scale * LOG2_E
+    seed = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
+    grad_query = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for index in range(num_modalities):
+        modality = tl.cast(index, tl.int64)
+        start = tl.load(key_ranges_ptr + modality * key_ranges_stride_m)
+        stop = tl.load(key_ranges_ptr + modality * key_ranges_stride_m + 1)
+        full_start = start
+        full_stop = stop
+        low = None
+        high = None
+        if visible_ptr is not None:
+            low, high = load_visible(visible_ptr, offs_q, mask_q, modality, num_modalities)
+            start, stop, full_start, full_stop = visible_range(start, stop, low, high, mask_q)
+        modality_ptrs = terms_ptrs + modality * padded_rows
+        offset = tl.load(modality_ptrs)
+        shift = tl.load(modality_ptrs + plane)
+        gate = tl.load(modality_ptrs + 2 * plane)
+        stop = tl.where(tl.max(offset, 0) > -float("inf"), stop, start)
+        if IS_PARTIALS:
+            grad_output_m_ptr = grad_output_ptr + modality * grad_output_stride_m
+            grad_output = load_rows(
+                grad_output_m_ptr, grad_output_stride_q, first_query, query_stop, BLOCK_Q, HEAD_DIM, BLOCK_D, True
+            )
+        grad_gate = tl.zeros([BLOCK_Q], tl.float32)
+        if stop > start:
+            bounds = split_range(start, stop, full_start, full_stop, BLOCK_K)
+            for piece in tl.static_range(4):
+                # Pieces 0 and 2, whole tiles that need a mask, exist only where rows differ in what they see.
+                if piece % 2 == 1 or visible_ptr is not None:
+                    grad_query, grad_gate = _walk_keys(
+                        grad_query=grad_query,
+                        grad_gate=grad_gate,
+                        query=query,
+                        grad_output=grad_output,
+                        key_ptr=key_ptr,
+                        value_ptr=value_ptr,
+                        key_stride_k=key_stride_k,
+                        value_stride_k=value_stride_k,
+                        start=bounds[piece],
+                        stop=bounds[piece + 1],
+                        key_stop=stop,
+                        scale2=scale2,
+                        offset=offset,
+                        shift=shift,
+                        gate=gate,
+                        low=low,
+                        high=high,
+                        offs_q=offs_q,
+                        head=head,
+                        seed=seed,
+                        dropout_p=dropout_p,
+                        HEAD_DIM=HEAD_DIM,
+                        BLOCK_K=BLOCK_TAIL if piece == 3 else BLOCK_K,
+                        MASKED=piece != 1,
+                        DELTA_ONLY=DELTA_ONLY,
+                        PRECISION=PRECISION,
+                    )
+        if DELTA_ONLY:
+            tl.store(modality_ptrs + plane, -gate * grad_gate)
+        else:
+            offs_m = offs_row * num_modalities + modality
+            if grad_gate_ptr is not None:
+                tl.store(grad_gate_ptr + offs_m, grad_gate, mask=mask_q)
+            if grad_log_prior_ptr is not None:
+                mass = tl.load(mass_ptr + offs_m, mask=mask_q, other=0.0)
+                tl.store(grad_log_prior_ptr + offs_m, gate * grad_gate + shift * mass, mask=mask_q)
+    if not DELTA_ONLY:
+        store_rows(
+            grad_query_ptr + head * HEAD_DIM,
+            num_heads * HEAD_DIM,
+            first_query,
+            query_stop,
+            grad_query * scale,
+            BLOCK_Q,
+            HEAD_DIM,
+            BLOCK_D,
+        )

@@ -1,0 +1,200 @@
+"""First pass of the attention backward: everything that is one number a query, head and modality, and the output gate.
+
+The later passes need, for p = exp2(scale2 q.k + offset) and R = grad_output.v,
+
+    dz = p (gate R + shift)
+
+    joint:         offset = (log_prior - logsumexp_m lse_m) log2 e    shift_m = grad_mass_m - grad_output.output - sum_m grad_mass_m mass_m
+    partials:      offset = (log_prior - lse_m) log2 e                shift_m = grad_lse_m - grad_output_m.output_m
+    per_modality:  offset = (log_prior - lse_m) log2 e                shift_m = -gate sum_{j in m} p_j R_j, from the query pass (`DELTA_ONLY`); mass has no gradient
+
+so one pair of kernels serves all three. ``grad_output.output`` holds for the gated output too: sigmoid(g) grad . o = grad . sigmoid(g) o. With an output gate
+
+    grad_output_gate = grad_output output (1 - sigmoid(output_gate))    grad_gated = grad_output sigmoid(output_gate)
+
+offset, shift and gate are written as ``row_terms`` [3, Hq, M, rows], padded for each sample to tiles of 128 rows (row ``(cu_seqlens_q[b] // 128 + b) * 128 + i``): padding
+has offset -inf and the others 0, so that the later passes load them without masks and padded queries have p = dz = 0. Where nothing of a modality is visible the
+terms are those of padding, whatever gradient arrived there.
+
+A program owns BLOCK_Q queries of one head. It streams: 2 (with an output gate 5) tensors of the output's size, 8 to 24 bytes a query, head and modality.
+Sums over a head in float32; bitwise reproducible.
+"""
+
+import triton
+import triton.language as tl
+
+from fusedmm.kernels.indexing import TILE, load_rows, load_work, store_rows
+from fusedmm.kernels.softmax import LOG2_E, finite_shift
+
+
+@triton.jit
+def padded_row(cu_seqlens_q_ptr, sample, first_query):
+    """Where a query stands in the padded rows; a multiple of 16 if it starts a block of queries."""
+    sample_start = tl.load(cu_seqlens_q_ptr + sample)
+    return tl.multiple_of((sample_start // TILE + sample).to(tl.int64) * TILE + (first_query - sample_start), 16)
+
+
+@triton.jit
+def _attention_backward_rows_kernel(
+    output_ptr,
+    grad_output_ptr,
+    grad_statistic_ptr,
+    output_gate_ptr,
+    grad_gated_ptr,
+    grad_output_gate_ptr,
+    log_prior_ptr,
+    gate_ptr,
+    mass_ptr,
+    lse_ptr,
+    row_terms_ptr,
+    query_tiles_ptr,
+    cu_seqlens_q_ptr,
+    grad_output_stride_q,
+    grad_output_stride_h,
+    grad_output_stride_m,
+    grad_statistic_stride_q,
+    grad_statistic_stride_h,
+    grad_statistic_stride_m,
+    output_gate_stride_q,
+    output_gate_stride_h,
+    log_prior_stride_q,
+    log_prior_stride_h,
+    log_prior_stride_m,
+    gate_stride_q,
+    gate_stride_h,
+    gate_stride_m,
+    num_heads,
+    num_modalities,
+    padded_rows,
+    HEAD_DIM: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    sample, first_query, head = load_work(query_tiles_ptr, num_heads, BLOCK_Q)
+    query_stop = tl.load(cu_seqlens_q_ptr + sample + 1)
+    tile_start = first_query - tl.program_id(0) // num_heads % (TILE // BLOCK_Q) * BLOCK_Q
+    if tile_start >= query_stop:
+        return
+    offs_q = first_query + tl.arange(0, BLOCK_Q)
+    mask_q = offs_q < query_stop
+    offs_q64 = offs_q.to(tl.int64)
+    offs_row = offs_q64 * num_heads + head
+    plane = num_modalities * tl.cast(padded_rows, tl.int64) * num_heads
+    row_terms_ptrs = (
+        row_terms_ptr
+        + head * num_modalities * padded_rows
+        + padded_row(cu_seqlens_q_ptr, sample, first_query)
+        + tl.arange(0, BLOCK_Q)
+    )
+    grad_output_ptr += head * grad_output_stride_h
+
+    delta = tl.zeros([BLOCK_Q], tl.float32)
+    lse2 = tl.full([BLOCK_Q], -float("inf"), tl.float32)
+    if SOFTMAX != "partials":
+        # [BLOCK_Q, BLOCK_D]
+        output = load_rows(
+            output_ptr + head * HEAD_DIM,
+            num_heads * HEAD_DIM,
+            first_query,
+            query_stop,
+            BLOCK_Q,
+            HEAD_DIM,
+            BLOCK_D,
+            True,
+        ).to(tl.float32)
+        grad_output = load_rows(
+            grad_output_ptr, grad_output_stride_q, first_query, query_stop, BLOCK_Q, HEAD_DIM, BLOCK_D, True
+        ).to(tl.float32)
+        if output_gate_ptr is not None:
+            output_gate_ptr += head * output_gate_stride_h
+            output_gate = load_rows(
+                output_gate_ptr, output_gate_stride_q, first_query, query_stop, BLOCK_Q, HEAD_DIM, BLOCK_D, True
+            )
+            opened = tl.sigmoid(output_gate.to(tl.float32))
+            row_stride = num_heads * HEAD_DIM
+            store_rows(
+                grad_gated_ptr + head * HEAD_DIM,
+                row_stride,
+                first_query,
+                query_stop,
+                grad_output * opened,
+                BLOCK_Q,
+                HEAD_DIM,
+                BLOCK_D,
+            )
+            grad_output_gate = grad_output * output * (1.0 - opened)
+            store_rows(
+                grad_output_gate_ptr + head * HEAD_DIM,
+                row_stride,
+                first_query,
+                query_stop,
+                grad_output_gate,
+                BLOCK_Q,
+                HEAD_DIM,
+                BLOCK_D,
+            )
+        delta = tl.sum(grad_output * output, 1)
+    if SOFTMAX == "joint":
+        running_sum = tl.zeros([BLOCK_Q], tl.float32)
+        for index in range(num_modalities):
+            modality = tl.cast(index, tl.int64)
+            offs_m = offs_row * num_modalities + modality
+            lse2_m = tl.load(lse_ptr + offs_m, mask=mask_q, other=-float("inf")) * LOG2_E
+            new_max = tl.maximum(lse2, lse2_m)
+            running_sum = running_sum * tl.exp2(lse2 - finite_shift(new_max)) + tl.exp2(lse2_m - finite_shift(new_max))
+            lse2 = new_max
+            if grad_statistic_ptr is not None:
+                grad_mass_ptrs = (
+                    grad_statistic_ptr
+                    + offs_q64 * grad_statistic_stride_q
+                    + head * grad_statistic_stride_h
+                    + modality * grad_statistic_stride_m
+                )
+                grad_mass = tl.load(grad_mass_ptrs, mask=mask_q & (lse2_m > -float("inf")), other=0.0)
+                delta += grad_mass * tl.load(mass_ptr + offs_m, mask=mask_q, other=0.0)
+        lse2 += tl.log2(tl.where(running_sum > 0.0, running_sum, 1.0))
+    for index in range(num_modalities):
+        modality = tl.cast(index, tl.int64)
+        offs_m = offs_row * num_modalities + modality
+        lse2_m = tl.load(lse_ptr + offs_m, mask=mask_q, other=-float("inf")) * LOG2_E
+        seen = lse2_m > -float("inf")
+        if SOFTMAX != "joint":
+            lse2 = lse2_m
+        offset = -lse2
+        if log_prior_ptr is not None:
+            prior_ptrs = (
+                log_prior_ptr
+                + offs_q64 * log_prior_stride_q
+                + head * log_prior_stride_h
+                + modality * log_prior_stride_m
+            )
+            offset += tl.load(prior_ptrs, mask=seen, other=0.0) * LOG2_E
+        if SOFTMAX == "partials":
+            row_stride = num_heads * num_modalities * HEAD_DIM
+            output_m_ptr = output_ptr + (head * num_modalities + modality) * HEAD_DIM
+            output = load_rows(output_m_ptr, row_stride, first_query, query_stop, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
+            grad_output_m_ptr = grad_output_ptr + modality * grad_output_stride_m
+            grad_output = load_rows(
+                grad_output_m_ptr, grad_output_stride_q, first_query, query_stop, BLOCK_Q, HEAD_DIM, BLOCK_D, True
+            )
+            delta = tl.sum(grad_output.to(tl.float32) * output.to(tl.float32), 1)
+        shift = -delta
+        if grad_statistic_ptr is not None:
+            grad_statistic_ptrs = (
+                grad_statistic_ptr
+                + offs_q64 * grad_statistic_stride_q
+                + head * grad_statistic_stride_h
+                + modality * grad_statistic_stride_m
+            )
+            shift += tl.load(grad_statistic_ptrs, mask=seen, other=0.0)
+        gate = tl.full([BLOCK_Q], 1.0, tl.float32)
+        if gate_ptr is not None:
+            gate = tl.load(
+                gate_ptr + offs_q64 * gate_stride_q + head * gate_stride_h + modality * gate_stride_m,
+                mask=seen,
+                other=0.0,
+            )
+        tl.store(row_terms_ptrs + modality * padded_rows, tl.where(seen, offset, -float("inf")))
+        tl.store(row_terms_ptrs + modality * padded_rows + plane, tl.where(seen, shift, 0.0))
+        tl.store(row_terms_ptrs + modality * padded_rows + 2 * plane, tl.where(seen, gate, 0.0))

@@ -1,0 +1,392 @@
+"""Forward of gated multimodal attention: one online softmax over the segments of a sample, with everything about modalities in one pass.
+
+    z_j   = scale q.k_j + log_prior[m(j)]
+    lse_m = log sum_{j in m} exp(z_j)
+    joint:         mass_m = exp(lse_m - logsumexp_m lse_m)    output = sigmoid(output_gate) sum_m gate_m sum_{j in m} exp(z_j - logsumexp_m lse_m) v_j
+    per_modality:  mass_m = 1                                 output = sigmoid(output_gate) sum_m gate_m sum_{j in m} exp(z_j - lse_m) v_j
+    partials:      mass_m = 1                                 output_m = sum_{j in m} exp(z_j - lse_m) v_j
+    (0 instead of 1 where nothing of m is visible)
+
+A program owns BLOCK_Q queries of one sample and one head and walks the segments. A key tile lies in one segment, so prior and gate are one number a row: the prior enters the
+exponent's offset (no instruction), the gate costs one multiplication an element, mass and lse nothing inside the loop. Whole tiles run without a mask; what is left of a
+segment runs in narrow tiles, so that short segments do not pay for wide ones. Segments that are inactive, invisible to all rows of the tile, or hidden by a prior of -inf in
+all of them are not read.
+
+Cost: 4 Hq D (visible query-key pairs) FLOPs; reads query, key and value once from memory if the cache holds a sample's keys, writes the output once: a floor of
+(2 total_q Hq + 2 total_k Hkv) D elements, and 8 total_q Hq M bytes of mass and lse.
+Precision: scores, softmax, mass, lse and both accumulators in float32; probabilities (times the gate) are rounded once to value's dtype for the second product; float32
+inputs multiply in full precision unless ``torch.backends.cuda.matmul.allow_tf32``. With the joint softmax a modality whose probability is under float32's range
+(1e-38) against modalities before it reports lse -inf, mass 0.
+Determinism: no atomics, fixed order: bitwise reproducible.
+Source: Dao 2023, "FlashAttention-2", algorithm 1; the split of the loop follows Triton's tutorial 06.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedmm.kernels.attention.arguments import (
+    SoftmaxKind,
+    input_precision,
+    find_key_ranges,
+    strides_of,
+    unit_last_stride,
+)
+from fusedmm.kernels.attention.config import _attention_forward_config
+from fusedmm.kernels.indexing import (
+    TILE,
+    keep_mask,
+    load_rows,
+    load_visible,
+    load_work,
+    split_range,
+    store_rows,
+    visible_range,
+)
+from fusedmm.kernels.launch import device_arch
+from fusedmm.kernels.softmax import LN_2, LOG2_E, finite_shift, natural_lse
+
+
+@triton.jit
+def _attend_keys(
+    acc,  # [BLOCK_Q, BLOCK_D]
+    running_max,  # [BLOCK_Q], base 2
+    running_sum,  # [BLOCK_Q]
+    query,  # [BLOCK_Q, BLOCK_D]
+    key_ptr,
+    value_ptr,
+    key_stride_k,
+    value_stride_k,
+    start,
+    stop,
+    key_stop,
+    scale2,
+    prior,  # [BLOCK_Q], base 2
+    gate,  # [BLOCK_Q] or None
+    low,  # [BLOCK_Q] or None
+    high,
+    offs_q,
+    head,
+    seed,  # or None
+    dropout_p,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attend to the tiles of ``start : stop``; if MASKED, only to keys before ``key_stop`` and within each row's ``low : high``."""
+    BLOCK_D: tl.constexpr = query.shape[1]
+    for first_key in tl.range(start, stop, BLOCK_K):
+        offs_k = first_key + tl.arange(0, BLOCK_K)
+        # [BLOCK_K, BLOCK_D]
+        key = load_rows(key_ptr, key_stride_k, first_key, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, MASKED)
+        # [BLOCK_Q, BLOCK_K]
+        scores = tl.dot(query, key.T, input_precision=PRECISION)
+        if MASKED:
+            if low is None:
+                scores = tl.where((offs_k < key_stop)[None, :], scores, -float("inf"))
+            else:
+                scores = tl.where(
+                    (offs_k[None, :] >= low[:, None]) & (offs_k[None, :] < high[:, None]), scores, -float("inf")
+                )
+        new_max = tl.maximum(running_max, tl.max(scores, 1) * scale2 + prior)
+        shift = finite_shift(new_max)
+        # p = exp(z - max)
+        probs = tl.exp2(scores * scale2 + (prior - shift)[:, None])
+        rescale = tl.exp2(running_max - shift)
+        running_sum = running_sum * rescale + tl.sum(probs, 1)
+        if seed is not None:
+            probs = tl.where(keep_mask(seed, dropout_p, offs_q[:, None], head, offs_k[None, :]), probs, 0.0)
+        if gate is not None:
+            probs = probs * gate[:, None]
+        # [BLOCK_K, BLOCK_D]
+        value = load_rows(value_ptr, value_stride_k, first_key, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, MASKED)
+        acc = tl.dot(probs.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
+        running_max = new_max
+    return acc, running_max, running_sum
+
+
+@triton.jit
+def _attention_forward_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    output_ptr,
+    mass_ptr,
+    lse_ptr,
+    query_tiles_ptr,
+    cu_seqlens_q_ptr,
+    key_ranges_ptr,
+    log_prior_ptr,
+    gate_ptr,
+    output_gate_ptr,
+    visible_ptr,
+    seed_ptr,
+    scale,
+    dropout_p,
+    query_stride_q,
+    query_stride_h,
+    key_stride_k,
+    key_stride_h,
+    value_stride_k,
+    value_stride_h,
+    key_ranges_stride_b,
+    key_ranges_stride_h,
+    key_ranges_stride_m,
+    log_prior_stride_q,
+    log_prior_stride_h,
+    log_prior_stride_m,
+    gate_stride_q,
+    gate_stride_h,
+    gate_stride_m,
+    output_gate_stride_q,
+    output_gate_stride_h,
+    num_heads,
+    group_size,
+    num_modalities,
+    HEAD_DIM: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    sample, first_query, head = load_work(query_tiles_ptr, num_heads, BLOCK_Q)
+    query_stop = tl.load(cu_seqlens_q_ptr + sample + 1)
+    if first_query >= query_stop:
+        return
+    offs_q = first_query + tl.arange(0, BLOCK_Q)
+    mask_q = offs_q < query_stop
+    offs_row = offs_q.to(tl.int64) * num_heads + head
+    # [BLOCK_Q, BLOCK_D]
+    query = load_rows(
+        query_ptr + head * query_stride_h, query_stride_q, first_query, query_stop, BLOCK_Q, HEAD_DIM, BLOCK_D, True
+    )
+    key_ptr += head // group_size * key_stride_h
+    value_ptr += head // group_size * value_stride_h
+    key_ranges_ptr += sample.to(tl.int64) * key_ranges_stride_b + head * key_ranges_stride_h
+    scale2 = scale * LOG2_E
+    kept = 1.0 - dropout_p
+    seed = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    running_max = tl.full([BLOCK_Q], -float("inf"), tl.float32)
+    running_sum = tl.zeros([BLOCK_Q], tl.float32)
+    if SOFTMAX == "per_modality":
+        total = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for index in range(num_modalities):
+        modality = tl.cast(index, tl.int64)
+        offs_m = offs_row * num_modalities + modality
+        start = tl.load(key_ranges_ptr + modality * key_ranges_stride_m)
+        stop = tl.load(key_ranges_ptr + modality * key_ranges_stride_m + 1)
+        full_start = start
+        full_stop = stop
+        low = None
+        high = None
+        if visible_ptr is not None:
+            low, high = load_visible(visible_ptr, offs_q, mask_q, modality, num_modalities)
+            start, stop, full_start, full_stop = visible_range(start, stop, low, high, mask_q)
+        prior = tl.zeros([BLOCK_Q], tl.float32)
+        if log_prior_ptr is not None:
+            prior_ptrs = (
+                log_prior_ptr
+                + offs_q.to(tl.int64) * log_prior_stride_q
+                + head * log_prior_stride_h
+                + modality * log_prior_stride_m
+            )
+            prior = tl.load(prior_ptrs, mask=mask_q, other=-float("inf")) * LOG2_E
+            stop = tl.where(tl.max(prior, 0) > -float("inf"), stop, start)
+        segment_max = running_max
+        segment_sum = tl.zeros([BLOCK_Q], tl.float32)
+        if SOFTMAX != "joint":
+            acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+            segment_max = tl.full([BLOCK_Q], -float("inf"), tl.float32)
+        if gate_ptr is not None:
+            gate_ptrs = gate_ptr + offs_q.to(tl.int64) * gate_stride_q + head * gate_stride_h + modality * gate_stride_m
+        if stop > start:
+            gate = None
+            if SOFTMAX == "joint" and gate_ptr is not None:
+                gate = tl.load(gate_ptrs, mask=mask_q, other=0.0)
+            bounds = split_range(start, stop, full_start, full_stop, BLOCK_K)
+            for piece in tl.static_range(4):
+                # Pieces 0 and 2, whole tiles that need a mask, exist only where rows differ in what they see.
+                if piece % 2 == 1 or visible_ptr is not None:
+                    acc, segment_max, segment_sum = _attend_keys(
+                        acc=acc,
+                        running_max=segment_max,
+                        running_sum=segment_sum,
+                        query=query,
+                        key_ptr=key_ptr,
+                        value_ptr=value_ptr,
+                        key_stride_k=key_stride_k,
+                        value_stride_k=value_stride_k,
+                        start=bounds[piece],
+                        stop=bounds[piece + 1],
+                        key_stop=stop,
+                        scale2=scale2,
+                        prior=prior,
+                        gate=gate,
+                        low=low,
+                        high=high,
+                        offs_q=offs_q,
+                        head=head,
+                        seed=seed,
+                        dropout_p=dropout_p,
+                        HEAD_DIM=HEAD_DIM,
+                        BLOCK_K=BLOCK_TAIL if piece == 3 else BLOCK_K,
+                        MASKED=piece != 1,
+                        PRECISION=PRECISION,
+                    )
+        if SOFTMAX == "joint":
+            # The mass needs the final maximum and sum: keep this segment's in its place until then.
+            tl.store(mass_ptr + offs_m, segment_sum, mask=mask_q)
+            tl.store(lse_ptr + offs_m, segment_max, mask=mask_q)
+            running_sum = running_sum * tl.exp2(running_max - finite_shift(segment_max)) + segment_sum
+            running_max = segment_max
+        else:
+            seen = segment_sum > 0.0
+            tl.store(mass_ptr + offs_m, tl.where(seen, 1.0, 0.0), mask=mask_q)
+            tl.store(lse_ptr + offs_m, natural_lse(segment_max, segment_sum), mask=mask_q)
+            weight = 1.0 / (tl.where(seen, segment_sum, 1.0) * kept)
+            if SOFTMAX == "partials":
+                store_rows(
+                    output_ptr + (head * num_modalities + modality) * HEAD_DIM, num_heads * num_modalities * HEAD_DIM, first_query, query_stop,
+                    acc * weight[:, None], BLOCK_Q, HEAD_DIM, BLOCK_D,
+                )  # fmt: skip
+            else:
+                if gate_ptr is not None:
+                    weight = weight * tl.load(gate_ptrs, mask=mask_q, other=0.0)
+                total += acc * weight[:, None]
+
+    if SOFTMAX == "joint":
+        running_sum = tl.where(running_sum > 0.0, running_sum, 1.0)
+        total = acc * (1.0 / (running_sum * kept))[:, None]
+        tl.debug_barrier()  # the rows below were stored by other threads of this program
+        for index in range(num_modalities):
+            modality = tl.cast(index, tl.int64)
+            offs_m = offs_row * num_modalities + modality
+            segment_sum = tl.load(mass_ptr + offs_m, mask=mask_q, other=0.0)
+            segment_max = tl.load(lse_ptr + offs_m, mask=mask_q, other=-float("inf"))
+            mass = segment_sum * tl.exp2(segment_max - finite_shift(running_max)) / running_sum
+            tl.store(mass_ptr + offs_m, mass, mask=mask_q)
+            tl.store(lse_ptr + offs_m, natural_lse(segment_max, segment_sum), mask=mask_q)
+    if SOFTMAX != "partials":
+        if output_gate_ptr is not None:
+            output_gate = load_rows(
+                output_gate_ptr + head * output_gate_stride_h,
+                output_gate_stride_q,
+                first_query,
+                query_stop,
+                BLOCK_Q,
+                HEAD_DIM,
+                BLOCK_D,
+                True,
+            )
+            total = total * tl.sigmoid(output_gate.to(tl.float32))
+        store_rows(
+            output_ptr + head * HEAD_DIM,
+            num_heads * HEAD_DIM,
+            first_query,
+            query_stop,
+            total,
+            BLOCK_Q,
+            HEAD_DIM,
+            BLOCK_D,
+        )
+
+
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    query_tiles: Tensor,
+    key_tiles: Tensor,
+    log_prior: Tensor | None,
+    gate: Tensor | None,
+    output_gate: Tensor | None,
+    active: Tensor | None,
+    visible: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    softmax: SoftmaxKind,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward.
+
+    Args:
+        query: [total_q, Hq, D] float16, bfloat16 or float32; D 16 to 256, last stride 1 (copied otherwise), as for all tensors with D.
+        key: [total_k, Hkv, D], Hq a multiple of Hkv.
+        value: [total_k, Hkv, D].
+        cu_seqlens_q: [B+1] int32.
+        cu_seqlens_k: [B*M+1] int32, sample-major, modality-minor.
+        query_tiles: [total_q // 128 + B, 2] int32, (sample, first query) of each tile of 128 rows, longest work first, unused ones (-1, 0).
+        key_tiles: [total_k // 128 + B*M, 2] int32, (segment, first key); only the backward needs it.
+        log_prior: [total_q, Hq, M] float32, any strides, or None.
+        gate: [total_q, Hq, M] float32, any strides, or None; refused by "partials".
+        output_gate: [total_q, Hq, D] logits in query's dtype, or None.
+        active: [B, Hq, M] bool, any strides, or None.
+        visible: [total_q, M, 2] int32, first key and end of what a query sees of a modality, within its segment; or None.
+        seed: [1] int64 or None; with it key j is kept by query r and head h iff philox(seed; j, r, h, 0) as a uniform number is at least dropout_p.
+        dropout_p: in [0, 1).
+        softmax: "joint", "per_modality" or "partials".
+        scale: multiplies scores.
+
+    Returns:
+        output [total_q, Hq, D] ([total_q, Hq, M, D] for partials) in query's dtype, mass and lse [total_q, Hq, M] float32.
+    """
+    total_q, num_heads, head_dim = query.shape
+    num_modalities = (cu_seqlens_k.numel() - 1) // max(cu_seqlens_q.numel() - 1, 1)
+    # The kernel takes the maximum of the scores before it scales them, so a negative scale goes into the query; exact, as is a scale of 0.
+    if scale <= 0.0:
+        query, scale = (query * 0.0, 1.0) if scale == 0.0 else (-query, -scale)
+    query, key, value = (unit_last_stride(x) for x in (query, key, value))
+    output_gate = None if output_gate is None else unit_last_stride(output_gate)
+    key_ranges = find_key_ranges(cu_seqlens_k, active, cu_seqlens_q.numel() - 1, num_heads, num_modalities)
+    output_shape = (
+        (total_q, num_heads, num_modalities, head_dim) if softmax == "partials" else (total_q, num_heads, head_dim)
+    )
+    output = query.new_empty(output_shape)
+    mass = query.new_empty((total_q, num_heads, num_modalities), dtype=torch.float32)
+    lse = torch.empty_like(mass)
+    config = _attention_forward_config(head_dim, query.dtype, device_arch(query.device))
+    grid = (query_tiles.shape[0] * (TILE.value // config.blocks["BLOCK_Q"]) * num_heads,)
+    _attention_forward_kernel[grid](
+        query_ptr=query,
+        key_ptr=key,
+        value_ptr=value,
+        output_ptr=output,
+        mass_ptr=mass,
+        lse_ptr=lse,
+        query_tiles_ptr=query_tiles,
+        cu_seqlens_q_ptr=cu_seqlens_q,
+        key_ranges_ptr=key_ranges,
+        log_prior_ptr=log_prior,
+        gate_ptr=gate,
+        output_gate_ptr=output_gate,
+        visible_ptr=visible,
+        seed_ptr=seed,
+        scale=scale,
+        dropout_p=dropout_p,
+        **strides_of(query, "query", "qh"),
+        **strides_of(key, "key", "kh"),
+        **strides_of(value, "value", "kh"),
+        **strides_of(key_ranges, "key_ranges", "bhm"),
+        **strides_of(log_prior, "log_prior", "qhm"),
+        **strides_of(gate, "gate", "qhm"),
+        **strides_of(output_gate, "output_gate", "qh"),
+        num_heads=num_heads,
+        group_size=num_heads // key.shape[1],
+        num_modalities=num_modalities,
+        HEAD_DIM=head_dim,
+        SOFTMAX=softmax,
+        PRECISION=input_precision(query.dtype),
+        **config.launch_options(),
+    )
+    return output, mass, lse

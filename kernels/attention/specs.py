@@ -1,0 +1,176 @@
+"""Every attention kernel in every configuration the table chooses, for ahead-of-time compilation.
+
+The variants are those that differ in code: dtype, head size, kind of softmax, and whether an optional tensor is there. Not every combination is listed, but every option
+is, at every size: plain, with everything about modalities, with times, with dropout.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fusedmm.kernels.attention.backward_key_value import _attention_backward_key_value_kernel
+from fusedmm.kernels.attention.backward_query import _attention_backward_query_kernel
+from fusedmm.kernels.attention.backward_rows import _attention_backward_rows_kernel
+from fusedmm.kernels.attention.config import (
+    _attention_backward_key_value_config,
+    _attention_backward_query_config,
+    _attention_backward_rows_config,
+    _attention_forward_config,
+)
+from fusedmm.kernels.attention.forward import _attention_forward_kernel
+from fusedmm.kernels.launch import KernelSpec, LaunchConfig
+
+HEAD_DIMS = (64, 96, 128, 256)
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# Optional tensors present in each variant.
+VARIANTS = {
+    "plain": (),
+    "gated": (
+        "log_prior_ptr",
+        "gate_ptr",
+        "output_gate_ptr",
+        "grad_statistic_ptr",
+        "grad_gated_ptr",
+        "grad_output_gate_ptr",
+    ),
+    "timed": ("log_prior_ptr", "gate_ptr", "visible_ptr"),
+    "dropout": ("seed_ptr",),
+}
+OPTIONAL = frozenset(name for names in VARIANTS.values() for name in names)
+FLOAT32 = frozenset(
+    f"{name}_ptr"
+    for name in ("log_prior", "gate", "mass", "lse", "row_terms", "grad_statistic", "grad_log_prior", "grad_gate")
+)
+INT32 = frozenset(
+    f"{name}_ptr" for name in ("query_tiles", "key_tiles", "cu_seqlens_q", "cu_seqlens_k", "key_ranges", "visible")
+)
+MULTIPLES_OF_16 = frozenset(
+    f"{name}_stride_{dim}"
+    for name, dims in (("query", "qh"), ("key", "kh"), ("value", "kh"), ("grad_output", "qhm"), ("output_gate", "qh"))
+    for dim in dims
+) | {"padded_rows"}
+
+
+def _argument_type(name: str, element: str) -> str:
+    if name in FLOAT32:
+        return "*fp32"
+    if name in INT32:
+        return "*i32"
+    if name == "seed_ptr":
+        return "*i64"
+    if name.endswith("_ptr"):
+        return f"*{element}"
+    return "fp32" if name in ("scale", "dropout_p") else "i32"
+
+
+def _spec(
+    kernel: Any,
+    name: str,
+    config: LaunchConfig,
+    dtype: torch.dtype,
+    arch: str,
+    present: tuple[str, ...],
+    **constexprs: Any,
+) -> KernelSpec:
+    parameters = inspect.signature(kernel.fn).parameters
+    values = {**constexprs, "PRECISION": "ieee"}
+    values = {key: value for key, value in values.items() if key in parameters}
+    values |= {argument: None for argument in parameters if argument in OPTIONAL and argument not in present}
+    fixed = {*values, *config.blocks}
+    signature = {argument: _argument_type(argument, DTYPES[dtype]) for argument in parameters if argument not in fixed}
+    aligned = constexprs["HEAD_DIM"] % 16 == 0
+    return KernelSpec(
+        name=name,
+        kernel=kernel,
+        signature=signature,
+        constexprs=values,
+        config=config,
+        arch=arch,
+        divisible_by_16=tuple(argument for argument in signature if argument in MULTIPLES_OF_16 and aligned),
+        main_loop_flops=_main_loop_flops(kernel, config, constexprs),
+    )
+
+
+def _main_loop_flops(kernel: Any, config: LaunchConfig, constexprs: dict[str, Any]) -> int:
+    products = {
+        _attention_forward_kernel: 2,
+        _attention_backward_key_value_kernel: 4,
+        _attention_backward_query_kernel: 2 if constexprs.get("DELTA_ONLY") else 3,
+        _attention_backward_rows_kernel: 0,
+    }[kernel]
+    return products * 2 * config.blocks["BLOCK_Q"] * config.blocks.get("BLOCK_K", 0) * config.blocks["BLOCK_D"]
+
+
+def kernel_specs(arch: str) -> Iterator[KernelSpec]:
+    """All attention kernels that run on ``arch``."""
+    for dtype, element in DTYPES.items():
+        for head_dim in HEAD_DIMS:
+            sizes = {"HEAD_DIM": head_dim}
+            forward = _attention_forward_config(head_dim, dtype, arch)
+            query = _attention_backward_query_config(head_dim, dtype, arch)
+            key_value = _attention_backward_key_value_config(head_dim, dtype, arch)
+            rows = _attention_backward_rows_config(head_dim)
+            tag = f"d{head_dim},{element}"
+            for softmax in ("joint", "per_modality", "partials"):
+                for variant, present in VARIANTS.items():
+                    if softmax != "joint" and variant != "plain":
+                        continue
+                    label = f"[{softmax},{variant},{tag}]"
+                    yield _spec(
+                        _attention_forward_kernel,
+                        f"attention_forward{label}",
+                        forward,
+                        dtype,
+                        arch,
+                        present,
+                        SOFTMAX=softmax,
+                        **sizes,
+                    )
+                    yield _spec(
+                        _attention_backward_rows_kernel,
+                        f"attention_backward_rows{label}",
+                        rows,
+                        dtype,
+                        arch,
+                        present,
+                        SOFTMAX=softmax,
+                        **sizes,
+                    )
+            for variant, present in VARIANTS.items():
+                if variant == "gated":
+                    continue  # the gate is in row_terms: the same code as plain
+                label = f"[{variant},{tag}]"
+                yield _spec(
+                    _attention_backward_key_value_kernel,
+                    f"attention_backward_key_value{label}",
+                    key_value,
+                    dtype,
+                    arch,
+                    present,
+                    **sizes,
+                )
+                for name, delta_only in (("query", False), ("delta", True)):
+                    flags = {"DELTA_ONLY": delta_only, "IS_PARTIALS": False}
+                    yield _spec(
+                        _attention_backward_query_kernel,
+                        f"attention_backward_{name}{label}",
+                        query,
+                        dtype,
+                        arch,
+                        present,
+                        **flags,
+                        **sizes,
+                    )
+            flags = {"DELTA_ONLY": False, "IS_PARTIALS": True}
+            yield _spec(
+                _attention_backward_query_kernel,
+                f"attention_backward_query[partials,{tag}]",
+                query,
+                dtype,
+                arch,
+                (),
+                **flags,
+                **sizes,
+            )

@@ -1,0 +1,106 @@
+"""Where a program works and what it loads: work lists, tiles of rows, key ranges, dropout counters.
+
+Addresses are int64 from the program index on: the head and the row that a tile starts with are widened before they meet a stride, and only offsets within a tile stay
+in 32 bits.
+"""
+
+import triton
+import triton.language as tl
+
+TILE = tl.constexpr(128)  # rows of a tile of the work lists, fusedmm.layout.TILE
+
+
+@triton.jit
+def load_work(tiles_ptr, num_heads, BLOCK: tl.constexpr):
+    """(run, first row, head) of this program; heads vary fastest, so that the longest tile of every head starts first.
+
+    An unused entry of the work list is run -1 at row 0, which lies past the end (0) that ``cu_seqlens[run + 1]`` gives for it.
+    """
+    program = tl.program_id(0)
+    PARTS: tl.constexpr = TILE // BLOCK
+    head = program % num_heads
+    part = program // num_heads
+    tile = (part // PARTS).to(tl.int64)
+    run = tl.load(tiles_ptr + 2 * tile)
+    first_row = tl.load(tiles_ptr + 2 * tile + 1) + part % PARTS * BLOCK
+    return run, first_row, head.to(tl.int64)
+
+
+@triton.jit
+def load_rows(
+    base_ptr,
+    row_stride,
+    first_row,
+    row_stop,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """[BLOCK, BLOCK_D] rows of a matrix whose last stride is 1; columns past HEAD_DIM are 0 and, if MASKED, so are rows from ``row_stop`` on."""
+    offs = tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = base_ptr + tl.cast(first_row, tl.int64) * row_stride + offs[:, None] * row_stride + offs_d[None, :]
+    if MASKED:
+        mask = (first_row + offs < row_stop)[:, None]
+        if HEAD_DIM < BLOCK_D:
+            mask = mask & (offs_d < HEAD_DIM)[None, :]
+        return tl.load(ptrs, mask=mask, other=0.0)
+    elif HEAD_DIM < BLOCK_D:
+        return tl.load(ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_rows(
+    base_ptr, row_stride, first_row, row_stop, tile, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Store a [BLOCK, BLOCK_D] tile, rounded to the pointer's dtype, without the rows from ``row_stop`` on."""
+    offs = tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = base_ptr + tl.cast(first_row, tl.int64) * row_stride + offs[:, None] * row_stride + offs_d[None, :]
+    mask = (first_row + offs < row_stop)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    tl.store(ptrs, tile.to(base_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_visible(visible_ptr, offs_q, mask_q, modality, num_modalities):
+    """[BLOCK_Q] first key and end of what each query sees of a modality; 0, 0 for masked rows."""
+    ptrs = visible_ptr + (offs_q.to(tl.int64) * num_modalities + modality) * 2
+    return tl.load(ptrs, mask=mask_q, other=0), tl.load(ptrs + 1, mask=mask_q, other=0)
+
+
+@triton.jit
+def split_range(start, stop, full_start, full_stop, BLOCK_K: tl.constexpr):
+    """Cut the keys that some row of a tile sees, ``start : stop``, where every row sees ``full_start : full_stop``.
+
+    Returns (start, full_start, full_stop, wide_stop, stop): ``start : full_start`` and ``full_stop : wide_stop`` are whole tiles that need a mask,
+    ``full_start : full_stop`` whole tiles that need none, and ``wide_stop : stop`` less than a tile.
+    """
+    full_start = start + (full_start - start + BLOCK_K - 1) // BLOCK_K * BLOCK_K
+    full_keys = tl.maximum(full_stop - full_start, 0) // BLOCK_K * BLOCK_K
+    full_start = tl.where(full_keys > 0, full_start, start)
+    full_stop = full_start + full_keys
+    wide_stop = full_stop + tl.maximum(stop - full_stop, 0) // BLOCK_K * BLOCK_K
+    return start, full_start, full_stop, wide_stop, stop
+
+
+@triton.jit
+def visible_range(start, stop, low, high, mask_q):
+    """The part of segment ``start : stop`` that some row sees, and the part that all rows see, from each row's ``low : high``; rows may be in any order."""
+    sees = high > low
+    none = stop == start
+    some_start = tl.minimum(tl.min(tl.where(sees, low, 2147483647), 0), stop)
+    some_stop = tl.maximum(tl.max(tl.where(sees, high, 0), 0), some_start)
+    some_stop = tl.where(none, some_start, some_stop)
+    full_start = tl.maximum(tl.max(tl.where(mask_q, low, 0), 0), some_start)
+    full_stop = tl.minimum(tl.min(tl.where(mask_q, high, 2147483647), 0), some_stop)
+    return some_start, some_stop, full_start, full_stop
+
+
+@triton.jit
+def keep_mask(seed, dropout_p, query, head, key):
+    """True where a probability survives dropout: Philox 4x32-10 at counters (key, query, head, 0); query and key broadcast."""
+    word, _, _, _ = tl.philox(seed, key.to(tl.uint32), query.to(tl.uint32), head.to(tl.uint32), 0)
+    return tl.uint_to_uniform_float(word) >= dropout_p
