@@ -24,6 +24,7 @@ TASKS = ("regression", "classification")
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
 
 
 class DataFormatError(ValueError):
@@ -41,7 +42,10 @@ class ModalityInfo:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What ``dataset.json`` says; the order of ``modalities`` is their order everywhere."""
+    """What ``dataset.json`` says; the order of ``modalities`` is their order everywhere.
+
+    ``persistence`` names the ``past_`` column that, unchanged, is a forecast of every target.
+    """
 
     name: str
     task: str
@@ -49,6 +53,7 @@ class DatasetInfo:
     licence: str
     modalities: dict[str, ModalityInfo]
     classes: int | None = None
+    persistence: str | None = None
     time_unit: str = "second"
     format: int = FORMAT_VERSION
 
@@ -82,9 +87,9 @@ class Dataset:
         """Names of the sample columns that start with ``prefix``, in the file's order."""
         return [name for name in self.samples.columns if name.startswith(prefix)]
 
-    def matrix(self, prefix: str) -> npt.NDArray[np.float64]:
+    def matrix(self, prefix: str) -> Float64Array:
         """The columns that start with ``prefix`` as one array [N, number of columns]."""
-        values: npt.NDArray[np.float64] = self.samples[self.columns(prefix)].to_numpy(np.float64)
+        values: Float64Array = self.samples[self.columns(prefix)].to_numpy(np.float64)
         return values
 
 
@@ -205,6 +210,7 @@ def _read_info(directory: Path) -> DatasetInfo:
         licence=raw["licence"],
         modalities=modalities,
         classes=classes,
+        persistence=raw.get("persistence"),
     )
 
 
@@ -272,6 +278,8 @@ def _read_samples(directory: Path, info: DatasetInfo) -> pd.DataFrame:
     targets = [name for name in table.column_names if name.startswith("target_")]
     if not targets:
         raise _fail(file, "target_<name>", None, f"is missing; the file has {', '.join(table.column_names)}.")
+    if info.persistence is not None and info.persistence not in table.column_names:
+        raise _fail(file, info.persistence, None, "is missing: dataset.json names it as the forecast by persistence.")
     samples = table.to_pandas()
     for column in [
         name

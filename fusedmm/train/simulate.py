@@ -21,9 +21,15 @@ import numpy.typing as npt
 import pandas as pd
 
 from fusedmm.train.chart import cut_patches
-from fusedmm.train.format import SECONDS_PER_DAY, DatasetInfo, Int64Array, ModalityInfo, RawTokens, write_dataset
-
-Float64Array = npt.NDArray[np.float64]
+from fusedmm.train.format import (
+    SECONDS_PER_DAY,
+    DatasetInfo,
+    Float64Array,
+    Int64Array,
+    ModalityInfo,
+    RawTokens,
+    write_dataset,
+)
 
 REGIMES = ("quiet", "earnings", "speeches", "technical")
 INFORMATIVE = ("price", "text", "audio", "chart")
