@@ -1,0 +1,242 @@
+"""Distillation scores and losses of two heads whose logits are never formed as a whole."""
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from fusedmm.eager.distillation_scores import FIELDS, SECOND_PASS_FIELDS
+from fusedmm.heads import Head, LinearHead, Teacher, TopKLogProbs
+from fusedmm.ops.distillation_inputs import Inputs, check_fraction, check_inputs
+from fusedmm.ops.distillation_op import problem_of
+from fusedmm.reference import distillation as reference
+from fusedmm.shapes import check_device, check_dtype, check_shapes
+
+MEMORIES = ("fast", "lean")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class DistillationScores(NamedTuple):
+    """How far a student is from its teacher, row by row: each field [N] float32 (float64 for float64 heads), or None where it does not apply.
+
+    With p the student's and t the teacher's probabilities at the temperature, and z the student's logits:
+
+    Attributes:
+        forward_kl: ``sum t (log t - log p)``.
+        reverse_kl: ``sum p (log p - log t)``.
+        hellinger: ``1 - sum sqrt(p t)``.
+        student_entropy: ``-sum p log p``.
+        teacher_entropy: ``-sum t log t``; of the top-k classes and the bucket for a top-k teacher.
+        student_confidence: ``max p``.
+        teacher_confidence: ``max t``.
+        agreement: 1 where both have the same argmax, else 0.
+        grad_norm: ``norm(p - t)``, for a `LinearHead` times ``norm(hidden) / temperature``: the norm of the row's gradient in the weight under forward KL.
+        student_nll: ``-log p_y`` at temperature 1; this and the next four need labels.
+        teacher_nll: ``-log t_y`` at temperature 1; None for a top-k teacher, which may not know it.
+        excess_loss: ``student_nll - teacher_nll``: reducible holdout loss (RHO-LOSS, Rho-1, DoReMi).
+        el2n: ``norm(p - onehot(y))`` at temperature 1.
+        margin: ``z_y - max_{v != y} z_v`` at temperature 1.
+        divergence: the generalised Jensen-Shannon divergence at `beta`, where beta is given.
+        total_variation: ``sum abs(p - t) / 2``, where 0 < beta < 1, as it needs the same second pass.
+    """
+
+    forward_kl: Tensor
+    reverse_kl: Tensor
+    hellinger: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    student_confidence: Tensor
+    teacher_confidence: Tensor
+    agreement: Tensor
+    grad_norm: Tensor
+    student_nll: Tensor | None
+    teacher_nll: Tensor | None
+    excess_loss: Tensor | None
+    el2n: Tensor | None
+    margin: Tensor | None
+    divergence: Tensor | None
+    total_variation: Tensor | None
+
+
+def distillation_scores(
+    student: Head,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    beta: float | None = None,
+    ignore_index: int = -100,
+    impl: str = "auto",
+) -> DistillationScores:
+    """Score every row of a batch by how student and teacher differ; forward only, all fields from one pass over both heads.
+
+    Args:
+        student: `LinearHead` or `Logits` of N rows.
+        teacher: `LinearHead`, `Logits` or `TopKLogProbs` of the same rows; its hidden size may differ.
+        labels: [N] int64, or None.
+        temperature: positive number, or [N] tensor; divides the logits of both.
+        beta: which divergence to compute beside the fixed fields, see `distillation_loss`; between 0 and 1 exclusive it costs a second pass.
+        ignore_index: rows with this label are 0 in every field.
+        impl: "auto" (Triton on CUDA, eager elsewhere and for a top-k teacher), "triton", "eager" or "reference".
+
+    Returns:
+        `DistillationScores`; nothing in it has a gradient.
+
+    Raises:
+        TypeError, ShapeError, ValueError, NotImplementedError: as the message says.
+
+    Under `torch.autocast` hidden states, weights and biases are taken in its dtype, as `torch.nn.functional.linear` does; all after the matmul is float32.
+
+    Cost: ``2 N V (Ds + Dt)`` FLOPs (twice that with a second pass). Bytes: the weights once for every block of rows, O(N) extra memory; eager holds one wave of logits.
+
+    Source: RHO-LOSS, Mindermann et al. 2022, eq. 3; el2n and GraNd, Paul et al. 2021; generalised JSD, Agarwal et al. 2024 (GKD), eq. 1.
+    """
+    op = "distillation_scores"
+    if beta is not None:
+        beta = check_fraction(op, "beta", beta)
+    inputs = check_inputs(op, student, teacher, labels, temperature, ignore_index, impl)
+    second_pass = beta is not None and 0.0 < beta < 1.0
+    if inputs.impl == "reference":
+        fields = reference.scores(
+            *_whole(inputs), num_classes=inputs.shard.count, beta=beta, ignore_index=ignore_index
+        )
+        return DistillationScores(**{name: fields[name].detach().to(_result_dtype(inputs)) if name in fields else None for name in FIELDS})  # type: ignore[arg-type]
+    with torch.no_grad():
+        problem = problem_of(inputs, beta=0.0 if beta is None else beta, ignore_index=ignore_index)
+        rows = torch.ops.fusedmm.distillation_scores(*problem, second_pass).unbind(0)
+    given: dict[str, Tensor | None] = dict(zip(FIELDS, rows, strict=True))
+    if beta is not None and not second_pass:
+        given["divergence"] = given["forward_kl"] if beta == 0.0 else given["reverse_kl"]
+    absent = {name for name in SECOND_PASS_FIELDS if beta is None or (name == "total_variation" and not second_pass)}
+    if labels is None:
+        absent |= {"student_nll", "teacher_nll", "excess_loss", "el2n", "margin"}
+    elif isinstance(teacher, TopKLogProbs):
+        absent |= {"teacher_nll", "excess_loss"}
+    return DistillationScores(**{name: None if name in absent else field for name, field in given.items()})  # type: ignore[arg-type]
+
+
+def distillation_loss(
+    student: Head,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    beta: float = 0.0,
+    temperature: float | Tensor = 1.0,
+    alpha: float = 1.0,
+    label_smoothing: float = 0.0,
+    row_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    memory: str = "fast",
+    impl: str = "auto",
+) -> Tensor:
+    """Distil a teacher into a student, with a share of cross entropy, without ever forming the logits of all rows.
+
+    With p and t the probabilities of student and teacher at the temperature T::
+
+        mix    = beta * t + (1 - beta) * p
+        D      = KL(t || p) if beta == 0 else KL(p || t) if beta == 1 else beta * KL(t || mix) + (1 - beta) * KL(p || mix)
+        loss_n = alpha * T**2 * D + (1 - alpha) * cross_entropy(student logits, labels, label_smoothing)
+        loss   = (row_weight * loss_n).sum() / normalizer
+
+    Args:
+        student: `LinearHead` or `Logits` of N rows; its tensors get gradients.
+        teacher: `LinearHead`, `Logits` or `TopKLogProbs` of the same rows; frozen unless its tensors require grad (then memory must be "lean").
+        labels: [N] int64; needed where alpha < 1, else only for `ignore_index`.
+        beta: 0 is forward KL, 1 reverse KL, between them the generalised Jensen-Shannon divergence.
+        temperature: positive number, or [N] tensor without gradient.
+        alpha: share of the divergence, 0 to 1; at 0 the teacher is not read.
+        label_smoothing: of the cross entropy, 0 to 1.
+        row_weight: [N] floating point without gradient, or None for 1.
+        ignore_index: rows with this label count nothing and have no gradient.
+        reduction: "mean", "sum" or "none" ([N], where the gradient of every row may differ).
+        normalizer: what "mean" divides by; default the sum of the weights of the rows that count. Under data parallelism pass the sum over ranks.
+        memory: "fast" takes the gradient in the forward, wave by wave; "lean" keeps O(N) numbers and forms the logits again in the backward. Reduction "none" always does the latter.
+        impl: "auto" (Triton on CUDA, eager elsewhere and for a top-k teacher), "triton", "eager" or "reference".
+
+    Returns:
+        Scalar, or [N] for "none"; float32 (float64 for float64 heads). With no row that counts it is 0.
+
+    Raises:
+        TypeError, ShapeError, ValueError, NotImplementedError: as the message says.
+
+    A head with `group` has its classes split over ranks: every rank must call, gets the same loss, and the gradient of hidden is the sum over ranks.
+    Under `torch.autocast` hidden states, weights and biases are taken in its dtype, as `torch.nn.functional.linear` does; all after the matmul is float32.
+
+    Cost: fast ``2 N V (3 Ds + Dt)`` FLOPs with both gradients, without a weight gradient ``2 N V (2 Ds + Dt)``; lean ``2 N V (2 Ds + 2 Dt)`` more at most ``2 N V (Ds + Dt)``
+    for the second pass of 0 < beta < 1. Bytes: a wave of logits is written once and read once a pass; no buffer for a gradient that nobody asked for.
+
+    Source: Hinton et al. 2015 (the factor T**2); Agarwal et al. 2024 (GKD), eq. 1.
+    """
+    op = "distillation_loss"
+    beta, alpha = check_fraction(op, "beta", beta), check_fraction(op, "alpha", alpha)
+    label_smoothing = check_fraction(op, "label_smoothing", label_smoothing)
+    if memory not in MEMORIES:
+        raise ValueError(f"{op}: memory must be one of {', '.join(map(repr, MEMORIES))}, got {memory!r}.")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}.")
+    if alpha < 1.0 and labels is None:
+        raise ValueError(f"{op}: labels must be given where alpha < 1, got None with alpha={alpha}. The rest of the loss is cross entropy.")
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f'{op}: normalizer divides reduction="mean" only, got reduction={reduction!r}. Leave it out.')
+    inputs = check_inputs(op, student, teacher, labels, temperature, ignore_index, impl)
+    row_scale = _row_scale(op, inputs, row_weight, ignore_index, reduction, normalizer)
+    teacher_wants = torch.is_grad_enabled() and not isinstance(inputs.teacher, TopKLogProbs) and any(t.requires_grad for t in _tensors(inputs.teacher))
+    if teacher_wants and memory == "fast":
+        raise ValueError(f'{op}: teacher must not require grad with memory="fast", which takes the student\'s gradient only. Detach it, or pass memory="lean".')
+    if inputs.impl == "reference":
+        rows = reference.loss(
+            *_whole(inputs), num_classes=inputs.shard.count, beta=beta, alpha=alpha, label_smoothing=label_smoothing, ignore_index=ignore_index
+        )
+        rows = rows * row_scale
+        return (rows if reduction == "none" else rows.sum()).to(_result_dtype(inputs))
+    problem = problem_of(inputs, beta=beta, alpha=alpha, label_smoothing=label_smoothing, ignore_index=ignore_index)
+    needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in problem[:3]]
+    if memory == "fast" and reduction != "none" and any(needs):
+        return cast(Tensor, torch.ops.fusedmm.distillation_fast(*problem, row_scale, *needs)[0])
+    rows = torch.ops.fusedmm.distillation_rows(*problem)[0]
+    return rows * row_scale if reduction == "none" else torch.dot(rows, row_scale)
+
+
+def _row_scale(
+    op: str, inputs: Inputs, row_weight: Tensor | None, ignore_index: int, reduction: str, normalizer: float | Tensor | None
+) -> Tensor:
+    """[N] what the loss of every row is multiplied by."""
+    num_rows, dtype = inputs.rows.shape[0], _result_dtype(inputs)
+    if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
+        raise ValueError(f"{op}: normalizer must be a number or a tensor of one, got shape {list(normalizer.shape)}. Sum it first.")
+    if row_weight is not None:
+        check_shapes(op, {"row_weight": (row_weight, ("row",))}, {"row": num_rows})
+        check_dtype(op, "row_weight", row_weight, (torch.float16, torch.bfloat16, torch.float32, torch.float64), ". Use row_weight.float().")
+        check_device(op, {"student": inputs.rows, "row_weight": row_weight})
+        if row_weight.requires_grad:
+            raise ValueError(f"{op}: row_weight must not require grad, it is a constant of the loss. Pass row_weight.detach().")
+    divisor = 1.0 if normalizer is None else normalizer.to(dtype).reshape(()) if isinstance(normalizer, Tensor) else float(normalizer)
+    if row_weight is None and inputs.labels is None:
+        if reduction == "mean" and normalizer is None:
+            divisor = float(max(num_rows, 1))
+        return inputs.rows.new_ones((num_rows,), dtype=dtype) / divisor if isinstance(divisor, Tensor) else inputs.rows.new_full((num_rows,), 1.0 / divisor, dtype=dtype)
+    weight = inputs.rows.new_ones((num_rows,), dtype=dtype) if row_weight is None else row_weight.to(dtype)
+    if inputs.labels is not None:
+        weight = torch.where(inputs.labels == ignore_index, 0.0, weight)
+    if reduction == "mean" and normalizer is None:
+        divisor = weight.sum().clamp_min(torch.finfo(dtype).tiny)
+    return weight / divisor
+
+
+def _whole(inputs: Inputs) -> tuple[Head, Teacher, Tensor | None, Tensor]:
+    """Arguments of the reference: the temperature as a float64 tensor."""
+    if inputs.row_temperature is not None:
+        temperature = inputs.row_temperature.double()
+    else:
+        temperature = inputs.rows.new_full((inputs.rows.shape[0],), inputs.temperature, dtype=torch.float64)
+    return inputs.student, inputs.teacher, inputs.labels, temperature
+
+
+def _tensors(head: Head) -> list[Tensor]:
+    return [t for t in ((head.hidden, head.weight, head.bias) if isinstance(head, LinearHead) else (head.values,)) if t is not None]
+
+
+def _result_dtype(inputs: Inputs) -> torch.dtype:
+    return torch.float64 if inputs.rows.dtype == torch.float64 else torch.float32

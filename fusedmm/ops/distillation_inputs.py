@@ -1,0 +1,195 @@
+"""What distillation accepts, and the plain tensors and numbers that the registered operators take."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from fusedmm.eager.shard import Shard
+from fusedmm.heads import Head, LinearHead, Logits, Teacher, TopKLogProbs
+from fusedmm.impl import resolve_impl
+from fusedmm.shapes import ShapeError, check_device, check_dtype, check_shapes
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Checked arguments: local tensors of one dtype a head, the shard of the classes, the temperature as a number and, where it differs by row, a tensor."""
+
+    student: Head
+    teacher: Teacher
+    labels: Tensor | None
+    temperature: float
+    row_temperature: Tensor | None
+    shard: Shard
+    impl: str
+
+    @property
+    def rows(self) -> Tensor:
+        """A tensor whose first dimension is the rows, and whose device and dtype are the student's."""
+        return self.student.hidden if isinstance(self.student, LinearHead) else self.student.values
+
+
+def check_inputs(
+    op: str, student: Head, teacher: Teacher, labels: Tensor | None, temperature: float | Tensor, ignore_index: int, impl: str
+) -> Inputs:
+    """Check what a user passed, once for scores and losses.
+
+    Raises:
+        TypeError: an argument of a wrong class or dtype.
+        ShapeError: sizes that disagree.
+        ValueError: a value out of range.
+        NotImplementedError: a combination that this implementation has not.
+    """
+    if not isinstance(student, LinearHead | Logits):
+        raise TypeError(f"{op}: student must be LinearHead or Logits, got {type(student).__name__}. Its gradient needs the logits of all classes.")
+    if not isinstance(teacher, LinearHead | Logits | TopKLogProbs):
+        raise TypeError(f"{op}: teacher must be LinearHead, Logits or TopKLogProbs, got {type(teacher).__name__}. Wrap it in one of them.")
+    student, sharded_classes = _localize(op, "student", student)
+    shapes = _head_shapes("student", student)
+    if isinstance(teacher, TopKLogProbs):
+        shapes["teacher.indices"] = (teacher.indices, ("row", "k"))
+        shapes["teacher.log_probs"] = (teacher.log_probs, ("row", "k"))
+    else:
+        teacher, _ = _localize(op, "teacher", teacher)
+        shapes |= _head_shapes("teacher", teacher)
+    shapes["labels"] = (labels, ("row",))
+    row_temperature = temperature if isinstance(temperature, Tensor) else None
+    shapes["temperature"] = (row_temperature, ("row",))
+    sizes = check_shapes(op, shapes)
+    _check_dtypes(op, student, teacher, labels, row_temperature)
+    check_device(op, {argument: tensor for argument, (tensor, _) in shapes.items()})
+    if not isinstance(temperature, Tensor) and not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}. 1.0 leaves the logits as they are.")
+    if row_temperature is not None and row_temperature.requires_grad:
+        raise ValueError(f"{op}: temperature must not require grad, it is a constant of the loss. Pass temperature.detach().")
+    shard = _shard(op, student, teacher, sizes, sharded_classes)
+    if isinstance(teacher, TopKLogProbs) and impl == "auto":
+        impl = "eager"
+    source = student.hidden if isinstance(student, LinearHead) else student.values
+    resolved = resolve_impl(op, impl, source.device, unsupported=_triton_gaps(student, teacher))
+    if resolved == "reference" and shard.group is not None:
+        raise NotImplementedError(f'{op}: the reference holds all classes, got a head whose classes are split over a group. Pass impl="eager".')
+    if row_temperature is not None:
+        row_temperature = row_temperature.to(torch.float64 if source.dtype == torch.float64 else torch.float32)
+    return Inputs(student, teacher, labels, 1.0 if isinstance(temperature, Tensor) else float(temperature), row_temperature, shard, resolved)
+
+
+def check_fraction(op: str, argument: str, value: float) -> float:
+    """A number between 0 and 1, as a float."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{op}: {argument} must be between 0 and 1, got {value}.")
+    return float(value)
+
+
+def _head_shapes(role: str, head: Head) -> dict[str, tuple[Tensor | None, tuple[str, ...]]]:
+    if isinstance(head, Logits):
+        return {f"{role}.values": (head.values, ("row", f"{role}_classes"))}
+    return {
+        f"{role}.hidden": (head.hidden, ("row", f"{role}_dim")),
+        f"{role}.weight": (head.weight, (f"{role}_classes", f"{role}_dim")),
+        f"{role}.bias": (head.bias, (f"{role}_classes",)),
+    }
+
+
+def _localize(op: str, role: str, head: Head) -> tuple[Head, int | None]:
+    """The head on this rank's own tensors and in the autocast dtype; the shard size of a DTensor's classes, which ranks may hold unevenly.
+
+    A DTensor without `group` is gathered: its gradient is the sum over ranks, scattered back. With `group` it is the shard that this rank has.
+    """
+    if head.softcap is not None and not head.softcap > 0:
+        raise ValueError(f"{op}: {role}.softcap must be positive, got {head.softcap}. Pass None for no bound.")
+    if isinstance(head, Logits):
+        return head, None
+    size = None
+    hidden, weight, bias = head.hidden, head.weight, head.bias
+    if isinstance(hidden, DTensor):
+        hidden = hidden.to_local()
+    if isinstance(weight, DTensor):
+        if head.group is not None:
+            size = -(-weight.shape[0] // head.group.size())
+        weight, bias = _local(weight, head.group is None), bias if bias is None else _local(bias, head.group is None)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight, bias))
+    return replace(head, hidden=cast(Tensor, hidden), weight=cast(Tensor, weight), bias=bias), size
+
+
+def _local(parameter: Tensor, gather: bool) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter
+    if not gather:
+        return parameter.to_local()
+    placements = [Replicate() if placement.is_replicate() else Partial("sum") for placement in parameter.placements]
+    return parameter.full_tensor(grad_placements=placements)
+
+
+def _check_dtypes(op: str, student: Head, teacher: Teacher, labels: Tensor | None, temperature: Tensor | None) -> None:
+    for role, head in (("student", student), ("teacher", teacher)):
+        if isinstance(head, TopKLogProbs):
+            check_dtype(op, f"{role}.indices", head.indices, (torch.int64,), ". Use indices.to(torch.int64).")
+            check_dtype(op, f"{role}.log_probs", head.log_probs, FLOATS, ". They are natural logarithms.")
+            if head.log_probs.requires_grad:
+                raise ValueError(f"{op}: {role}.log_probs must not require grad, a top-k teacher is a constant. Pass log_probs.detach().")
+        elif isinstance(head, Logits):
+            check_dtype(op, f"{role}.values", head.values, FLOATS, ".")
+        else:
+            check_dtype(op, f"{role}.hidden", head.hidden, FLOATS, ".")
+            same = f" while {role}.hidden is {str(head.hidden.dtype).removeprefix('torch.')}. Cast one of them, or run under torch.autocast."
+            check_dtype(op, f"{role}.weight", head.weight, (head.hidden.dtype,), same)
+            if head.bias is not None:
+                check_dtype(op, f"{role}.bias", head.bias, (head.hidden.dtype,), same)
+    if labels is not None:
+        check_dtype(op, "labels", labels, (torch.int64,), ". Use labels.to(torch.int64).")
+    if temperature is not None:
+        check_dtype(op, "temperature", temperature, FLOATS, ".")
+
+
+def _shard(op: str, student: Head, teacher: Teacher, sizes: dict[str, int], sharded_classes: int | None) -> Shard:
+    """This rank's classes after the padding is cut."""
+    group = student.group
+    ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
+    size = sizes["student_classes"] if sharded_classes is None else sharded_classes
+    total = size * ranks if student.num_classes is None else student.num_classes
+    if isinstance(teacher, TopKLogProbs):
+        if group is not None:
+            raise NotImplementedError(f"{op}: a top-k teacher with a student whose classes are split over a group is not supported. Gather the student's weight.")
+        if sizes["k"] > total:
+            raise ShapeError(f"{op}: teacher.indices must hold at most {total} classes, got k={sizes['k']}.")
+    else:
+        if teacher.group is not group:
+            raise ValueError(f"{op}: teacher.group must be the group of the student, got another. Split both heads over the same ranks.")
+        own = (sizes["teacher_classes"] if sharded_classes is None else size) * ranks if teacher.num_classes is None else teacher.num_classes
+        if student.num_classes is None:
+            total = own if teacher.num_classes is not None else total
+        elif teacher.num_classes is None:
+            own = total
+        if own != total:
+            raise ShapeError(f"{op}: teacher has {own} classes, but student has {total}. Pass num_classes to cut a padded vocabulary.")
+    first = rank * size
+    count = min(total - first, sizes["student_classes"])
+    if not 1 <= count:
+        raise ValueError(f"{op}: num_classes must leave every rank a class, got {total} classes, {size} a rank, on rank {rank}. Use fewer ranks.")
+    for role in ("student", "teacher"):
+        available = sizes.get(f"{role}_classes")
+        if available is not None and (available < count or (ranks == 1 and available < total)):
+            raise ShapeError(f"{op}: num_classes must be at most the classes of {role}, got {total} with {available} classes of {role} on this rank.")
+    return Shard(total, first, count, group)
+
+
+def _triton_gaps(student: Head, teacher: Teacher) -> list[str]:
+    """Reasons why no kernel serves these heads; empty where one does."""
+    gaps = []
+    if isinstance(teacher, TopKLogProbs):
+        gaps.append("a top-k teacher is served by PyTorch operators on a handful of classes a row")
+    tensors = [student.hidden if isinstance(student, LinearHead) else student.values]
+    if not isinstance(teacher, TopKLogProbs):
+        tensors.append(teacher.hidden if isinstance(teacher, LinearHead) else teacher.values)
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        gaps.append("the kernels compute in float32, the heads are float64")
+    return gaps

@@ -1,0 +1,246 @@
+"""The registered operators behind distillation: scores, losses of rows, the loss with its gradient, and the gradient alone.
+
+All share one argument list, the "problem": the tensors of both heads, then numbers. ``impl`` ("triton" or "eager") is one of them, so that a call means the same on every
+device. Each has a fake for `torch.compile` and export; the two losses have a hand-written autograd function, which is skipped where nothing needs a gradient.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from fusedmm.eager import distillation as eager
+from fusedmm.eager import distillation_scores as eager_scores
+from fusedmm.eager.shard import Shard
+from fusedmm.heads import Head, LinearHead, Logits, Teacher, TopKLogProbs
+from fusedmm.ops.distillation_inputs import Inputs
+
+Triple = tuple[Tensor, Tensor, Tensor]
+
+SAVED_STATISTICS = 8  # rows of statistics that the Triton forward keeps for its backward
+TENSORS = 9
+_library = torch.library.Library("fusedmm", "FRAGMENT")
+_PROBLEM = (
+    "Tensor student, Tensor? student_weight, Tensor? student_bias, Tensor teacher, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_indices, "
+    "Tensor? labels, Tensor? row_temperature, float student_softcap, float teacher_softcap, float temperature, float beta, float alpha, float label_smoothing, "
+    "int ignore_index, int total_classes, int first_class, int num_classes, str group, str impl"
+)
+_NEEDS = "bool needs_input, bool needs_weight, bool needs_bias"
+_library.define(f"distillation_scores({_PROBLEM}, bool second_pass) -> Tensor")
+_library.define(f"distillation_rows({_PROBLEM}) -> (Tensor, Tensor)")
+_library.define(f"distillation_fast({_PROBLEM}, Tensor grad_rows, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"distillation_backward({_PROBLEM}, Tensor grad_rows, Tensor statistics, {_NEEDS}) -> (Tensor, Tensor, Tensor)")
+
+
+def problem_of(inputs: Inputs, *, beta: float, alpha: float = 1.0, label_smoothing: float = 0.0, ignore_index: int) -> list[Any]:
+    """The argument list of checked inputs."""
+    student, teacher, shard = inputs.student, inputs.teacher, inputs.shard
+    indices, softcap = (teacher.indices, 0.0) if isinstance(teacher, TopKLogProbs) else (None, teacher.softcap or 0.0)
+    tensors = [*_head_tensors(student), *_head_tensors(teacher), indices, inputs.labels, inputs.row_temperature]
+    numbers = [student.softcap or 0.0, softcap, inputs.temperature, beta, alpha, label_smoothing, ignore_index, shard.total, shard.first, shard.count]
+    return [*tensors, *numbers, "" if shard.group is None else shard.group.group_name, inputs.impl]
+
+
+def _head_tensors(head: Teacher) -> list[Tensor | None]:
+    match head:
+        case LinearHead():
+            return [head.hidden, head.weight, head.bias]
+        case Logits():
+            return [head.values, None, None]
+        case TopKLogProbs():
+            return [head.log_probs, None, None]
+
+
+def _rebuild(problem: tuple[Any, ...]) -> tuple[Head, Teacher, Tensor | None, Tensor | None, eager.Objective]:
+    """Heads, labels, row temperatures and the objective of a problem."""
+    student, student_weight, student_bias, values, weight, bias, indices, labels, row_temperature = problem[:TENSORS]
+    student_softcap, softcap, temperature, beta, alpha, smoothing, ignore_index, total, first, count, group, _ = problem[TENSORS:]
+    shard = Shard(total, first, count, _resolve_process_group(group) if group else None)
+    objective = eager.Objective(shard, beta, alpha, temperature, smoothing, ignore_index)
+    teacher: Teacher = _head(values, weight, bias, softcap) if indices is None else TopKLogProbs(indices, values)
+    return _head(student, student_weight, student_bias, student_softcap), teacher, labels, row_temperature, objective
+
+
+def _head(source: Tensor, weight: Tensor | None, bias: Tensor | None, softcap: float) -> Head:
+    if weight is None:
+        return Logits(source, softcap=softcap or None)
+    return LinearHead(source, weight, bias, softcap=softcap or None)
+
+
+def _split(arguments: tuple[Any, ...], extra: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    return arguments[:-extra], arguments[-extra:]
+
+
+def _scores(*arguments: Any) -> Tensor:
+    problem, (second_pass,) = _split(arguments, 1)
+    student, teacher, labels, row_temperature, objective = _rebuild(problem)
+    if problem[-1] == "triton":
+        from fusedmm.kernels.distillation.scores import distillation_scores
+
+        return distillation_scores(student, teacher, labels, row_temperature, objective, second_pass)  # type: ignore[no-any-return]
+    return eager_scores.scores(student, teacher, labels, row_temperature, objective, second_pass)
+
+
+def _rows(*problem: Any) -> tuple[Tensor, Tensor]:
+    student, teacher, labels, row_temperature, objective = _rebuild(problem)
+    if problem[-1] == "triton":
+        from fusedmm.kernels.distillation.lean import distillation_rows
+
+        return distillation_rows(student, teacher, labels, row_temperature, objective)  # type: ignore[no-any-return]
+    rows, _ = eager.loss(student, teacher, labels, row_temperature, objective)
+    return rows, rows.new_empty((0, rows.shape[0]))
+
+
+def _fast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem, (grad_rows, *needs) = _split(arguments, 4)
+    student, teacher, labels, row_temperature, objective = _rebuild(problem)
+    if problem[-1] == "triton":
+        from fusedmm.kernels.distillation.fast import distillation_fast
+
+        rows, gradients = distillation_fast(student, teacher, labels, row_temperature, objective, grad_rows, tuple(needs))
+    else:
+        rows, gradients = eager.loss(student, teacher, labels, row_temperature, objective, grad_rows, (needs[0], needs[1], needs[2]))
+    return torch.dot(rows, grad_rows), *gradients
+
+
+def _backward(*arguments: Any) -> Triple:
+    problem, (grad_rows, statistics, *needs) = _split(arguments, 5)
+    student, teacher, labels, row_temperature, objective = _rebuild(problem)
+    if problem[-1] == "triton":
+        from fusedmm.kernels.distillation.lean import distillation_backward
+
+        return distillation_backward(student, teacher, labels, row_temperature, objective, grad_rows, statistics, tuple(needs))  # type: ignore[no-any-return]
+    return eager.loss(student, teacher, labels, row_temperature, objective, grad_rows.contiguous(), (needs[0], needs[1], needs[2]))[1]
+
+
+def _statistics_dtype(problem: tuple[Any, ...]) -> torch.dtype:
+    return torch.float64 if problem[0].dtype == torch.float64 else torch.float32
+
+
+def _fake_scores(*arguments: Any) -> Tensor:
+    problem, _ = _split(arguments, 1)
+    student: Tensor = problem[0]
+    return student.new_empty((len(eager_scores.FIELDS), student.shape[0]), dtype=_statistics_dtype(problem))
+
+
+def _fake_rows(*problem: Any) -> tuple[Tensor, Tensor]:
+    rows = problem[0].new_empty((problem[0].shape[0],), dtype=_statistics_dtype(problem))
+    return rows, rows.new_empty((SAVED_STATISTICS if problem[-1] == "triton" else 0, rows.shape[0]))
+
+
+def _fake_gradients(problem: tuple[Any, ...], needs: tuple[bool, ...]) -> Triple:
+    def empty(source: Tensor | None, needed: bool) -> Tensor:
+        like: Tensor = problem[0]
+        return source.new_empty(source.shape) if needed and source is not None else like.new_empty((0,))
+
+    return empty(problem[0], needs[0]), empty(problem[1], needs[1]), empty(problem[2], needs[2])
+
+
+def _fake_fast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem, (_, *needs) = _split(arguments, 4)
+    return problem[0].new_empty((), dtype=_statistics_dtype(problem)), *_fake_gradients(problem, tuple(needs))
+
+
+def _fake_backward(*arguments: Any) -> Triple:
+    problem, (_, _, *needs) = _split(arguments, 5)
+    return _fake_gradients(problem, tuple(needs))
+
+
+class _Fast(torch.autograd.Function):
+    """The gradient is taken in the forward; the backward multiplies it by the one number that comes from upstream."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, *gradients = torch.ops.fusedmm.distillation_fast(*arguments)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(*gradients)
+        ctx.set_materialize_grads(False)
+        ctx.needs = arguments[-3:]
+        return loss, *gradients
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        count = len(ctx.needs_input_grad)
+        if grad_loss is None:
+            return (None,) * count
+        gradients = [gradient * grad_loss if needed else None for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)]
+        return (*gradients, *([None] * (count - 3)))
+
+
+class _Rows(torch.autograd.Function):
+    """Only O(N) is kept; the backward forms the logits again, for the student and, with the roles exchanged, for a teacher that wants a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *problem: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            rows, statistics = torch.ops.fusedmm.distillation_rows(*problem)
+        ctx.save_for_backward(statistics, *problem[:TENSORS])
+        ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+        ctx.numbers = problem[TENSORS:]
+        return rows, statistics
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_rows: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        statistics, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        gradients: list[Tensor | None] = [None] * 6
+        if grad_rows is not None:
+            problem = (*tensors, *ctx.numbers)
+            for role, role_problem, role_rows, role_statistics in (
+                (0, problem, grad_rows, statistics),
+                (3, _exchange(problem), grad_rows * problem[TENSORS + 4], _exchange_statistics(statistics)),
+            ):
+                wanted = needs[role : role + 3]
+                if any(wanted):
+                    computed = torch.ops.fusedmm.distillation_backward(*role_problem, role_rows, role_statistics, *wanted)
+                    gradients[role : role + 3] = [gradient if needed else None for gradient, needed in zip(computed, wanted, strict=True)]
+        return (*gradients, *([None] * (len(needs) - 6)))
+
+
+def _exchange(problem: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same divergence with student and teacher exchanged (beta becomes 1 - beta) and without the cross entropy, which has no teacher."""
+    tensors, numbers = problem[:TENSORS], list(problem[TENSORS:])
+    numbers[0], numbers[1], numbers[3], numbers[4] = numbers[1], numbers[0], 1.0 - numbers[3], 1.0
+    return (*tensors[3:6], *tensors[:3], *tensors[6:], *numbers)
+
+
+def _exchange_statistics(statistics: Tensor) -> Tensor:
+    """Saved statistics come in pairs, the student's and the teacher's."""
+    return statistics if statistics.shape[0] == 0 else torch.cat([statistics[2:4], statistics[:2], statistics[5:6], statistics[4:5], statistics[6:]])
+
+
+def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in arguments[:6])
+
+
+def _autograd_fast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if _wants_gradient(arguments):
+        return _Fast.apply(*arguments)  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fusedmm.distillation_fast(*arguments)  # type: ignore[no-any-return]
+
+
+def _autograd_rows(*arguments: Any) -> tuple[Tensor, Tensor]:
+    if _wants_gradient(arguments):
+        return _Rows.apply(*arguments)  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fusedmm.distillation_rows(*arguments)  # type: ignore[no-any-return]
+
+
+for _name, _implementation, _fake in (
+    ("distillation_scores", _scores, _fake_scores),
+    ("distillation_rows", _rows, _fake_rows),
+    ("distillation_fast", _fast, _fake_fast),
+    ("distillation_backward", _backward, _fake_backward),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fusedmm::{_name}", _fake, lib=_library)
+_library.impl("distillation_fast", _autograd_fast, "Autograd")
+_library.impl("distillation_rows", _autograd_rows, "Autograd")
