@@ -1,6 +1,8 @@
-"""Checkpoints of sharded state through torch.distributed.checkpoint (DCP): any number of ranks writes, any number reads.
+"""Checkpoints of sharded state through torch.distributed.checkpoint (DCP): any number of ranks writes, any number
+reads.
 
-A step's directory is written under a temporary name and renamed when all ranks are done, so a directory with the final name is complete.
+A step's directory is written under a temporary name and renamed when all ranks are done, so a directory with the final
+name is complete.
 """
 
 import shutil
@@ -20,7 +22,8 @@ class Checkpoints:
     Args:
         directory: made on the first save.
         keep: newest checkpoints that stay.
-        background: write while training goes on. Collectives of the writer get their own gloo group: sharing training's deadlocks.
+        background: write while training goes on. Collectives of the writer get their own gloo group: sharing training's
+            deadlocks.
     """
 
     def __init__(self, directory: Path, world: World, keep: int, background: bool = False) -> None:

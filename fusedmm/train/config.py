@@ -1,6 +1,8 @@
-"""The recipe: what `python -m fusedmm.train` reads. Frozen dataclasses, one TOML table each; a key carries its meaning and its range.
+"""The recipe: what `python -m fusedmm.train` reads. Frozen dataclasses, one TOML table each; a key carries its meaning
+and its range.
 
-A recipe that names an unknown key, a wrong type or a value out of range is refused with one message before anything starts.
+A recipe that names an unknown key, a wrong type or a value out of range is refused with one message before anything
+starts.
 """
 
 import dataclasses
@@ -32,13 +34,20 @@ class DataConfig:
     """Where the samples come from and how they are split."""
 
     path: str = key("", "directory written by `python -m fusedmm.train.prepare`; empty: simulate a market")
-    simulate_samples: int = key(2400, "samples of the simulated market, where path is empty", low=300)
+    simulate_days: int = key(400, "days of the simulated market, where path is empty", low=60)
+    simulate_entities: int = key(10, "entities of the simulated market", low=1)
     simulate_seed: int = key(0, "seed of the simulated market", low=0)
-    train_end: str = key("", "last day of the training split, YYYY-MM-DD; empty: by share_train and share_dev")
+    train_end: str = key("", "last day of the training split, YYYY-MM-DD; empty: by shares of the days")
     dev_start: str = key("", "first day of the dev split")
     dev_end: str = key("", "last day of the dev split")
     test_start: str = key("", "first day of the test split")
     test_end: str = key("", "last day of the test split")
+    embargo_days: int = key(0, "days left out before dev and before test, on top of the purge", low=0)
+    text_dim: int = key(32, "size of a sentence's vector", low=1)
+    text_model: str = key(
+        "", "name or path of a sentence-transformers model; empty: hashed words, weighted and projected"
+    )
+    text_cache: str = key("", "directory where the model's sentence vectors are kept")
     max_tokens: int = key(64, "tokens kept of each modality of a sample, the latest; 0: all", low=0)
 
 
@@ -71,8 +80,15 @@ class TrainConfig:
     weight_decay: float = key(0.05, "decoupled weight decay of the matrices", low=0.0, high=10.0)
     warmup: int = key(20, "steps of linear warm-up; cosine to lr / 20 follows", low=0)
     clip: float = key(1.0, "largest gradient norm", low=1e-6)
-    ema: float = key(0.98, "decay of the averaged weights that are evaluated; 0: none", low=0.0, high=0.99999)
-    modality_dropout: float = key(0.1, "share of (sample, modality) pairs hidden in training, so that the model copes without any of them", low=0.0, high=0.9)
+    ema: float = key(
+        0.98, "decay of the averaged weights that dev and test see; 0: the weights themselves", low=0.0, high=0.99999
+    )
+    modality_dropout: float = key(
+        0.1,
+        "share of (sample, modality) pairs hidden in training, so that the model copes without any of them",
+        low=0.0,
+        high=0.9,
+    )
     seeds: tuple[int, ...] = key((0,), "one run a seed and variant; their predictions are averaged", low=0)
     eval_every: int = key(50, "steps between two looks at the dev split", low=1)
     patience: int = key(4, "looks without a better dev loss before a run stops early; 0: never", low=0)
@@ -146,7 +162,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: values in TOML syntax; a bare word is a string: ``run.out=runs/a``, ``train.seeds=[0,1]``.
 
     Raises:
-        RecipeError: for a file that is missing or no TOML, an unknown table or key, a wrong type, or a value out of range.
+        RecipeError: for a file that is missing or no TOML, an unknown table or key, a wrong type, or a value out of
+            range.
     """
     if not Path(path).is_file():
         raise RecipeError(

@@ -1,4 +1,6 @@
-"""What a run writes while it runs: JSON lines always, TensorBoard where asked for, a progress bar on the terminal. Rank 0 only."""
+"""What a run writes while it runs: JSON lines always, TensorBoard where asked for, a progress bar on the terminal. Rank
+0 only.
+"""
 
 import importlib.util
 import json

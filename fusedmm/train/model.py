@@ -1,7 +1,9 @@
-"""The forecaster: a small encoder a modality, learned latent queries, fusion blocks, a linear head on top of a frozen ridge.
+"""The forecaster: a small encoder a modality, learned latent queries, fusion blocks, a linear head on top of a frozen
+ridge.
 
 Every fusion shares encoders, queries, depth and head; only how tokens reach the queries differs:
-``gated`` is this project's `fusedmm.nn.FusionBlock`, ``plain`` one softmax over all tokens, ``concat`` the mean of each modality.
+``gated`` is this project's `fusedmm.nn.FusionBlock`, ``plain`` one softmax over all tokens, ``concat`` the mean of each
+modality.
 Shapes: B samples, L latent queries, E width, M modalities, F features of a token, T targets, P past features.
 """
 
@@ -17,7 +19,9 @@ from fusedmm.nn import FusionBlock, FusionOutput
 from fusedmm.train.config import ModelConfig
 
 GAP_FREQUENCIES = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Frequencies of the time-gap encoding over log(1 + gap): from one period over 11 powers of ten to one over a factor 5."""
+"""Frequencies of the time-gap encoding over log(1 + gap): from one period over 11 powers of ten to one over a factor
+5.
+"""
 
 
 class Forecast(NamedTuple):
@@ -58,8 +62,33 @@ class TokenEncoder(nn.Module):
         return encoded
 
 
+class GatedBlock(nn.Module):
+    """This project's `fusedmm.nn.FusionBlock`; the outputs are copied because FSDP2 wants no views from what it
+    shards.
+    """
+
+    def __init__(self, dim: int, heads: int, modalities: tuple[str, ...], config: ModelConfig) -> None:
+        super().__init__()
+        self.fusion = FusionBlock(
+            dim,
+            heads,
+            modalities,
+            mlp_ratio=config.mlp_ratio,
+            softmax=config.softmax,
+            output_gate=config.output_gate,
+            dropout=config.dropout,
+        )
+
+    def forward(self, query: Tensor, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> FusionOutput:
+        """[B, L, E] and visible tokens of each modality -> the updated queries and their mass [B, L, H, M]."""
+        output, mass = self.fusion(query, tokens, masks=masks)
+        return FusionOutput(output.clone(), mass.clone())
+
+
 class PlainBlock(nn.Module):
-    """Pre-norm cross-attention over the tokens of all modalities with one softmax, then an MLP: the fusion without priors and gates."""
+    """Pre-norm cross-attention over the tokens of all modalities with one softmax, then an MLP: the fusion without
+    priors and gates.
+    """
 
     def __init__(self, dim: int, heads: int, modalities: tuple[str, ...], mlp_ratio: float, dropout: float) -> None:
         super().__init__()
@@ -71,7 +100,9 @@ class PlainBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
     def forward(self, query: Tensor, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> FusionOutput:
-        """[B, L, E] and visible tokens of each modality -> the updated queries and their mass by modality [B, L, H, M]."""
+        """[B, L, E] and visible tokens of each modality -> the updated queries and their mass by modality [B, L, H,
+        M].
+        """
         kinds = [self.kind[m].expand(tokens[name].shape) for m, name in enumerate(self.modalities)]
         keys = torch.cat(
             [tokens[name] + kind for name, kind in zip(self.modalities, kinds, strict=True)], dim=1
@@ -91,7 +122,9 @@ class PlainBlock(nn.Module):
 
 
 class ConcatBlock(nn.Module):
-    """The mean of each modality's visible tokens, side by side, through an MLP into every query: the fusion without attention."""
+    """The mean of each modality's visible tokens, side by side, through an MLP into every query: the fusion without
+    attention.
+    """
 
     def __init__(self, dim: int, modalities: tuple[str, ...], mlp_ratio: float) -> None:
         super().__init__()
@@ -125,6 +158,10 @@ class Forecaster(nn.Module):
         fusion: "gated", "plain" or "concat".
     """
 
+    skip_weight: Tensor
+    skip_bias: Tensor
+    target_scale: Tensor
+
     def __init__(self, sizes: Sizes, config: ModelConfig, fusion: str) -> None:
         super().__init__()
         dim, names = config.dim, tuple(sizes.modalities)
@@ -142,22 +179,20 @@ class Forecaster(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.register_buffer("skip_weight", torch.zeros(sizes.num_targets, sizes.num_past))
         self.register_buffer("skip_bias", torch.zeros(sizes.num_targets))
+        self.register_buffer("target_scale", torch.ones(()))
+
+    def set_skip(self, weight: Tensor, bias: Tensor, target_scale: float) -> None:
+        """Set the frozen ridge, weight [T, P] and bias [T], and the unit of the head's output."""
+        self.skip_weight.copy_(weight)
+        self.skip_bias.copy_(bias)
+        self.target_scale.fill_(target_scale)
 
     def _block(self, config: ModelConfig, fusion: str) -> nn.Module:
         if fusion == "concat":
             return ConcatBlock(config.dim, self.modalities, config.mlp_ratio)
         if fusion == "plain":
             return PlainBlock(config.dim, config.heads, self.modalities, config.mlp_ratio, config.dropout)
-        return FusionBlock(
-            config.dim,
-            config.heads,
-            self.modalities,
-            mlp_ratio=config.mlp_ratio,
-            softmax=config.softmax,
-            prior=config.softmax == "joint",
-            output_gate=config.output_gate,
-            dropout=config.dropout,
-        )
+        return GatedBlock(config.dim, config.heads, self.modalities, config)
 
     def forward(
         self,
@@ -186,9 +221,9 @@ class Forecaster(nn.Module):
             query = query + self.context(past.to(query.dtype))[:, None]
         shares = []
         for block in self.blocks:
-            query, mass = block(query, encoded, masks=seen)
+            query, mass = block(query, encoded, seen)
             shares.append(mass.float().mean(dim=(1, 2)))
-        output = self.head(self.dropout(self.norm(query.flatten(1)))).float()
+        output = self.target_scale * self.head(self.dropout(self.norm(query.flatten(1)))).float()
         return Forecast(output + F.linear(past, self.skip_weight, self.skip_bias), torch.stack(shares).mean(dim=0))
 
 

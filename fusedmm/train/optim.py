@@ -1,4 +1,6 @@
-"""The optimiser and what keeps it out of trouble: schedule, skipped steps, averaged weights. Nothing here waits for the device."""
+"""The optimiser and what keeps it out of trouble: schedule, skipped steps, averaged weights. Nothing here waits for the
+device.
+"""
 
 import math
 
@@ -32,8 +34,9 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 class SpikeGuard:
     """Decides on the device which steps the optimiser leaves out.
 
-    A step is left out where loss or gradient norm is not finite, or more than ``sigma`` standard deviations above the mean of the last ``window``
-    accepted steps. The decision is a float32 scalar that fused AdamW reads as ``found_inf``: no host waits for it.
+    A step is left out where loss or gradient norm is not finite, or more than ``sigma`` standard deviations above the
+    mean of the last ``window`` accepted steps. The decision is a float32 scalar that fused AdamW reads as
+    ``found_inf``: no host waits for it.
     Source: the skip-step optimiser of OLMo-core.
     """
 

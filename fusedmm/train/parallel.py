@@ -1,7 +1,8 @@
 """Ranks, mesh and sharding: one process or many take the same path.
 
-A run without torchrun is a group of one rank, so that FSDP2, checkpoints and reductions have no second code path. Collectives on CPU tensors go through
-gloo even where the model is on GPUs (NCCL): a flag or a float that the host needs never waits for the GPU's stream.
+A run without torchrun is a group of one rank, so that FSDP2, checkpoints and reductions have no second code path.
+Collectives on CPU tensors go through gloo even where the model is on GPUs (NCCL): a flag or a float that the host needs
+never waits for the GPU's stream.
 """
 
 import os
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from fusedmm.train.config import RecipeError
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,9 @@ class World:
 
     def gather(self, values: Tensor) -> Tensor:
         """[n, ...] of equal shape on every rank -> [size * n, ...], rank by rank."""
-        gathered = values.new_empty(self.size * values.shape[0], *values.shape[1:])
-        dist.all_gather_into_tensor(gathered, values.contiguous())
-        return gathered
+        gathered = values.new_zeros(self.size, *values.shape)
+        gathered[self.rank] = values
+        return self.total(gathered).flatten(0, 1)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on some rank; all ranks get the same answer."""
@@ -61,10 +64,10 @@ def open_world(device: str = "auto", shard: int = 0) -> Iterator[World]:
         shard: ranks over which weights are sharded; 0: all of them.
 
     Raises:
-        ValueError: where CUDA is asked for and absent, or ``shard`` does not divide the ranks.
+        RecipeError: where CUDA is asked for and absent, or ``shard`` does not divide the ranks.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train: run.device is 'cuda', but torch sees no CUDA device. Use run.device=cpu or auto.")
+        raise RecipeError("train: run.device is 'cuda', but torch sees no CUDA device. Use run.device=cpu or auto.")
     kind = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     if kind == "cuda":
@@ -93,16 +96,15 @@ def join_world(kind: str, shard: int) -> World:
 
 
 def shard_model(model: nn.Module, blocks: list[nn.Module], world: World, dtype: torch.dtype) -> nn.Module:
-    """Shard each block, then what is left, with gradients *summed* over ranks (the loss is already divided by the global count).
+    """Shard each block, then what is left, with gradients *summed* over ranks (the loss is already divided by the
+    global count).
 
     Weights and optimiser state stay float32; ``dtype`` is that of forward and backward, reductions are float32.
     """
-    policy = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32, cast_forward_inputs=False
-    )
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = world.mesh if world.mesh.size(0) > 1 else world.mesh["shard"]
     for module in [*blocks, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -111,7 +113,9 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], world: World, dtype: 
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask for a checkpoint and a clean end instead of killing the step that runs; a second SIGINT interrupts at once."""
+    """SIGTERM and SIGINT ask for a checkpoint and a clean end instead of killing the step that runs; a second SIGINT
+    interrupts at once.
+    """
 
     def __init__(self) -> None:
         self.received = False

@@ -1,6 +1,7 @@
 """One run: a variant with a seed, from the first step to its predictions.
 
-The loop reads as: fetch, forward, backward, clip, judge, step, average, log, look at dev, save. Everything random depends on (seed, step) or
+The loop reads as: fetch, forward, backward, clip, judge, step, average, log, look at dev, save. Everything random
+    depends on (seed, step) or
 (seed, step, rank) alone, so a run that continues from a checkpoint is the run that was never interrupted.
 """
 
@@ -30,7 +31,7 @@ class TrainingError(RuntimeError):
     """A run that cannot go on; the message says what happened and what to do."""
 
 
-class Interrupted(Exception):  # noqa: N818 (not an error: the run continues from its checkpoint)
+class Interrupted(Exception):
     """SIGTERM or SIGINT arrived and a checkpoint was written."""
 
 
@@ -46,7 +47,9 @@ class Trainer:
         directory: of this run's log and checkpoints.
     """
 
-    def __init__(self, recipe: Recipe, variant: VariantConfig, seed: int, task: Task, world: World, directory: Path) -> None:
+    def __init__(
+        self, recipe: Recipe, variant: VariantConfig, seed: int, task: Task, world: World, directory: Path
+    ) -> None:
         self.config, self.run_config, self.variant, self.seed = recipe.train, recipe.run, variant, seed
         self.task, self.world, self.directory = task, world, directory
         self.sampler = BatchSampler(len(task.train), self.config.batch_size, seed, world.rank, world.size)
@@ -56,7 +59,9 @@ class Trainer:
         self.average = WeightAverage(self.model, self.config.ema)
         self.best = copy_weights(self.model)
         self.progress = {"step": 0, "best_step": 0, "stale": 0, "best_loss": float("inf")}
-        self.checkpoints = Checkpoints(directory / "checkpoints", world, recipe.run.keep_checkpoints, recipe.run.checkpoint_async)
+        self.checkpoints = Checkpoints(
+            directory / "checkpoints", world, recipe.run.keep_checkpoints, recipe.run.checkpoint_async
+        )
         self._pending: list[Tensor] = []
 
     def fit(self, stop: StopSignal) -> None:
@@ -69,7 +74,9 @@ class Trainer:
         self.restore()
         start = int(self.progress["step"])
         main, title = self.world.is_main, f"{self.variant.name} seed {self.seed}"
-        log = RunLog(self.directory, title, self.config.steps, start=start, active=main, tensorboard=self.run_config.tensorboard)
+        log = RunLog(
+            self.directory, title, self.config.steps, start=start, active=main, tensorboard=self.run_config.tensorboard
+        )
         began = time.monotonic()
         try:
             for step in range(start, self.config.steps):
@@ -86,7 +93,9 @@ class Trainer:
                 if stopping or done % self.run_config.checkpoint_every == 0 or done == self.config.steps:
                     self.save(done)
                 if stopping:
-                    raise Interrupted(f"train: stopped by a signal after step {done} of {title}; run the same command to continue.")
+                    raise Interrupted(
+                        f"train: stopped by a signal after step {done} of {title}; run the same command to continue."
+                    )
         finally:
             self.checkpoints.wait()
             log.close()
@@ -97,7 +106,9 @@ class Trainer:
         torch.manual_seed(hash((self.seed, step, self.world.rank)) & 0x7FFFFFFF)  # dropout
         self.model.train()
         batch = self.fetch(step)
-        loss = batch_loss(forecast(self.model, batch).prediction, batch.targets, self.task).sum() / self.config.batch_size
+        loss = (
+            batch_loss(forecast(self.model, batch).prediction, batch.targets, self.task).sum() / self.config.batch_size
+        )
         loss.backward()
         norm = full(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
         loss = self.world.total(loss.detach())
@@ -122,13 +133,18 @@ class Trainer:
         return batch._replace(masks=masks)
 
     def flush(self, log: RunLog, seconds_per_step: float) -> None:
-        """Read what the device has noted since the last time, write it, and give up where too many steps were skipped."""
+        """Read what the device has noted since the last time, write it, and give up where too many steps were
+        skipped.
+        """
         rows = torch.stack(self._pending).tolist()
         first = int(self.progress["step"]) - len(rows)
         self._pending.clear()
         for number, (loss, norm, skip) in enumerate(rows):
             rate = learning_rate(first + number, self.config)
-            log.write(first + number + 1, {"loss": loss, "grad_norm": norm, "skipped": skip, "lr": rate, "seconds_per_step": seconds_per_step})
+            log.write(
+                first + number + 1,
+                {"loss": loss, "grad_norm": norm, "skipped": skip, "lr": rate, "seconds_per_step": seconds_per_step},
+            )
         log.advance(len(rows), {"loss": rows[-1][0], "dev": self.progress["best_loss"]})
         streak = int(self.guard.state["streak"].item())
         if streak >= self.config.max_skips:
@@ -140,8 +156,7 @@ class Trainer:
     def look_at_dev(self, log: RunLog) -> None:
         """Loss on dev with the averaged weights; the best ones are kept."""
         weights = copy_weights(self.model)
-        if self.config.ema:
-            put_weights(self.model, self.average.state)
+        put_weights(self.model, self.average.state)
         found = predict(self.model, self.task.dev, self.world)
         dev = float(batch_loss(found.prediction, self.task.targets(self.task.dev), self.task).mean())
         if dev < self.progress["best_loss"]:
@@ -151,7 +166,10 @@ class Trainer:
             self.progress["stale"] += 1
         put_weights(self.model, weights)
         shares = found.mass.mean(dim=0).tolist()
-        log.write(int(self.progress["step"]), {"dev_loss": dev} | {f"mass_{name}": share for name, share in zip(self.names, shares, strict=True)})
+        log.write(
+            int(self.progress["step"]),
+            {"dev_loss": dev} | {f"mass_{name}": share for name, share in zip(self.names, shares, strict=True)},
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -177,7 +195,9 @@ class Trainer:
             return
         state = self.state()
         self.checkpoints.load(step, state)
-        dcp_state.set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        dcp_state.set_state_dict(
+            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
         self.progress = state["progress"]
 
     def state(self) -> dict[str, Any]:
@@ -194,19 +214,28 @@ class Trainer:
 
 
 def build_model(recipe: Recipe, variant: VariantConfig, seed: int, task: Task, world: World) -> nn.Module:
-    """The sharded model. Every rank initialises the whole of it, so that the start does not depend on the number of ranks."""
+    """The sharded model. Every rank initialises the whole of it, so that the start does not depend on the number of
+    ranks.
+    """
     torch.manual_seed(seed)
     model = Forecaster(task.sizes_of(variant), recipe.model, variant.fusion)
     weight, bias = task.skip(recipe.model.skip)
     model.set_skip(weight, bias, task.target_scale)
     precision = recipe.train.precision
-    dtype = torch.bfloat16 if precision == "bf16" or (precision == "auto" and world.device.type == "cuda") else torch.float32
+    dtype = (
+        torch.bfloat16
+        if precision == "bf16" or (precision == "auto" and world.device.type == "cuda")
+        else torch.float32
+    )
     return shard_model(model.to(world.device), list(model.blocks), world, dtype)
 
 
 def uniform_hash(sample: Tensor, seed: int, step: int, number: int) -> Tensor:
-    """A uniform number in [0, 1) for each sample key, [B] float64: the same on whatever rank the sample lands (splitmix64)."""
-    state = sample * -7046029254386353131 + (seed * 1_000_003 + step) * 4354685564936845319 + number * 1181783497276652981
+    """A uniform number in [0, 1) for each sample key, [B] float64: the same on whatever rank the sample lands
+    (splitmix64).
+    """
+    key = (seed * 1_000_003 + step) * 0x3C6EF372FE94F82A + number * 0x9E3779B97F4A7C15
+    state = sample * -7046029254386353131 + ((key + 2**63) % 2**64 - 2**63)
     state = (state ^ (state >> 30)) * -4658895280553007687
     state = (state ^ (state >> 27)) * -7723592293110705685
     return ((state ^ (state >> 31)) >> 11 & 0x1FFFFFFFFFFFFF).double() / 2**53

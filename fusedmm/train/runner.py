@@ -1,0 +1,153 @@
+"""All runs of a recipe: every variant with every seed, one after the other, then the report.
+
+What a run leaves: ``<out>/runs/<variant>-seed<n>/{log.jsonl, tensorboard, checkpoints, result.npz}``. A finished run is
+not repeated, an interrupted one continues from its newest checkpoint: the command that was stopped is the command that
+goes on.
+"""
+
+import dataclasses
+import json
+import shutil
+import time
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fusedmm.train.batches import BatchSampler
+from fusedmm.train.config import Recipe, RecipeError, VariantConfig
+from fusedmm.train.logs import require_tensorboard
+from fusedmm.train.parallel import StopSignal, World, open_world
+from fusedmm.train.report import write_report
+from fusedmm.train.task import Task, load_task
+from fusedmm.train.trainer import Interrupted, Trainer
+
+Float32Array = npt.NDArray[np.float32]
+
+
+class RunResult(NamedTuple):
+    """What one run predicts; n rows of a split, T targets, M modalities of the variant."""
+
+    dev: Float32Array  # [n_dev, T]
+    test: Float32Array  # [n_test, T]
+    mass: Float32Array  # [n_test, M]
+    hidden: Float32Array  # [M, n_test, T]: predictions with one modality hidden
+    seconds: float
+    best_step: int
+    parameters: int
+
+
+def run_recipe(recipe: Recipe) -> None:
+    """Train what the recipe says and write the report.
+
+    Raises:
+        RecipeError: where the output directory holds another recipe's results, or variant and data do not fit.
+        Interrupted: after SIGTERM or SIGINT, with a checkpoint written.
+    """
+    if recipe.run.tensorboard:
+        require_tensorboard()
+    with open_world(recipe.run.device, recipe.run.shard) as world:
+        try:
+            task = load_task(recipe)
+            BatchSampler(len(task.train), recipe.train.batch_size, 0, world.rank, world.size)
+        except ValueError as error:  # from reading, splitting, featurising: all of it is the user's to mend
+            raise RecipeError(str(error)) from error
+        out = Path(recipe.run.out)
+        if world.is_main:
+            _claim(out, recipe, task)
+            print(_greeting(task, world, out), flush=True)
+        world.barrier()
+        stop = StopSignal()
+        try:
+            results = {
+                variant.name: [_run_once(recipe, variant, seed, task, world, stop) for seed in recipe.train.seeds]
+                for variant in recipe.variant
+            }
+        finally:
+            stop.restore()
+        if world.is_main:
+            print(write_report(recipe, task, results, out), flush=True)
+        world.barrier()
+
+
+def run_directory(out: Path, variant: str, seed: int) -> Path:
+    """Where a run writes."""
+    return out / "runs" / f"{variant}-seed{seed}"
+
+
+def _run_once(
+    recipe: Recipe, variant: VariantConfig, seed: int, task: Task, world: World, stop: StopSignal
+) -> RunResult:
+    directory = run_directory(Path(recipe.run.out), variant.name, seed)
+    finished = directory / "result.npz"
+    if not world.any(finished.is_file()):
+        began = time.monotonic()
+        trainer = Trainer(recipe, variant, seed, task, world, directory)
+        trainer.fit(stop)
+        dev, test = trainer.predict("dev"), trainer.predict("test")
+        hidden = [trainer.predict("test", hidden=name).prediction for name in trainer.names]
+        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+        result = RunResult(
+            dev.prediction.numpy(),
+            test.prediction.numpy(),
+            test.mass.numpy(),
+            np.stack([prediction.numpy() for prediction in hidden]),
+            time.monotonic() - began,
+            int(trainer.progress["best_step"]),
+            parameters,
+        )
+        if world.is_main:
+            _write_result(finished, result)
+        world.barrier()
+        if world.any(stop.received):
+            raise Interrupted("train: stopped by a signal between two runs; run the same command to continue.")
+    with np.load(finished) as stored:
+        arrays: dict[str, Any] = {name: stored[name] for name in RunResult._fields}
+    return RunResult(**arrays)
+
+
+def _write_result(path: Path, result: RunResult) -> None:
+    partial = path.with_name("partial-result.npz")
+    np.savez(partial, **result._asdict())
+    partial.rename(path)
+
+
+def _claim(out: Path, recipe: Recipe, task: Task) -> None:
+    """Make the output directory this recipe's, or refuse to mix two recipes' results."""
+    rows = np.concatenate([task.features.sample, task.features.targets.astype(np.float64).ravel()])
+    mine = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "run"}
+    mine["data"]["fingerprint"] = zlib.crc32(rows.tobytes())
+    mine = json.loads(json.dumps(mine))
+    path = out / "recipe.json"
+    if not recipe.run.resume:
+        shutil.rmtree(out / "runs", ignore_errors=True)
+    elif path.is_file():
+        theirs = json.loads(path.read_text())
+        if theirs != mine:
+            raise RecipeError(
+                f"train: run.out must not hold results of another recipe, got {out} ({_first_difference(theirs, mine)}). "
+                "Choose another run.out, or pass run.resume=false to start over."
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(mine, indent=1) + "\n")
+
+
+def _first_difference(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
+    for section, table in mine.items():
+        other = theirs.get(section)
+        if isinstance(table, dict) and isinstance(other, dict):
+            for name, value in table.items():
+                if other.get(name) != value:
+                    return f"{section}.{name} was {other.get(name)!r}, is {value!r}"
+        elif other != table:
+            return f"{section} differs"
+    return "a key is gone"
+
+
+def _greeting(task: Task, world: World, out: Path) -> str:
+    splits = ", ".join(f"{name} {len(task.split(name))}" for name in ("train", "dev", "test"))
+    modalities = ", ".join(f"{name} ({width})" for name, width in task.features.widths.items())
+    ranks = f"{world.size} rank{'s' if world.size > 1 else ''}"
+    return f"{task.dataset.info.name}: {splits}; {modalities}; {ranks} on {world.device.type}; results in {out}"
