@@ -29,14 +29,14 @@ def gated_multimodal_attention(
     scale: float,
     seed: Tensor | None = None,
     dropout_p: float = 0.0,
+    compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, mass and lse in the accumulation dtype (float64 for float64, else float32); times come from
-    ``layout.visibility``.
+    """Output, mass and lse in ``compute_dtype`` (None: float64 for float64, else float32).
 
-    Args are those of `fusedmm.gated_multimodal_attention`, already checked and expanded: log_prior and gate [total_q,
-    Hq, M], active [B, Hq, M].
+    Times come from ``layout.visibility``. The other arguments are those of `fusedmm.gated_multimodal_attention`,
+    already checked and expanded: log_prior and gate [total_q, Hq, M], active [B, Hq, M].
     """
-    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    compute = compute_dtype or (torch.float64 if query.dtype == torch.float64 else torch.float32)
     outputs, masses, lses = [], [], []
     for sample in range(layout.batch_size):
         rows, weights, values, lse = _sample_probabilities(
