@@ -106,7 +106,8 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Outp
         from fusedmm.kernels.attention.forward import attention_forward
 
         return attention_forward(query, key, value, **problem.launch_arguments())
-    exact = eager.forward(problem.eager_inputs(query, key, value), problem.softmax)
+    with torch.autocast(query.device.type, enabled=False):
+        exact = eager.forward(problem.eager_inputs(query, key, value), problem.softmax)
     buffers = _alloc_forward(query, problem)
     if problem.output_gate is not None:
         opened = torch.sigmoid(problem.output_gate.to(exact[0].dtype))
@@ -157,7 +158,8 @@ def _backward(
         opened = torch.sigmoid(problem.output_gate.to(grad.dtype))
         buffers[5].copy_(inner * (1 - opened))
         grad = grad * opened
-    exact = eager.backward(inputs, problem.softmax, grad, grad_mass, grad_lse, inner.sum(-1), mass, lse)
+    with torch.autocast(query.device.type, enabled=False):
+        exact = eager.backward(inputs, problem.softmax, grad, grad_mass, grad_lse, inner.sum(-1), mass, lse)
     for buffer, gradient in zip(buffers[:5], exact, strict=True):
         if buffer.shape == gradient.shape:
             buffer.copy_(gradient)

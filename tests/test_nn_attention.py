@@ -1,0 +1,181 @@
+"""GatedMultimodalAttention, FusionBlock, MultimodalBatch and ModalityGate."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import fusedmm
+from fusedmm.nn import FusionBlock, GatedMultimodalAttention, ModalityGate, MultimodalBatch
+
+WIDTHS = {"price": 5, "text": 32, "audio": 7}
+
+
+@pytest.fixture
+def batch():
+    tokens = {"price": torch.randn(3, 10, 5), "text": torch.randn(3, 6, 32)}  # audio is missing everywhere
+    masks = {"text": torch.tensor([[1, 1, 0, 1, 0, 0], [0] * 6, [1] * 6]).bool()}
+    times = {"price": torch.arange(10).expand(3, 10) * 10, "text": torch.randint(0, 100, (3, 6))}
+    query_mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 0]]).bool()
+    return {
+        "query": torch.randn(3, 4, 64),
+        "tokens": tokens,
+        "masks": masks,
+        "query_mask": query_mask,
+        "times": times,
+        "query_time": torch.full((3, 4), 55),
+        "lookback": {"price": 20},
+    }
+
+
+@pytest.mark.parametrize("module", [GatedMultimodalAttention, FusionBlock])
+def test_padding_is_never_read_and_gradients_are_finite(module, batch) -> None:
+    torch.manual_seed(1)
+    layer = module(64, 4, WIDTHS, num_kv_heads=2, output_gate=True)
+    clean = layer(batch["query"], **{k: v for k, v in batch.items() if k != "query"})
+    dirty = {**batch, "tokens": {**batch["tokens"], "text": batch["tokens"]["text"].clone()}}
+    dirty["tokens"]["text"][~batch["masks"]["text"]] = math.nan
+    dirty["query"] = batch["query"].masked_fill(~batch["query_mask"][..., None], math.nan)
+    out = layer(dirty["query"], **{k: v for k, v in dirty.items() if k != "query"})
+    assert torch.equal(out.output[batch["query_mask"]], clean.output[batch["query_mask"]])
+    assert (out.output[~batch["query_mask"]] == 0).all()
+    assert out.mass.shape == (3, 4, 4, 3)
+    assert (out.mass[..., 2] == 0).all()  # the missing modality
+    assert (out.mass[1, :2, :, 1] == 0).all()  # missing in that sample
+    out.output.square().sum().backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in layer.parameters())
+
+
+def test_equals_multihead_attention_for_one_modality() -> None:
+    """A new module is plain attention: priors and gates start neutral."""
+    ours = GatedMultimodalAttention(32, 2, ["tokens"])
+    theirs = torch.nn.MultiheadAttention(32, 2, batch_first=True)
+    with torch.no_grad():
+        parts = (ours.query_proj, ours.key_proj["tokens"], ours.value_proj["tokens"])
+        for part, weight, bias in zip(parts, theirs.in_proj_weight.chunk(3), theirs.in_proj_bias.chunk(3), strict=True):
+            part.weight.copy_(weight)
+            part.bias.copy_(bias)
+        ours.out_proj.load_state_dict(theirs.out_proj.state_dict())
+    query, keys, mask = torch.randn(2, 3, 32), torch.randn(2, 7, 32), torch.rand(2, 7) < 0.6
+    got = ours(query, {"tokens": keys}, masks={"tokens": mask})
+    expected, _ = theirs(query, keys, keys, key_padding_mask=~mask)
+    torch.testing.assert_close(got.output, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nested_equals_padded() -> None:
+    layer = GatedMultimodalAttention(32, 2, ["a", "b"])
+    lengths = {"query": (3, 5), "a": (3, 0), "b": (2, 4)}
+    rows = {name: [torch.randn(n, 32) for n in sizes] for name, sizes in lengths.items()}
+    nested = {name: torch.nested.nested_tensor(parts, layout=torch.jagged) for name, parts in rows.items()}
+    padded = {name: torch.nested.to_padded_tensor(x, 0.0) for name, x in nested.items()}
+    masks = {
+        name: torch.arange(padded[name].shape[1]) < torch.tensor(sizes)[:, None] for name, sizes in lengths.items()
+    }
+    got = layer(nested["query"], {"a": nested["a"], "b": nested["b"]})
+    expected = layer(
+        padded["query"],
+        {"a": padded["a"], "b": padded["b"]},
+        masks={"a": masks["a"], "b": masks["b"]},
+        query_mask=masks["query"],
+    )
+    assert got.output.is_nested
+    assert got.mass.is_nested
+    torch.testing.assert_close(got.output.values(), expected.output[masks["query"]])
+
+
+def test_the_future_cannot_be_seen(batch) -> None:
+    layer = FusionBlock(64, 4, WIDTHS)
+    arguments = {k: v for k, v in batch.items() if k not in ("query", "lookback")}
+    before = layer(batch["query"], **arguments).output
+    later = {name: time > 55 for name, time in batch["times"].items()}
+    arguments["tokens"] = {
+        name: torch.where(later[name][..., None], torch.randn_like(x), x) for name, x in batch["tokens"].items()
+    }
+    assert torch.equal(layer(batch["query"], **arguments).output, before)
+
+
+def test_a_batch_built_once_serves_many_layers(batch) -> None:
+    layers = [FusionBlock(64, 4, WIDTHS) for _ in range(2)]
+    query, arguments = batch["query"], {k: v for k, v in batch.items() if k != "query"}
+    expected = query
+    for layer in layers:
+        expected = layer(expected, **arguments).output
+    packed = MultimodalBatch.build(query, modalities=WIDTHS, **arguments)
+    x = packed.pack_query(query)
+    for layer in layers:
+        x = layer(x, packed).output
+    torch.testing.assert_close(packed.restore_query(x, query), expected)
+
+
+def test_no_modality_at_all_gives_only_the_bias() -> None:
+    layer = GatedMultimodalAttention(32, 2, ["a", "b"])
+    out = layer(torch.randn(2, 3, 32), {})
+    torch.testing.assert_close(out.output, layer.out_proj.bias.expand(2, 3, 32))
+    assert (out.mass == 0).all()
+
+
+def test_gate_learns_importance_and_switches_off() -> None:
+    gate = ModalityGate(16, 2, 3, threshold=0.1, patience=3)
+    query, scores = torch.randn(64, 16), torch.tensor([1.0, 0.3, 0.0]).expand(64, 3)
+    optimizer = torch.optim.Adam(gate.parameters(), lr=0.1)
+    assert gate.active(2).tolist() == [[True] * 3] * 2
+    for _ in range(60):
+        loss = gate.importance_loss(gate(query).log_prior, scores)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        gate.update(scores)
+    share = gate(query).log_prior.softmax(-1).mean((0, 1))
+    torch.testing.assert_close(share, torch.tensor([0.77, 0.23, 0.0]), atol=0.03, rtol=0)
+    torch.testing.assert_close(gate.importance, scores[0])
+    assert gate.active(2).tolist() == [[True, True, False]] * 2
+    assert copy.deepcopy(gate).active(1).tolist() == [[True, True, False]]
+
+
+def test_a_switched_off_modality_is_not_read(batch) -> None:
+    layer = GatedMultimodalAttention(64, 4, WIDTHS, threshold=0.1)
+    layer.modality_gate.updates_below[1] = layer.modality_gate.patience
+    arguments = {k: v for k, v in batch.items() if k != "query"}
+    out = layer(batch["query"], **arguments)
+    assert (out.mass[..., 1] == 0).all()
+    arguments["tokens"] = {**batch["tokens"], "text": torch.full_like(batch["tokens"]["text"], math.nan)}
+    assert torch.equal(layer(batch["query"], **arguments).output, out.output)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"tokens": {"prise": torch.zeros(3, 1, 5)}}, ValueError, "unknown modality, got 'prise'"),
+        ({"times": None}, ValueError, "times must be given for every modality and for the query"),
+        ({"masks": {"text": torch.ones(3, 5).bool()}}, fusedmm.ShapeError, r"mask of tokens\['text'\] must have shape"),
+        ({"masks": {"text": torch.ones(3, 6)}}, TypeError, r"mask of tokens\['text'\] must be bool, got float32"),
+        ({"query_time": torch.zeros(3, 4)}, TypeError, "time of query must be int64, got float32"),
+        ({"lookback": {"prise": 1}}, ValueError, "lookback names an unknown modality, got 'prise'"),
+        (
+            {"tokens": {"price": torch.zeros(3, 10, 6), "text": torch.zeros(3, 6, 32)}},
+            fusedmm.ShapeError,
+            "width 5, got 6",
+        ),
+        ({"tokens": {"price": torch.zeros(2, 10, 5), "text": torch.zeros(3, 6, 32)}}, fusedmm.ShapeError, "batch=2"),
+    ],
+)
+def test_bad_batches(changes, error, message, batch) -> None:
+    arguments = {**batch, **changes}
+    with pytest.raises(error, match=message):
+        MultimodalBatch.build(modalities=WIDTHS, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((64, 5, ["a"]), "num_heads must divide embed_dim"),
+        ((64, 8, ["a"]), "embed_dim / num_heads must be 16 to 256, got 8"),
+        ((64, 4, []), "modalities must be a non-empty sequence"),
+        ((64, 4, ["a", "a"]), "modalities must have different names"),
+        ((64, 4, ["a.b"]), "a modality name must be non-empty"),
+    ],
+)
+def test_bad_modules(arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        GatedMultimodalAttention(*arguments)

@@ -1,0 +1,132 @@
+"""The registered operators under PyTorch's own tools: opcheck, torch.compile, autocast, checkpointing."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import fusedmm
+from fusedmm.ops.attention import layout_arguments
+from fusedmm.ops.attention_op import Problem
+
+
+def make_layout(*q_lengths: int, device: torch.device | str = "cpu") -> fusedmm.ModalityLayout:
+    k_lengths = [[4, n % 5] for n in q_lengths]
+    return fusedmm.ModalityLayout.from_lengths(
+        torch.tensor(q_lengths, device=device), torch.tensor(k_lengths, device=device)
+    )
+
+
+def leaves(layout: fusedmm.ModalityLayout, **options) -> list[torch.Tensor]:
+    device = layout.cu_seqlens_q.device
+    shapes = [(layout.total_q, 4, 16), (layout.total_k, 2, 16), (layout.total_k, 2, 16), (layout.total_q, 4, 2)]
+    return [torch.randn(shape, device=device, requires_grad=True, **options) for shape in shapes]
+
+
+def loss(query, key, value, log_prior, layout) -> torch.Tensor:
+    result = fusedmm.gated_multimodal_attention(query, key, value, layout, log_prior=log_prior)
+    return result.output.square().sum() + result.mass[..., 0].sum()
+
+
+@pytest.mark.parametrize("softmax", ["joint", "per_modality", "partials"])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_opcheck_of_both_operators(softmax: str, permuted: bool, device: torch.device) -> None:
+    layout = make_layout(3, 0, 5, device=device)
+    query, key, value, rows = leaves(layout)
+    if permuted:  # the same values in another memory order
+        query, key, value = (
+            x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in (query, key, value)
+        )
+    problem = Problem(
+        log_prior=rows if softmax == "joint" else None,
+        gate=None if softmax == "partials" else rows,
+        output_gate=None,
+        active=None,
+        seed=None,
+        dropout_p=0.0,
+        scale=0.25,
+        softmax=softmax,
+        impl="triton" if device.type == "cuda" else "eager",
+        **layout_arguments(layout, None),
+    )
+    torch.library.opcheck(torch.ops.fusedmm.attention_forward, (query, key, value, *problem))
+    with torch.no_grad():
+        outputs = torch.ops.fusedmm.attention_forward(query, key, value, *problem)
+        detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in (query, key, value, *problem)]
+        backward = (torch.randn_like(outputs[0]), None, None, *outputs, softmax == "joint", softmax != "partials")
+        torch.library.opcheck(torch.ops.fusedmm.attention_backward, (*backward, *detached))
+
+
+def test_compiles_to_one_graph_with_equal_gradients(device: torch.device) -> None:
+    layout = make_layout(3, 0, 5, device=device)
+    tensors = leaves(layout)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got, expected = compiled(*tensors, layout), loss(*tensors, layout)
+    torch.testing.assert_close(got, expected)
+    for ours, theirs in zip(torch.autograd.grad(got, tensors), torch.autograd.grad(expected, tensors), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_new_lengths_and_times_do_not_recompile(timed: bool, device: torch.device) -> None:
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for step, lengths in enumerate([(3, 0, 5), (7, 2, 5), (9, 9, 1), (11, 4, 6), (2, 30, 8)]):
+        layout = make_layout(*lengths, device=device)
+        if timed:
+            times = (torch.arange(n, device=device) + step for n in (layout.total_q, layout.total_k))
+            layout = layout.at_times(*times, 5 + step)
+        with torch.no_grad():
+            compiled(*leaves(layout), layout)
+    assert counter.frame_count <= 2  # once for the first sizes, once for symbolic ones
+
+
+def test_no_graph_where_nothing_needs_a_gradient() -> None:
+    layout = make_layout(3)
+    query, key, value, log_prior = (x.detach() for x in leaves(layout))
+    assert fusedmm.gated_multimodal_attention(query, key, value, layout, log_prior=log_prior).output.grad_fn is None
+
+
+def test_autocast_casts_activations_and_keeps_priors(device: torch.device) -> None:
+    layout = make_layout(3, 5, device=device)
+    query, key, value, log_prior = leaves(layout)
+    with torch.autocast(device.type, torch.bfloat16):
+        result = fusedmm.gated_multimodal_attention(
+            query, key.bfloat16(), value, layout, log_prior=log_prior, impl="eager"
+        )
+    assert (result.output.dtype, result.mass.dtype) == (torch.bfloat16, torch.float32)
+    gradient = torch.autograd.grad(result.output.float().sum(), [query, log_prior])
+    assert [g.dtype for g in gradient] == [torch.float32, torch.float32]
+
+
+def test_activation_checkpointing_gives_the_same_gradients() -> None:
+    layout = make_layout(3, 5)
+    tensors = leaves(layout)
+    plain = torch.autograd.grad(loss(*tensors, layout), tensors)
+    again = torch.autograd.grad(checkpoint(loss, *tensors, layout, use_reentrant=False), tensors)
+    for ours, theirs in zip(again, plain, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_second_derivatives_are_refused() -> None:
+    layout = make_layout(3)
+    tensors = leaves(layout)
+    (gradient,) = torch.autograd.grad(loss(*tensors, layout), tensors[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_saved_for_backward_is_linear_in_tokens() -> None:
+    """Inputs, output, mass and lse are kept; never a [query, key] matrix."""
+    layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([300]), torch.tensor([[400, 300]]))
+    tensors = leaves(layout)
+    largest = 0
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        fusedmm.gated_multimodal_attention(*tensors[:3], layout, log_prior=tensors[3])
+    assert largest <= max(t.numel() for t in tensors)
