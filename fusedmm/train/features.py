@@ -4,18 +4,21 @@ all rows.
 `Featurizer.fit` never sees a row that is not in ``train``; a test changes all other rows and finds the same featurizer.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from fusedmm.train.format import Dataset, Float32Array, Int64Array, TokenTable
 from fusedmm.train.text import HashingEncoder, ModelEncoder, model_embeddings
 
 FloatArray = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 
+# Evenly spread over train: more would move a median by less than 0.3 % of the spread, and an SVD's error as little.
+FIT_TOKENS = 200_000
+FIT_SENTENCES = 40_000
 NORMAL_IQR = 1.349  # interquartile range of a standard normal variable
 
 
@@ -74,9 +77,14 @@ class Scaler:
 
     def transform(self, values: FloatArray) -> Float32Array:
         """[T, F] to [T, F] float32, finite."""
-        scaled = (values.astype(np.float32) - self.center) / self.scale
-        finite: Float32Array = np.nan_to_num(np.clip(scaled, -self.clip, self.clip), nan=0.0)
-        return finite
+        scaled: Float32Array = values.astype(
+            np.float32
+        )  # a copy, changed in place: an image modality has millions of rows
+        scaled -= self.center
+        scaled /= self.scale
+        np.clip(scaled, -self.clip, self.clip, out=scaled)
+        np.nan_to_num(scaled, copy=False, nan=0.0)
+        return scaled
 
 
 @dataclass(frozen=True)
@@ -160,7 +168,7 @@ class Featurizer:
             else:
                 assert table.values is not None
                 fit = Scaler.fit_image if modality.kind == "image" else Scaler.fit_robust
-                scalers[name] = fit(table.values[rows], config.clip)
+                scalers[name] = fit(table.values[spread(rows, FIT_TOKENS)], config.clip)
         targets = dataset.matrix("target_")[train]
         regression = dataset.info.task == "regression"
         mean = targets.mean(axis=0) if regression else np.zeros(targets.shape[1])
@@ -212,6 +220,11 @@ def token_rows(offsets: Int64Array, rows: Int64Array) -> Int64Array:
     return numbers
 
 
+def spread(rows: Int64Array, count: int) -> Int64Array:
+    """At most ``count`` of the rows, evenly spread over them."""
+    return rows if len(rows) <= count else rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)]
+
+
 def _strings(table: TokenTable) -> list[str]:
     assert table.text is not None
     strings: list[str] = table.text.to_pylist()
@@ -228,9 +241,9 @@ def _fit_text(name: str, table: TokenTable, rows: Int64Array, config: FeatureCon
             f"Featurizer.fit: modality {name} must have a sentence on the train rows, got none. "
             "Remove it from dataset.json, or move train_end."
         )
+    rows = spread(rows, FIT_SENTENCES)
     if config.text_model:
         return ModelEncoder.fit(_embeddings(table, config)[rows], dim=config.text_dim, seed=config.seed)
-    strings: Sequence[str] = _strings(table)
-    return HashingEncoder.fit(
-        [strings[i] for i in rows], dim=config.text_dim, buckets=config.text_buckets, seed=config.seed
-    )
+    assert table.text is not None
+    sentences = table.text.take(pa.array(rows)).to_pylist()
+    return HashingEncoder.fit(sentences, dim=config.text_dim, buckets=config.text_buckets, seed=config.seed)

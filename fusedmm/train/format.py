@@ -340,18 +340,15 @@ def _read_tokens(directory: Path, name: str, modality: ModalityInfo, samples: pd
         raise _fail(file, "time", row, f"{rule}, got {time[row]}: not knowable yet. Drop the token.")
     order = np.lexsort((time, row_of))  # stable: tokens of one time keep the file's order
     offsets = np.searchsorted(row_of[order], np.arange(len(samples) + 1)).astype(np.int64)
+    in_order = bool((order == np.arange(len(order))).all())  # then what is large need not be copied
     if modality.kind == "text":
         kind = table.schema.field("text").type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise _fail(file, "text", None, f"must be a string, got {kind}.")
-        return TokenTable(
-            time=time[order],
-            values=None,
-            text=table.column("text").combine_chunks().take(pa.array(order)),
-            offsets=offsets,
-        )
+        text = table.column("text").combine_chunks()
+        return TokenTable(time[order], None, text if in_order else text.take(pa.array(order)), offsets)
     values = _fixed_size_values(table, file, modality)
-    return TokenTable(time=time[order], values=values[order], text=None, offsets=offsets)
+    return TokenTable(time[order], values if in_order else values[order], None, offsets)
 
 
 def _fixed_size_values(table: pa.Table, file: str, modality: ModalityInfo) -> Float32Array:

@@ -19,9 +19,6 @@ from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
 Float32Array = npt.NDArray[np.float32]
 
-FIT_SENTENCES = (
-    40_000  # randomized SVD of more costs time and moves no component: its error goes with 1/sqrt(sentences)
-)
 CHUNK_SENTENCES = 65_536
 
 
@@ -48,7 +45,7 @@ class HashingEncoder:
         hasher = HashingVectorizer(
             n_features=buckets, alternate_sign=False, norm=None, dtype=np.float32, token_pattern=r"(?u)[\w$%'-]+"
         )
-        counts = hasher.transform(_spread(sentences, FIT_SENTENCES))
+        counts = hasher.transform(sentences)
         weights = TfidfTransformer(sublinear_tf=True).fit(counts)
         weighted = weights.transform(counts)
         rank = min(dim, counts.shape[0], counts.shape[1] - 1)
@@ -149,10 +146,3 @@ def _embed(sentences: Sequence[str], model: str, max_tokens: int, batch_size: in
         encoder.encode(list(sentences), batch_size=batch_size, show_progress_bar=True, convert_to_numpy=True),
         np.float32,
     )
-
-
-def _spread(sentences: Sequence[str], count: int) -> Sequence[str]:
-    """At most ``count`` of the sentences, evenly spread over them."""
-    if len(sentences) <= count:
-        return sentences
-    return [sentences[i] for i in np.linspace(0, len(sentences) - 1, count).astype(int)]

@@ -1,0 +1,1 @@
+"""Converters from public layouts to the data format: ``python -m fusedmm.train.prepare maec|stocknet SOURCE OUT``."""
