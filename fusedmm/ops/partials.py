@@ -138,7 +138,7 @@ def merge_modalities(
     return AttentionOutput(output.to(partials.output.dtype), mass, lse.detach())
 
 
-def leave_one_out(partials: ModalityPartials, log_prior: Tensor | None = None) -> Tensor:
+def leave_one_out(partials: ModalityPartials, log_prior: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
     """The joint output that each query would have had without modality m, for all m at once; differentiable.
 
     Equal to ``(o - mass[m] * o_m) / (1 - mass[m])``, but from the other modalities' lse, so that ``mass[m] == 1`` gives
@@ -147,6 +147,7 @@ def leave_one_out(partials: ModalityPartials, log_prior: Tensor | None = None) -
     Args:
         partials: of `modality_partials`.
         log_prior: broadcasts from the right to [total_q, Hq, M].
+        gate: broadcasts to [total_q, Hq, M], of the modalities that stay.
 
     Returns:
         [total_q, Hq, M, D], the partials' dtype.
@@ -157,6 +158,9 @@ def leave_one_out(partials: ModalityPartials, log_prior: Tensor | None = None) -
     modalities = lse.shape[-1]
     itself = torch.eye(modalities, dtype=torch.bool, device=lse.device)
     others = _shares(lse[..., None, :].expand(*lse.shape, modalities).masked_fill(itself, -torch.inf))
+    if gate is not None:
+        rows = check_broadcast("leave_one_out", "gate", gate, tuple(partials.lse.shape), ("query", "head", "modality"))
+        others = others * rows.to(lse.dtype)[..., None, :]
     return (others @ partials.output.to(lse.dtype)).to(partials.output.dtype)
 
 

@@ -1,0 +1,52 @@
+"""modality_scores: what leaving a modality out does to the answer."""
+
+import pytest
+import torch
+from torch import nn
+
+import fusedmm
+
+
+@pytest.fixture
+def packed():
+    layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([6, 4]), torch.tensor([[5, 3, 2], [4, 0, 3]]))
+    query, key, value = torch.randn(10, 2, 16), torch.randn(17, 2, 16), torch.randn(17, 2, 16)
+    return query, key, value, layout
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_equals_attention_without_the_modality(packed, linear) -> None:
+    log_prior, gate = torch.randn(10, 2, 3), torch.rand(10, 2, 3)
+    head = nn.Linear(32, 7) if linear else nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 7))
+    scores = fusedmm.modality_scores(fusedmm.modality_partials(*packed), head, log_prior=log_prior, gate=gate)
+    assert scores.shape == (10, 3)
+    assert not scores.requires_grad
+
+    def answer(**options) -> torch.Tensor:
+        result = fusedmm.gated_multimodal_attention(*packed, log_prior=log_prior, gate=gate, **options)
+        return torch.log_softmax(head(result.output.flatten(1)).double(), -1)
+
+    full = answer()
+    for modality in range(3):
+        active = torch.ones(2, 3, dtype=torch.bool)
+        active[:, modality] = False
+        expected = (full.exp() * (full - answer(active=active))).sum(-1)
+        torch.testing.assert_close(scores[:, modality].double(), expected, rtol=1e-4, atol=1e-6)
+    assert (scores[6:, 1] == 0).all()  # the second sample has no token of that modality
+
+
+def test_squared_error_for_regression(packed) -> None:
+    partials = fusedmm.modality_partials(*packed)
+    head = nn.Linear(32, 1)
+    scores = fusedmm.modality_scores(partials, head, measure="squared_error")
+    full = head(fusedmm.merge_modalities(partials).output.flatten(1))
+    without = head(fusedmm.leave_one_out(partials)[:, :, 0].flatten(1))
+    torch.testing.assert_close(scores[:, 0], (full - without).square().squeeze(-1))
+
+
+def test_bad_input(packed) -> None:
+    partials = fusedmm.modality_partials(*packed)
+    with pytest.raises(ValueError, match="measure must be one of 'kl', 'squared_error', got 'l1'"):
+        fusedmm.modality_scores(partials, nn.Linear(32, 2), measure="l1")
+    with pytest.raises(fusedmm.ShapeError, match="head must take head \\* dim = 32 features, got 16"):
+        fusedmm.modality_scores(partials, nn.Linear(16, 2))
