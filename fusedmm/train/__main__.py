@@ -20,7 +20,8 @@ Keys of a recipe, with their defaults:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a recipe; returns the exit status: 0 done, 1 refused or failed, 143 stopped by a signal with a checkpoint
+    """Run a recipe; returns the exit status: 0 done, 1 refused or failed, 2 done but a check against the
+    known truth failed, 143 stopped by a signal with a checkpoint
     written.
     """
     parser = argparse.ArgumentParser(
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the recipe")
     options = parser.parse_args(arguments)
     try:
-        run_recipe(load_recipe(options.recipe, options.overrides))
+        passed = run_recipe(load_recipe(options.recipe, options.overrides))
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 143
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return 0 if passed else 2
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from fusedmm.train.parallel import World
 
@@ -45,10 +46,10 @@ class Checkpoints:
         target = self.directory / f"step-{step:08d}"
         partial = self.directory / f"partial-{step:08d}"
         if self._group is None:
-            dcp.save(state, checkpoint_id=partial)
+            save(state, checkpoint_id=partial)
             self._publish(partial, target)
         else:
-            future = dcp.async_save(state, checkpoint_id=partial, process_group=self._group)
+            future = async_save(state, checkpoint_id=partial, process_group=self._group)
             assert isinstance(future, Future)
             self._pending = (future, target)
 
@@ -62,7 +63,7 @@ class Checkpoints:
 
     def load(self, step: int, state: dict[str, Any]) -> None:
         """Read the state of a step into the tensors of ``state``, resharding where the ranks have changed."""
-        dcp.load(state, checkpoint_id=self.directory / f"step-{step:08d}")
+        load(state, checkpoint_id=self.directory / f"step-{step:08d}")
 
     def _publish(self, partial: Path, target: Path) -> None:
         self._world.barrier()

@@ -118,6 +118,9 @@ class RunConfig:
     checkpoint_async: bool = key(False, "write checkpoints while training goes on")
     keep_checkpoints: int = key(1, "checkpoints of a run that are kept", low=1)
     tensorboard: bool = key(True, "also write TensorBoard event files")
+    block_days: int = key(
+        1, "expected run of days of the bootstrap; more where labels of neighbouring days overlap", low=1
+    )
     bootstrap: int = key(2000, "resamples of the day-block bootstrap", low=100)
 
 
@@ -212,9 +215,9 @@ def describe_keys() -> str:
     for name, section in SECTIONS.items():
         lines.append(f"[{name}]" if name != "variant" else "[[variant]]")
         for option in dataclasses.fields(section):
-            lines.append(
-                f"  {option.name} = {_as_toml(option.default)}{_range_text(option.metadata)}\n      {option.metadata['meaning']}"
-            )
+            allowed = _range_text(option.metadata)
+            lines.append(f"  {option.name} = {_as_toml(option.default)}{allowed and ', must be' + allowed}")
+            lines.append(f"      {option.metadata['meaning']}")
     return "\n".join(lines)
 
 
@@ -250,7 +253,8 @@ def _check_together(recipe: Recipe, origin: str) -> None:
     model, train = recipe.model, recipe.train
     if model.dim % model.heads or model.dim // model.heads < 16:
         raise RecipeError(
-            f"train: model.heads in {origin} must divide model.dim={model.dim} into heads of 16 or more, got {model.heads}."
+            f"train: model.heads in {origin} must divide model.dim={model.dim} into heads of 16 or more, "
+            f"got {model.heads}."
         )
     if train.warmup > train.steps:
         raise RecipeError(
@@ -262,7 +266,8 @@ def _check_together(recipe: Recipe, origin: str) -> None:
     for variant in recipe.variant:
         if not variant.name or not all(letter.isalnum() or letter in "_-+" for letter in variant.name):
             raise RecipeError(
-                f"train: variant.name in {origin} must be letters, digits, _, - or + (it names a folder), got {variant.name!r}."
+                f"train: variant.name in {origin} must be letters, digits, _, - or + (it names a folder), "
+                f"got {variant.name!r}."
             )
 
 

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ from fusedmm.train.parallel import World
 from fusedmm.train.task import Task
 
 EVALUATION_BATCH = 128
+
+Float32Array = npt.NDArray[np.float32]
 
 
 class Predictions(NamedTuple):
@@ -36,6 +40,18 @@ def batch_loss(prediction: Tensor, targets: Tensor, task: Task) -> Tensor:
     if task.classes:
         return F.cross_entropy(prediction, targets[:, 0].long(), reduction="none")
     return ((prediction - targets) / task.target_scale).square().mean(dim=1)
+
+
+class RunResult(NamedTuple):
+    """What one run predicts; n rows of a split, T targets, M modalities of the variant."""
+
+    dev: Float32Array  # [n_dev, T]
+    test: Float32Array  # [n_test, T]
+    mass: Float32Array  # [n_test, M]
+    hidden: Float32Array  # [M, n_test, T]: predictions with one modality hidden
+    seconds: float
+    best_step: int
+    parameters: int
 
 
 @torch.no_grad()

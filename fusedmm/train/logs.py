@@ -11,6 +11,11 @@ from typing import Any
 from tqdm import tqdm
 
 
+def run_directory(out: Path, variant: str, seed: int) -> Path:
+    """Where a run writes."""
+    return out / "runs" / f"{variant}-seed{seed}"
+
+
 class RunLog:
     """The log of one run.
 
@@ -84,5 +89,6 @@ def require_tensorboard() -> None:
     """Complain before anything starts where event files are asked for and the package is absent."""
     if importlib.util.find_spec("tensorboard") is None:
         raise ValueError(
-            "train: run.tensorboard needs the package tensorboard, which is not installed. Install fusedmm[train], or pass run.tensorboard=false."
+            "train: run.tensorboard needs the package tensorboard, which is not installed. Install fusedmm[train], or "
+            "pass run.tensorboard=false."
         )

@@ -75,7 +75,8 @@ def open_world(device: str = "auto", shard: int = 0) -> Iterator[World]:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        alone = dist.HashStore()  # type: ignore[attr-defined]  # missing from the stubs only
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1)
     try:
         yield join_world(kind, shard)
     finally:

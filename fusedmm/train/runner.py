@@ -11,36 +11,25 @@ import shutil
 import time
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fusedmm.train.batches import BatchSampler
 from fusedmm.train.config import Recipe, RecipeError, VariantConfig
-from fusedmm.train.logs import require_tensorboard
+from fusedmm.train.evaluate import RunResult
+from fusedmm.train.logs import require_tensorboard, run_directory
 from fusedmm.train.parallel import StopSignal, World, open_world
 from fusedmm.train.report import write_report
 from fusedmm.train.task import Task, load_task
 from fusedmm.train.trainer import Interrupted, Trainer
 
-Float32Array = npt.NDArray[np.float32]
 
-
-class RunResult(NamedTuple):
-    """What one run predicts; n rows of a split, T targets, M modalities of the variant."""
-
-    dev: Float32Array  # [n_dev, T]
-    test: Float32Array  # [n_test, T]
-    mass: Float32Array  # [n_test, M]
-    hidden: Float32Array  # [M, n_test, T]: predictions with one modality hidden
-    seconds: float
-    best_step: int
-    parameters: int
-
-
-def run_recipe(recipe: Recipe) -> None:
+def run_recipe(recipe: Recipe) -> bool:
     """Train what the recipe says and write the report.
+
+    Returns:
+        Whether every check of the report passed, on rank 0; True elsewhere, and where the data has no known truth.
 
     Raises:
         RecipeError: where the output directory holds another recipe's results, or variant and data do not fit.
@@ -67,14 +56,9 @@ def run_recipe(recipe: Recipe) -> None:
             }
         finally:
             stop.restore()
-        if world.is_main:
-            print(write_report(recipe, task, results, out), flush=True)
+        passed = write_report(recipe, task, results, out) if world.is_main else True
         world.barrier()
-
-
-def run_directory(out: Path, variant: str, seed: int) -> Path:
-    """Where a run writes."""
-    return out / "runs" / f"{variant}-seed{seed}"
+        return passed
 
 
 def _run_once(
@@ -127,8 +111,8 @@ def _claim(out: Path, recipe: Recipe, task: Task) -> None:
         theirs = json.loads(path.read_text())
         if theirs != mine:
             raise RecipeError(
-                f"train: run.out must not hold results of another recipe, got {out} ({_first_difference(theirs, mine)}). "
-                "Choose another run.out, or pass run.resume=false to start over."
+                f"train: run.out must not hold results of another recipe, got {out} "
+                f"({_first_difference(theirs, mine)}). Choose another run.out, or pass run.resume=false to start over."
             )
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(mine, indent=1) + "\n")

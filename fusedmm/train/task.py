@@ -119,5 +119,6 @@ def _check_variants(recipe: Recipe, known: Mapping[str, object]) -> None:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
                 raise RecipeError(
-                    f"train: modalities of variant {variant.name!r} must be among {', '.join(known)}, got {name!r}. Did you mean {near!r}?"
+                    f"train: modalities of variant {variant.name!r} must be among {', '.join(known)}, got {name!r}. "
+                    f"Did you mean {near!r}?"
                 )

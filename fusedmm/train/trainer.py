@@ -149,8 +149,9 @@ class Trainer:
         streak = int(self.guard.state["streak"].item())
         if streak >= self.config.max_skips:
             raise TrainingError(
-                f"train: loss and gradient norm must be finite and without spikes, got loss {rows[-1][0]:g} and norm {rows[-1][1]:g} at step {first + len(rows)} of "
-                f"{self.variant.name}, seed {self.seed}: {streak} steps in a row were skipped. Lower train.lr, or look at the data of these steps."
+                f"train: loss and gradient norm must be finite and without spikes, got loss {rows[-1][0]:g} and norm "
+                f"{rows[-1][1]:g} at step {first + len(rows)} of {self.variant.name}, seed {self.seed}: {streak} "
+                "steps in a row were skipped. Lower train.lr, or look at the data of these steps."
             )
 
     def look_at_dev(self, log: RunLog) -> None:

@@ -1,0 +1,186 @@
+"""The report of a recipe: one table of baselines and fusions, what each modality earned, a figure; Markdown and
+JSON.
+"""
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.special import softmax
+
+import fusedmm
+from fusedmm.train.baselines import Forecast, Score, baseline_forecasts, format_table, score_forecasts
+from fusedmm.train.config import Recipe, VariantConfig
+from fusedmm.train.evaluate import RunResult
+from fusedmm.train.figure import draw_report
+from fusedmm.train.importance import Check, ModalityUse, checks_against_truth, modality_use
+from fusedmm.train.task import Task
+
+Float32Array = npt.NDArray[np.float32]
+
+
+class Report(NamedTuple):
+    """What `build_report` finds."""
+
+    reference: str
+    scores: list[Score]
+    uses: dict[str, list[ModalityUse]]
+    """For each variant that attends, how it uses its modalities."""
+    checks: list[Check]
+    runs: list[dict[str, Any]]
+    """One entry a run: variant, seed, seconds, best step, parameters."""
+
+
+def write_report(recipe: Recipe, task: Task, results: Mapping[str, Sequence[RunResult]], out: Path) -> bool:
+    """Write ``report.md``, ``report.json`` and ``report.png``, and print the first.
+
+    Returns:
+        Whether every check against the truth passed; True where there is none.
+    """
+    report = build_report(recipe, task, results)
+    text = to_markdown(recipe, task, report)
+    (out / "report.md").write_text(text)
+    (out / "report.json").write_text(json.dumps(to_json(report), indent=1) + "\n")
+    draw_report(recipe, task, report, headline_variant(recipe).name, out)
+    print(text)
+    return all(check.passed for check in report.checks)
+
+
+def build_report(recipe: Recipe, task: Task, results: Mapping[str, Sequence[RunResult]]) -> Report:
+    """Score all forecasts on the test rows and measure what each modality earned."""
+    baselines = baseline_forecasts(task.dataset, task.rows)
+    names = [baseline.name for baseline in baselines]
+    reference = next(name for name in ("ridge", "logistic", *names) if name in names)
+    forecasts, uses, runs = list(baselines), {}, []
+    for variant in recipe.variant:
+        runs_of = results[variant.name]
+        prediction = average(task, [run.test for run in runs_of])
+        classes = prediction.argmax(axis=1)[:, None] if task.classes else prediction
+        forecasts.append(Forecast(variant.name, classes.astype(np.float64)))
+        hidden = np.stack(
+            [average(task, list(without)) for without in zip(*[run.hidden for run in runs_of], strict=True)]
+        )
+        mass = np.mean([run.mass for run in runs_of], axis=0)
+        uses[variant.name] = modality_use(task, tuple(task.sizes_of(variant).modalities), prediction, mass, hidden)
+        for seed, run in zip(recipe.train.seeds, runs_of, strict=True):
+            facts = {"seconds": float(run.seconds), "best_step": int(run.best_step), "parameters": int(run.parameters)}
+            runs.append({"variant": variant.name, "seed": seed, **facts})
+    scores = score_forecasts(
+        task.dataset,
+        task.rows,
+        forecasts,
+        reference,
+        block_days=recipe.run.block_days,
+        resamples=recipe.run.bootstrap,
+    )
+    checks = _checks(recipe, scores, uses)
+    return Report(reference, scores, uses, checks, runs)
+
+
+def average(task: Task, predictions: Sequence[Float32Array]) -> npt.NDArray[np.floating[Any]]:
+    """Mean over seeds of predicted values, or of class probabilities."""
+    if task.classes:
+        predictions = [softmax(prediction, axis=1) for prediction in predictions]
+    mean: npt.NDArray[np.floating[Any]] = np.mean(predictions, axis=0)
+    return mean
+
+
+def headline_variant(recipe: Recipe) -> VariantConfig:
+    """The variant whose modalities are looked at: the last gated one with all modalities, or else the last."""
+    gated = [variant for variant in recipe.variant if variant.fusion == "gated" and not variant.modalities]
+    return (gated or list(recipe.variant))[-1]
+
+
+def _checks(recipe: Recipe, scores: Sequence[Score], uses: Mapping[str, list[ModalityUse]]) -> list[Check]:
+    name = headline_variant(recipe).name
+    checks = checks_against_truth(uses[name])
+    if not checks:
+        return []
+    paired = next(score.paired for score in scores if score.name == name)
+    if paired is not None:
+        text = f"{name} is better than the simple baseline: mean difference of losses {paired} (below 0)"
+        checks.insert(0, Check(paired.high < 0, text))
+    return checks
+
+
+def to_markdown(recipe: Recipe, task: Task, report: Report) -> str:
+    """The report as text."""
+    days = len(np.unique(task.dataset.samples["day"].to_numpy()[task.rows.test]))
+    parts = ", ".join(f"{name} {len(task.split(name))}" for name in ("train", "dev", "test"))
+    lines = [
+        f"# {task.dataset.info.name}",
+        "",
+        f"Samples: {parts}; the test has {days} days. Fitted on train, tuned on dev, scored on test. "
+        f"Intervals: bootstrap of whole days, block length {recipe.run.block_days}, {recipe.run.bootstrap} resamples. "
+        f"Networks: mean prediction of seeds {', '.join(map(str, recipe.train.seeds))}.",
+        "",
+        format_table(task.dataset, report.scores, report.reference),
+        "",
+    ]
+    name = headline_variant(recipe).name
+    measure = "negative log-likelihood" if task.classes else "MSE"
+    lines += [f"What each modality earned in `{name}`: attention mass, and rise of {measure} when it is hidden.", ""]
+    lines += [_use_table(report.uses[name]), ""]
+    if report.checks:
+        lines += ["Checks against the truth of the simulation:", "", "```", *map(str, report.checks), "```", ""]
+    seconds = sum(run["seconds"] for run in report.runs)
+    counts = {run["variant"]: run["parameters"] for run in report.runs}
+    sizes = ", ".join(f"{variant} {count:,}" for variant, count in counts.items())
+    lines += [f"Parameters: {sizes}. Training took {seconds:.0f} s. {provenance()}", ""]
+    return "\n".join(lines)
+
+
+def _use_table(uses: Sequence[ModalityUse]) -> str:
+    known = uses[0].known is not None
+    kinds = ["mass", "hidden", *(["known"] if known else [])]
+    lines = ["| rows | n | | " + " | ".join(uses[0].names) + " |", "|---" * (3 + len(uses[0].names)) + "|"]
+    for use in uses:
+        values = {"mass": use.mass, "hidden": use.importance, "known": use.known}
+        for number, kind in enumerate(kinds):
+            row = values[kind]
+            assert row is not None
+            sign = "+" if kind == "hidden" else ""
+            cells = " | ".join(f"{value:{sign}.3f}" for value in row)
+            group = f"{use.group} | {use.rows}" if number == 0 else " | "
+            lines.append(f"| {group} | {kind} | {cells} |")
+    return "\n".join(lines)
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """The report as plain values."""
+    return {
+        "provenance": provenance(),
+        "reference": report.reference,
+        "scores": [score._asdict() for score in report.scores],
+        "modalities": {
+            variant: [
+                {
+                    name: value.tolist() if isinstance(value, np.ndarray) else value
+                    for name, value in use._asdict().items()
+                }
+                for use in uses
+            ]
+            for variant, uses in report.uses.items()
+        },
+        "checks": [check._asdict() for check in report.checks],
+        "runs": report.runs,
+    }
+
+
+def provenance() -> str:
+    """Date, versions, machine and, in a git checkout, the commit."""
+    root = Path(fusedmm.__file__).resolve().parents[1]
+    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    commit = ""
+    if (root / ".git").exists():
+        commit = f", commit {subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()}"
+    day = datetime.now(UTC).date()
+    versions = f"fusedmm {fusedmm.__version__}{commit}, torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{day}, {versions}, {platform.machine()} with {torch.get_num_threads()} threads."
