@@ -1,4 +1,4 @@
-"""How much each modality matters to the answer, from one attention pass: the distilled importance that filters learn from."""
+"""How much each modality matters to the answer, from one attention pass: the importance that filters learn from."""
 
 from collections.abc import Callable
 
