@@ -75,7 +75,7 @@ def load_visible(visible_ptr, offs_q, mask_q, modality, num_modalities):
 def split_range(start, stop, full_start, full_stop, BLOCK_K: tl.constexpr):
     """Cut the keys that some row of a tile sees, ``start : stop``, where every row sees ``full_start : full_stop``.
 
-    Returns (start, full_start, full_stop, wide_stop, stop): ``start : full_start`` and ``full_stop : wide_stop`` are whole tiles that need a mask,
+    Returns (full_start, full_stop, wide_stop): ``start : full_start`` and ``full_stop : wide_stop`` are whole tiles that need a mask,
     ``full_start : full_stop`` whole tiles that need none, and ``wide_stop : stop`` less than a tile.
     """
     full_start = start + (full_start - start + BLOCK_K - 1) // BLOCK_K * BLOCK_K
@@ -83,7 +83,7 @@ def split_range(start, stop, full_start, full_stop, BLOCK_K: tl.constexpr):
     full_start = tl.where(full_keys > 0, full_start, start)
     full_stop = full_start + full_keys
     wide_stop = full_stop + tl.maximum(stop - full_stop, 0) // BLOCK_K * BLOCK_K
-    return start, full_start, full_stop, wide_stop, stop
+    return full_start, full_stop, wide_stop
 
 
 @triton.jit

@@ -40,6 +40,8 @@ def _walk_keys(
     value_stride_k,
     start,
     stop,
+    skip_start,  # or None
+    skip_stop,
     key_stop,
     scale2,
     offset,  # [BLOCK_Q], base 2
@@ -53,26 +55,35 @@ def _walk_keys(
     dropout_p,
     HEAD_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    MASKED: tl.constexpr,
+    PARTIAL: tl.constexpr,
     DELTA_ONLY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add the tiles of ``start : stop``; if MASKED, only keys before ``key_stop`` and within each row's ``low : high``."""
+    """Add the tiles of ``start : stop`` without ``skip_start : skip_stop``.
+
+    With ``low : high`` only the keys each row sees; if PARTIAL, only those before ``key_stop``.
+    """
     BLOCK_D: tl.constexpr = query.shape[1]
-    for first_key in tl.range(start, stop, BLOCK_K):
+    skipped = 0
+    if skip_start is not None:
+        skipped = skip_stop - skip_start
+    for step in tl.range(start, stop - skipped, BLOCK_K):
+        first_key = step
+        if skip_start is not None:
+            first_key = tl.where(step < skip_start, step, step + skipped)
         offs_k = first_key + tl.arange(0, BLOCK_K)
         # [BLOCK_K, BLOCK_D]
-        key = load_rows(key_ptr, key_stride_k, first_key, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, MASKED)
-        value = load_rows(value_ptr, value_stride_k, first_key, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, MASKED)
+        key = load_rows(key_ptr, key_stride_k, first_key, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, PARTIAL)
+        value = load_rows(value_ptr, value_stride_k, first_key, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, PARTIAL)
         # [BLOCK_Q, BLOCK_K]
         scores = tl.dot(query, key.T, input_precision=PRECISION)
         probs = tl.exp2(scores * scale2 + offset[:, None])
-        if MASKED:
-            # After exp2: a masked score of 0 may overflow where lse is very negative.
-            if low is None:
-                probs = tl.where((offs_k < key_stop)[None, :], probs, 0.0)
-            else:
-                probs = tl.where((offs_k[None, :] >= low[:, None]) & (offs_k[None, :] < high[:, None]), probs, 0.0)
+        # After exp2: a masked score of 0 may overflow where lse is very negative.
+        if low is not None:
+            sees = (offs_k[None, :] >= low[:, None]) & (offs_k[None, :] < high[:, None])
+            probs = tl.where(sees, probs, 0.0)
+        elif PARTIAL:
+            probs = tl.where((offs_k < key_stop)[None, :], probs, 0.0)
         # R = grad_output.v
         grad_probs = tl.dot(grad_output, value.T, input_precision=PRECISION)
         if seed is not None:
@@ -183,10 +194,12 @@ def _attention_backward_query_kernel(
             )
         grad_gate = tl.zeros([BLOCK_Q], tl.float32)
         if stop > start:
-            bounds = split_range(start, stop, full_start, full_stop, BLOCK_K)
-            for piece in tl.static_range(4):
-                # Pieces 0 and 2, whole tiles that need a mask, exist only where rows differ in what they see.
-                if piece % 2 == 1 or visible_ptr is not None:
+            full_start, full_stop, wide_stop = split_range(start, stop, full_start, full_stop, BLOCK_K)
+            starts = (start, full_start, wide_stop)
+            stops = (wide_stop, full_stop, stop)
+            for piece in tl.static_range(3):
+                # Piece 0, whole tiles before and after the full ones, exists only where rows differ in what they see.
+                if piece > 0 or visible_ptr is not None:
                     grad_query, grad_gate = _walk_keys(
                         grad_query=grad_query,
                         grad_gate=grad_gate,
@@ -196,22 +209,24 @@ def _attention_backward_query_kernel(
                         value_ptr=value_ptr,
                         key_stride_k=key_stride_k,
                         value_stride_k=value_stride_k,
-                        start=bounds[piece],
-                        stop=bounds[piece + 1],
+                        start=starts[piece],
+                        stop=stops[piece],
+                        skip_start=full_start if piece == 0 else None,
+                        skip_stop=full_stop,
                         key_stop=stop,
                         scale2=scale2,
                         offset=offset,
                         shift=shift,
                         gate=gate,
-                        low=low,
+                        low=low if piece != 1 else None,
                         high=high,
                         offs_q=offs_q,
                         head=head,
                         seed=seed,
                         dropout_p=dropout_p,
                         HEAD_DIM=HEAD_DIM,
-                        BLOCK_K=BLOCK_TAIL if piece == 3 else BLOCK_K,
-                        MASKED=piece != 1,
+                        BLOCK_K=BLOCK_TAIL if piece == 2 else BLOCK_K,
+                        PARTIAL=piece == 2,
                         DELTA_ONLY=DELTA_ONLY,
                         PRECISION=PRECISION,
                     )

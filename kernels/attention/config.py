@@ -11,7 +11,7 @@ from fusedmm.kernels.launch import LaunchConfig
 _TABLE = {
     ("forward", 2): {
         "sm_80": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
-        "sm_90": {64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+        "sm_90": {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (128, 64, 8, 2)},
         "sm_100": {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (128, 64, 8, 2)},
         "gfx942": {64: (128, 64, 4, 1), 128: (128, 64, 4, 1), 256: (64, 32, 4, 1)},
     },
@@ -53,6 +53,8 @@ def _config(which: str, head_dim: int, dtype: torch.dtype, arch: str) -> LaunchC
     block_d = head_block(head_dim)
     block_q, block_k, num_warps, num_stages = _TABLE[which, dtype.itemsize][arch][max(64, block_d)]
     blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_D": block_d}
+    if which == "forward":
+        blocks["CARRY_SCORES"] = arch == "sm_90" and block_d == 128
     if which != "key_value":
         blocks["BLOCK_TAIL"] = min(BLOCK_TAIL, block_k)
     return LaunchConfig(blocks=blocks, num_warps=num_warps, num_stages=num_stages)

@@ -49,6 +49,34 @@ from fusedmm.kernels.softmax import LN_2, LOG2_E, finite_shift, natural_lse
 
 
 @triton.jit
+def _softmax_step(
+    scores,  # [BLOCK_Q, BLOCK_K]
+    running_max,  # [BLOCK_Q], base 2
+    running_sum,  # [BLOCK_Q]
+    scale2,
+    prior,  # [BLOCK_Q], base 2
+    gate,  # [BLOCK_Q] or None
+    offs_q,
+    offs_k,
+    head,
+    seed,  # or None
+    dropout_p,
+):
+    """One step of the online softmax: (gated and dropped probabilities, what older sums are multiplied by, new maximum, new sum)."""
+    new_max = tl.maximum(running_max, tl.max(scores, 1) * scale2 + prior)
+    shift = finite_shift(new_max)
+    # p = exp(z - max)
+    probs = tl.exp2(scores * scale2 + (prior - shift)[:, None])
+    rescale = tl.exp2(running_max - shift)
+    running_sum = running_sum * rescale + tl.sum(probs, 1)
+    if seed is not None:
+        probs = tl.where(keep_mask(seed, dropout_p, offs_q[:, None], head, offs_k[None, :]), probs, 0.0)
+    if gate is not None:
+        probs = probs * gate[:, None]
+    return probs, rescale, new_max, running_sum
+
+
+@triton.jit
 def _attend_keys(
     acc,  # [BLOCK_Q, BLOCK_D]
     running_max,  # [BLOCK_Q], base 2
@@ -60,50 +88,70 @@ def _attend_keys(
     value_stride_k,
     start,
     stop,
+    skip_start,  # or None
+    skip_stop,
     key_stop,
     scale2,
-    prior,  # [BLOCK_Q], base 2
-    gate,  # [BLOCK_Q] or None
+    prior,
+    gate,
     low,  # [BLOCK_Q] or None
     high,
     offs_q,
     head,
-    seed,  # or None
+    seed,
     dropout_p,
     HEAD_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    MASKED: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    CARRY_SCORES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Attend to the tiles of ``start : stop``; if MASKED, only to keys before ``key_stop`` and within each row's ``low : high``."""
+    """Attend to the tiles of ``start : stop`` without ``skip_start : skip_stop``.
+
+    With ``low : high`` only to the keys each row sees; if PARTIAL, only to those before ``key_stop``. CARRY_SCORES, for whole tiles that need no mask, issues the scores of
+    the next tile before the second product of this one: the order in which Hopper's asynchronous products run under the softmax.
+    """
     BLOCK_D: tl.constexpr = query.shape[1]
-    for first_key in tl.range(start, stop, BLOCK_K):
-        offs_k = first_key + tl.arange(0, BLOCK_K)
+    skipped = 0
+    if skip_start is not None:
+        skipped = skip_stop - skip_start
+    last = stop - skipped
+    if CARRY_SCORES:
+        last = stop - BLOCK_K
         # [BLOCK_K, BLOCK_D]
-        key = load_rows(key_ptr, key_stride_k, first_key, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, MASKED)
+        key = load_rows(key_ptr, key_stride_k, start, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, PARTIAL)
         # [BLOCK_Q, BLOCK_K]
         scores = tl.dot(query, key.T, input_precision=PRECISION)
-        if MASKED:
-            if low is None:
+    for step in tl.range(start, last, BLOCK_K):
+        first_key = step
+        if skip_start is not None:
+            first_key = tl.where(step < skip_start, step, step + skipped)
+        offs_k = first_key + tl.arange(0, BLOCK_K)
+        if not CARRY_SCORES:
+            key = load_rows(key_ptr, key_stride_k, first_key, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, PARTIAL)
+            scores = tl.dot(query, key.T, input_precision=PRECISION)
+            if low is not None:
+                sees = (offs_k[None, :] >= low[:, None]) & (offs_k[None, :] < high[:, None])
+                scores = tl.where(sees, scores, -float("inf"))
+            elif PARTIAL:
                 scores = tl.where((offs_k < key_stop)[None, :], scores, -float("inf"))
-            else:
-                scores = tl.where(
-                    (offs_k[None, :] >= low[:, None]) & (offs_k[None, :] < high[:, None]), scores, -float("inf")
-                )
-        new_max = tl.maximum(running_max, tl.max(scores, 1) * scale2 + prior)
-        shift = finite_shift(new_max)
-        # p = exp(z - max)
-        probs = tl.exp2(scores * scale2 + (prior - shift)[:, None])
-        rescale = tl.exp2(running_max - shift)
-        running_sum = running_sum * rescale + tl.sum(probs, 1)
-        if seed is not None:
-            probs = tl.where(keep_mask(seed, dropout_p, offs_q[:, None], head, offs_k[None, :]), probs, 0.0)
-        if gate is not None:
-            probs = probs * gate[:, None]
+        probs, rescale, running_max, running_sum = _softmax_step(
+            scores, running_max, running_sum, scale2, prior, gate, offs_q, offs_k, head, seed, dropout_p
+        )
+        probs = probs.to(query.dtype)
+        if CARRY_SCORES:
+            key = load_rows(key_ptr, key_stride_k, first_key + BLOCK_K, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, PARTIAL)
+            scores = tl.dot(query, key.T, input_precision=PRECISION)
         # [BLOCK_K, BLOCK_D]
-        value = load_rows(value_ptr, value_stride_k, first_key, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, MASKED)
-        acc = tl.dot(probs.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
-        running_max = new_max
+        value = load_rows(value_ptr, value_stride_k, first_key, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, PARTIAL)
+        acc = tl.dot(probs, value, acc * rescale[:, None], input_precision=PRECISION)
+    if CARRY_SCORES:
+        offs_k = last + tl.arange(0, BLOCK_K)
+        probs, rescale, running_max, running_sum = _softmax_step(
+            scores, running_max, running_sum, scale2, prior, gate, offs_q, offs_k, head, seed, dropout_p
+        )
+        value = load_rows(value_ptr, value_stride_k, last, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, PARTIAL)
+        acc = tl.dot(probs.to(query.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
     return acc, running_max, running_sum
 
 
@@ -151,6 +199,7 @@ def _attention_forward_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_TAIL: tl.constexpr,
+    CARRY_SCORES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     sample, first_query, head = load_work(query_tiles_ptr, num_heads, BLOCK_Q)
@@ -202,6 +251,10 @@ def _attention_forward_kernel(
             stop = tl.where(tl.max(prior, 0) > -float("inf"), stop, start)
         segment_max = running_max
         segment_sum = tl.zeros([BLOCK_Q], tl.float32)
+        if SOFTMAX == "joint":
+            tl.debug_barrier()
+            segment_max = tl.load(lse_ptr + offs_m - 1, mask=mask_q & (index > 0), other=-float("inf"))
+            running_max = segment_max
         if SOFTMAX != "joint":
             acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
             segment_max = tl.full([BLOCK_Q], -float("inf"), tl.float32)
@@ -211,36 +264,42 @@ def _attention_forward_kernel(
             gate = None
             if SOFTMAX == "joint" and gate_ptr is not None:
                 gate = tl.load(gate_ptrs, mask=mask_q, other=0.0)
-            bounds = split_range(start, stop, full_start, full_stop, BLOCK_K)
-            for piece in tl.static_range(4):
-                # Pieces 0 and 2, whole tiles that need a mask, exist only where rows differ in what they see.
-                if piece % 2 == 1 or visible_ptr is not None:
-                    acc, segment_max, segment_sum = _attend_keys(
-                        acc=acc,
-                        running_max=segment_max,
-                        running_sum=segment_sum,
-                        query=query,
-                        key_ptr=key_ptr,
-                        value_ptr=value_ptr,
-                        key_stride_k=key_stride_k,
-                        value_stride_k=value_stride_k,
-                        start=bounds[piece],
-                        stop=bounds[piece + 1],
-                        key_stop=stop,
-                        scale2=scale2,
-                        prior=prior,
-                        gate=gate,
-                        low=low,
-                        high=high,
-                        offs_q=offs_q,
-                        head=head,
-                        seed=seed,
-                        dropout_p=dropout_p,
-                        HEAD_DIM=HEAD_DIM,
-                        BLOCK_K=BLOCK_TAIL if piece == 3 else BLOCK_K,
-                        MASKED=piece != 1,
-                        PRECISION=PRECISION,
-                    )
+            full_start, full_stop, wide_stop = split_range(start, stop, full_start, full_stop, BLOCK_K)
+            starts = (start, full_start, wide_stop)
+            stops = (wide_stop, full_stop, stop)
+            for piece in tl.static_range(3):
+                # Piece 0, whole tiles before and after the full ones, exists only where rows differ in what they see.
+                if piece > 0 or visible_ptr is not None:
+                    if stops[piece] > starts[piece]:
+                        acc, segment_max, segment_sum = _attend_keys(
+                            acc=acc,
+                            running_max=segment_max,
+                            running_sum=segment_sum,
+                            query=query,
+                            key_ptr=key_ptr,
+                            value_ptr=value_ptr,
+                            key_stride_k=key_stride_k,
+                            value_stride_k=value_stride_k,
+                            start=starts[piece],
+                            stop=stops[piece],
+                            skip_start=full_start if piece == 0 else None,
+                            skip_stop=full_stop,
+                            key_stop=stop,
+                            scale2=scale2,
+                            prior=prior,
+                            gate=gate,
+                            low=low if piece != 1 else None,
+                            high=high,
+                            offs_q=offs_q,
+                            head=head,
+                            seed=seed,
+                            dropout_p=dropout_p,
+                            HEAD_DIM=HEAD_DIM,
+                            BLOCK_K=BLOCK_TAIL if piece == 2 else BLOCK_K,
+                            PARTIAL=piece == 2,
+                            CARRY_SCORES=CARRY_SCORES and piece == 1,
+                            PRECISION=PRECISION,
+                        )
         if SOFTMAX == "joint":
             # The mass needs the final maximum and sum: keep this segment's in its place until then.
             tl.store(mass_ptr + offs_m, segment_sum, mask=mask_q)
