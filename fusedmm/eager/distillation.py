@@ -4,6 +4,7 @@ Logits exist for one wave of rows at a time. Differences of log-probabilities ar
 so that a student close to its teacher loses nothing to cancellation, and identical heads give exactly 0.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from fusedmm.eager.shard import Shard
 from fusedmm.eager.waves import FINITE_MINIMUM, HeadGradient, compute_dtype, convert_small, pair_logits, wave_logits, waves
 from fusedmm.heads import Head, LinearHead, Teacher, TopKLogProbs
 
-EXP_LIMIT = 80.0  # exp of more is beyond float32; the probability that it multiplies is 0 long before
+EXP_LIMIT = 60.0  # of a ratio in an exponential: its probability no longer counts long before, and nothing overflows
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,23 @@ def wave_loss(
             student_log = shard.log_softmax(student_logits)
         cross_entropy, grad_cross = _cross_entropy(student_log, labels, valid, objective, grad_rows)
         rows = rows + (1 - alpha) * cross_entropy
-        grad_logits = grad_cross if grad_logits is None else grad_logits.add_(grad_cross)
+        grad_logits = grad_cross if grad_logits is None or grad_cross is None else grad_logits.add_(grad_cross)
+    if grad_logits is not None:
+        _balance(grad_logits, student_logits, shard)
     return rows if valid is None else torch.where(valid, rows, 0.0), grad_logits
+
+
+def _balance(grad: Tensor, z: Tensor, shard: Shard) -> None:
+    """Set each row's gradient at its largest logit to minus the sum of the others, in place: a row's gradient sums to 0.
+
+    Where p rounds to 1 that entry is the difference of two numbers near 1, and everything is lost; the other entries are exact.
+    """
+    residual = shard.sum(grad.sum(-1, keepdim=True))
+    top = shard.argmax(z)[:, None]
+    if shard.group is not None:
+        mine = (top >= shard.first) & (top < shard.first + shard.count)
+        residual, top = torch.where(mine, residual, 0.0), torch.where(mine, top - shard.first, 0)
+    grad.scatter_add_(1, top, residual.neg_())
 
 
 def tempered(z: Tensor, temperature: float | Tensor) -> Tensor:
@@ -147,11 +163,29 @@ def divergence(student_log: Tensor, teacher_log: Tensor, beta: float, shard: Sha
         rows = shard.sum((p * ratio).sum(-1))
         return rows, None if scale is None else ratio.sub_(rows[:, None]).mul_(p).mul_(scale[:, None])
     ratio = teacher_log - student_log
-    student_ratio = torch.log1p(ratio.clamp(max=EXP_LIMIT).expm1_().mul_(beta)).neg_()  # log(p / mix)
+    student_ratio, at_top = _mixture_ratio(student_log, ratio, beta, shard)
     teacher_ratio = torch.log1p(ratio.neg_().clamp_(max=EXP_LIMIT).expm1_().mul_(1 - beta)).neg_()  # log(t / mix)
     parts = shard.sum(torch.stack([(p * student_ratio).sum(-1), (teacher_log.exp() * teacher_ratio).sum(-1)]))
-    rows = (1 - beta) * parts[0] + beta * parts[1]
+    rows = (1 - beta) * (parts[0] + at_top) + beta * parts[1]
     return rows, None if scale is None else student_ratio.sub_(parts[0][:, None]).mul_(p).mul_((scale * (1 - beta))[:, None])
+
+
+def _mixture_ratio(student_log: Tensor, ratio: Tensor, beta: float, shard: Shard) -> tuple[Tensor, Tensor]:
+    """log(p / mix) minus its value at the student's most likely class [rows, V], and that value [rows], from ``ratio = log t - log p``.
+
+    With ``q = beta / (1 - beta) * t / p`` it is ``log((1 + q_top) / (1 + q))``. The difference is all that the gradient holds, and its size is that of the gap between heads
+    that agree as well as that of the overlap of heads that do not, so neither may be subtracted from a constant.
+    """
+    top = shard.argmax(student_log)
+    local, mine = shard.local_labels(top, torch.ones_like(top, dtype=torch.bool))
+    ratio_top = shard.sum(torch.where(mine, ratio.gather(1, local[:, None])[:, 0], 0.0))[:, None]
+    odds = beta / (1 - beta)
+    q, q_top = ratio.clamp(max=EXP_LIMIT).exp_().mul_(odds), ratio_top.clamp(max=EXP_LIMIT).exp().mul_(odds)
+    distance = ratio - ratio_top
+    near = torch.log1p(distance.clamp(-1.0, 1.0).expm1_().mul_(-q_top).div_(1 + q))
+    far = torch.log1p(q_top) - torch.log1p(q)
+    at_top = -math.log1p(-beta) - torch.log1p(q_top[:, 0])
+    return torch.where(distance.abs_() < 1.0, near, far), at_top
 
 
 def with_bucket(student_logits: Tensor, indices: Tensor, log_probs: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,14 +212,15 @@ def _top_divergence(
     rows, coarse = divergence(student_log, teacher_log, objective.beta, objective.shard, scale)
     if coarse is None:
         return rows, None
+    _balance(coarse, student_log, Shard(coarse.shape[1]))
     top = indices.shape[1]
     if top == share.shape[1]:
         return rows, torch.empty_like(share).scatter_(1, indices, coarse)
     return rows, share.exp_().mul_(coarse[:, top:]).scatter_(1, indices, coarse[:, :top])
 
 
-def _cross_entropy(log_probs: Tensor, labels: Tensor, valid: Tensor, objective: Objective, grad_rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cross entropy with label smoothing [rows] of log-probabilities, and its gradient in the logits times ``(1 - alpha) * grad_rows`` (empty without)."""
+def _cross_entropy(log_probs: Tensor, labels: Tensor, valid: Tensor, objective: Objective, grad_rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Cross entropy with label smoothing [rows] of log-probabilities, and ``(1 - alpha) * grad_rows`` times its gradient in the logits."""
     shard, smoothing = objective.shard, objective.label_smoothing
     target, mine = shard.local_labels(labels, valid)
     at_label = torch.where(mine, log_probs.gather(1, target[:, None])[:, 0], 0.0)
@@ -194,7 +229,7 @@ def _cross_entropy(log_probs: Tensor, labels: Tensor, valid: Tensor, objective: 
         rows -= (smoothing / shard.total) * log_probs.sum(-1)
     rows = shard.sum(rows)
     if grad_rows is None:
-        return rows, rows.new_empty((0,))
+        return rows, None
     scale = (1 - objective.alpha) * grad_rows
     grad = log_probs.exp()
     if smoothing:

@@ -97,10 +97,10 @@ def distillation_scores(
     inputs = check_inputs(op, student, teacher, labels, temperature, ignore_index, impl)
     second_pass = beta is not None and 0.0 < beta < 1.0
     if inputs.impl == "reference":
-        fields = reference.scores(
-            *_whole(inputs), num_classes=inputs.shard.count, beta=beta, ignore_index=ignore_index
-        )
-        return DistillationScores(**{name: fields[name].detach().to(_result_dtype(inputs)) if name in fields else None for name in FIELDS})  # type: ignore[arg-type]
+        fields = reference.scores(*_whole(inputs), num_classes=inputs.shard.count, beta=beta, ignore_index=ignore_index)
+        return DistillationScores(
+            **{name: fields[name].detach().to(_result_dtype(inputs)) if name in fields else None for name in FIELDS}
+        )  # type: ignore[arg-type]
     with torch.no_grad():
         problem = problem_of(inputs, beta=0.0 if beta is None else beta, ignore_index=ignore_index)
         rows = torch.ops.fusedmm.distillation_scores(*problem, second_pass).unbind(0)
@@ -177,17 +177,30 @@ def distillation_loss(
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}.")
     if alpha < 1.0 and labels is None:
-        raise ValueError(f"{op}: labels must be given where alpha < 1, got None with alpha={alpha}. The rest of the loss is cross entropy.")
+        raise ValueError(
+            f"{op}: labels must be given where alpha < 1, got None with alpha={alpha}. The rest of the loss is cross entropy."
+        )
     if normalizer is not None and reduction != "mean":
         raise ValueError(f'{op}: normalizer divides reduction="mean" only, got reduction={reduction!r}. Leave it out.')
     inputs = check_inputs(op, student, teacher, labels, temperature, ignore_index, impl)
     row_scale = _row_scale(op, inputs, row_weight, ignore_index, reduction, normalizer)
-    teacher_wants = torch.is_grad_enabled() and not isinstance(inputs.teacher, TopKLogProbs) and any(t.requires_grad for t in _tensors(inputs.teacher))
+    teacher_wants = (
+        torch.is_grad_enabled()
+        and not isinstance(inputs.teacher, TopKLogProbs)
+        and any(t.requires_grad for t in _tensors(inputs.teacher))
+    )
     if teacher_wants and memory == "fast":
-        raise ValueError(f'{op}: teacher must not require grad with memory="fast", which takes the student\'s gradient only. Detach it, or pass memory="lean".')
+        raise ValueError(
+            f'{op}: teacher must not require grad with memory="fast", which takes the student\'s gradient only. Detach it, or pass memory="lean".'
+        )
     if inputs.impl == "reference":
         rows = reference.loss(
-            *_whole(inputs), num_classes=inputs.shard.count, beta=beta, alpha=alpha, label_smoothing=label_smoothing, ignore_index=ignore_index
+            *_whole(inputs),
+            num_classes=inputs.shard.count,
+            beta=beta,
+            alpha=alpha,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
         )
         rows = rows * row_scale
         return (rows if reduction == "none" else rows.sum()).to(_result_dtype(inputs))
@@ -200,23 +213,48 @@ def distillation_loss(
 
 
 def _row_scale(
-    op: str, inputs: Inputs, row_weight: Tensor | None, ignore_index: int, reduction: str, normalizer: float | Tensor | None
+    op: str,
+    inputs: Inputs,
+    row_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    normalizer: float | Tensor | None,
 ) -> Tensor:
     """[N] what the loss of every row is multiplied by."""
     num_rows, dtype = inputs.rows.shape[0], _result_dtype(inputs)
     if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
-        raise ValueError(f"{op}: normalizer must be a number or a tensor of one, got shape {list(normalizer.shape)}. Sum it first.")
+        raise ValueError(
+            f"{op}: normalizer must be a number or a tensor of one, got shape {list(normalizer.shape)}. Sum it first."
+        )
     if row_weight is not None:
         check_shapes(op, {"row_weight": (row_weight, ("row",))}, {"row": num_rows})
-        check_dtype(op, "row_weight", row_weight, (torch.float16, torch.bfloat16, torch.float32, torch.float64), ". Use row_weight.float().")
+        check_dtype(
+            op,
+            "row_weight",
+            row_weight,
+            (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+            ". Use row_weight.float().",
+        )
         check_device(op, {"student": inputs.rows, "row_weight": row_weight})
         if row_weight.requires_grad:
-            raise ValueError(f"{op}: row_weight must not require grad, it is a constant of the loss. Pass row_weight.detach().")
-    divisor = 1.0 if normalizer is None else normalizer.to(dtype).reshape(()) if isinstance(normalizer, Tensor) else float(normalizer)
+            raise ValueError(
+                f"{op}: row_weight must not require grad, it is a constant of the loss. Pass row_weight.detach()."
+            )
+    divisor = (
+        1.0
+        if normalizer is None
+        else normalizer.to(dtype).reshape(())
+        if isinstance(normalizer, Tensor)
+        else float(normalizer)
+    )
     if row_weight is None and inputs.labels is None:
         if reduction == "mean" and normalizer is None:
             divisor = float(max(num_rows, 1))
-        return inputs.rows.new_ones((num_rows,), dtype=dtype) / divisor if isinstance(divisor, Tensor) else inputs.rows.new_full((num_rows,), 1.0 / divisor, dtype=dtype)
+        return (
+            inputs.rows.new_ones((num_rows,), dtype=dtype) / divisor
+            if isinstance(divisor, Tensor)
+            else inputs.rows.new_full((num_rows,), 1.0 / divisor, dtype=dtype)
+        )
     weight = inputs.rows.new_ones((num_rows,), dtype=dtype) if row_weight is None else row_weight.to(dtype)
     if inputs.labels is not None:
         weight = torch.where(inputs.labels == ignore_index, 0.0, weight)
@@ -235,7 +273,11 @@ def _whole(inputs: Inputs) -> tuple[Head, Teacher, Tensor | None, Tensor]:
 
 
 def _tensors(head: Head) -> list[Tensor]:
-    return [t for t in ((head.hidden, head.weight, head.bias) if isinstance(head, LinearHead) else (head.values,)) if t is not None]
+    return [
+        t
+        for t in ((head.hidden, head.weight, head.bias) if isinstance(head, LinearHead) else (head.values,))
+        if t is not None
+    ]
 
 
 def _result_dtype(inputs: Inputs) -> torch.dtype:

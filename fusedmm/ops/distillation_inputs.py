@@ -35,7 +35,13 @@ class Inputs:
 
 
 def check_inputs(
-    op: str, student: Head, teacher: Teacher, labels: Tensor | None, temperature: float | Tensor, ignore_index: int, impl: str
+    op: str,
+    student: Head,
+    teacher: Teacher,
+    labels: Tensor | None,
+    temperature: float | Tensor,
+    ignore_index: int,
+    impl: str,
 ) -> Inputs:
     """Check what a user passed, once for scores and losses.
 
@@ -46,9 +52,13 @@ def check_inputs(
         NotImplementedError: a combination that this implementation has not.
     """
     if not isinstance(student, LinearHead | Logits):
-        raise TypeError(f"{op}: student must be LinearHead or Logits, got {type(student).__name__}. Its gradient needs the logits of all classes.")
+        raise TypeError(
+            f"{op}: student must be LinearHead or Logits, got {type(student).__name__}. Its gradient needs the logits of all classes."
+        )
     if not isinstance(teacher, LinearHead | Logits | TopKLogProbs):
-        raise TypeError(f"{op}: teacher must be LinearHead, Logits or TopKLogProbs, got {type(teacher).__name__}. Wrap it in one of them.")
+        raise TypeError(
+            f"{op}: teacher must be LinearHead, Logits or TopKLogProbs, got {type(teacher).__name__}. Wrap it in one of them."
+        )
     student, sharded_classes = _localize(op, "student", student)
     shapes = _head_shapes("student", student)
     if isinstance(teacher, TopKLogProbs):
@@ -64,19 +74,33 @@ def check_inputs(
     _check_dtypes(op, student, teacher, labels, row_temperature)
     check_device(op, {argument: tensor for argument, (tensor, _) in shapes.items()})
     if not isinstance(temperature, Tensor) and not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}. 1.0 leaves the logits as they are.")
+        raise ValueError(
+            f"{op}: temperature must be positive and finite, got {temperature}. 1.0 leaves the logits as they are."
+        )
     if row_temperature is not None and row_temperature.requires_grad:
-        raise ValueError(f"{op}: temperature must not require grad, it is a constant of the loss. Pass temperature.detach().")
+        raise ValueError(
+            f"{op}: temperature must not require grad, it is a constant of the loss. Pass temperature.detach()."
+        )
     shard = _shard(op, student, teacher, sizes, sharded_classes)
     if isinstance(teacher, TopKLogProbs) and impl == "auto":
         impl = "eager"
     source = student.hidden if isinstance(student, LinearHead) else student.values
     resolved = resolve_impl(op, impl, source.device, unsupported=_triton_gaps(student, teacher))
     if resolved == "reference" and shard.group is not None:
-        raise NotImplementedError(f'{op}: the reference holds all classes, got a head whose classes are split over a group. Pass impl="eager".')
+        raise NotImplementedError(
+            f'{op}: the reference holds all classes, got a head whose classes are split over a group. Pass impl="eager".'
+        )
     if row_temperature is not None:
         row_temperature = row_temperature.to(torch.float64 if source.dtype == torch.float64 else torch.float32)
-    return Inputs(student, teacher, labels, 1.0 if isinstance(temperature, Tensor) else float(temperature), row_temperature, shard, resolved)
+    return Inputs(
+        student,
+        teacher,
+        labels,
+        1.0 if isinstance(temperature, Tensor) else float(temperature),
+        row_temperature,
+        shard,
+        resolved,
+    )
 
 
 def check_fraction(op: str, argument: str, value: float) -> float:
@@ -116,7 +140,9 @@ def _localize(op: str, role: str, head: Head) -> tuple[Head, int | None]:
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        hidden, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight, bias))
+        hidden, weight, bias = (
+            t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight, bias)
+        )
     return replace(head, hidden=cast(Tensor, hidden), weight=cast(Tensor, weight), bias=bias), size
 
 
@@ -135,7 +161,9 @@ def _check_dtypes(op: str, student: Head, teacher: Teacher, labels: Tensor | Non
             check_dtype(op, f"{role}.indices", head.indices, (torch.int64,), ". Use indices.to(torch.int64).")
             check_dtype(op, f"{role}.log_probs", head.log_probs, FLOATS, ". They are natural logarithms.")
             if head.log_probs.requires_grad:
-                raise ValueError(f"{op}: {role}.log_probs must not require grad, a top-k teacher is a constant. Pass log_probs.detach().")
+                raise ValueError(
+                    f"{op}: {role}.log_probs must not require grad, a top-k teacher is a constant. Pass log_probs.detach()."
+                )
         elif isinstance(head, Logits):
             check_dtype(op, f"{role}.values", head.values, FLOATS, ".")
         else:
@@ -158,27 +186,41 @@ def _shard(op: str, student: Head, teacher: Teacher, sizes: dict[str, int], shar
     total = size * ranks if student.num_classes is None else student.num_classes
     if isinstance(teacher, TopKLogProbs):
         if group is not None:
-            raise NotImplementedError(f"{op}: a top-k teacher with a student whose classes are split over a group is not supported. Gather the student's weight.")
+            raise NotImplementedError(
+                f"{op}: a top-k teacher with a student whose classes are split over a group is not supported. Gather the student's weight."
+            )
         if sizes["k"] > total:
             raise ShapeError(f"{op}: teacher.indices must hold at most {total} classes, got k={sizes['k']}.")
     else:
         if teacher.group is not group:
-            raise ValueError(f"{op}: teacher.group must be the group of the student, got another. Split both heads over the same ranks.")
-        own = (sizes["teacher_classes"] if sharded_classes is None else size) * ranks if teacher.num_classes is None else teacher.num_classes
+            raise ValueError(
+                f"{op}: teacher.group must be the group of the student, got another. Split both heads over the same ranks."
+            )
+        own = (
+            (sizes["teacher_classes"] if sharded_classes is None else size) * ranks
+            if teacher.num_classes is None
+            else teacher.num_classes
+        )
         if student.num_classes is None:
             total = own if teacher.num_classes is not None else total
         elif teacher.num_classes is None:
             own = total
         if own != total:
-            raise ShapeError(f"{op}: teacher has {own} classes, but student has {total}. Pass num_classes to cut a padded vocabulary.")
+            raise ShapeError(
+                f"{op}: teacher has {own} classes, but student has {total}. Pass num_classes to cut a padded vocabulary."
+            )
     first = rank * size
     count = min(total - first, sizes["student_classes"])
     if not 1 <= count:
-        raise ValueError(f"{op}: num_classes must leave every rank a class, got {total} classes, {size} a rank, on rank {rank}. Use fewer ranks.")
+        raise ValueError(
+            f"{op}: num_classes must leave every rank a class, got {total} classes, {size} a rank, on rank {rank}. Use fewer ranks."
+        )
     for role in ("student", "teacher"):
         available = sizes.get(f"{role}_classes")
         if available is not None and (available < count or (ranks == 1 and available < total)):
-            raise ShapeError(f"{op}: num_classes must be at most the classes of {role}, got {total} with {available} classes of {role} on this rank.")
+            raise ShapeError(
+                f"{op}: num_classes must be at most the classes of {role}, got {total} with {available} classes of {role} on this rank."
+            )
     return Shard(total, first, count, group)
 
 

@@ -20,7 +20,7 @@ from fusedmm.ops.distillation_inputs import Inputs
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
-SAVED_STATISTICS = 8  # rows of statistics that the Triton forward keeps for its backward
+SAVED_STATISTICS = 16  # rows of statistics that the Triton forward keeps for its backward
 TENSORS = 9
 _library = torch.library.Library("fusedmm", "FRAGMENT")
 _PROBLEM = (
@@ -32,15 +32,30 @@ _NEEDS = "bool needs_input, bool needs_weight, bool needs_bias"
 _library.define(f"distillation_scores({_PROBLEM}, bool second_pass) -> Tensor")
 _library.define(f"distillation_rows({_PROBLEM}) -> (Tensor, Tensor)")
 _library.define(f"distillation_fast({_PROBLEM}, Tensor grad_rows, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)")
-_library.define(f"distillation_backward({_PROBLEM}, Tensor grad_rows, Tensor statistics, {_NEEDS}) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    f"distillation_backward({_PROBLEM}, Tensor grad_rows, Tensor statistics, {_NEEDS}) -> (Tensor, Tensor, Tensor)"
+)
 
 
-def problem_of(inputs: Inputs, *, beta: float, alpha: float = 1.0, label_smoothing: float = 0.0, ignore_index: int) -> list[Any]:
+def problem_of(
+    inputs: Inputs, *, beta: float, alpha: float = 1.0, label_smoothing: float = 0.0, ignore_index: int
+) -> list[Any]:
     """The argument list of checked inputs."""
     student, teacher, shard = inputs.student, inputs.teacher, inputs.shard
     indices, softcap = (teacher.indices, 0.0) if isinstance(teacher, TopKLogProbs) else (None, teacher.softcap or 0.0)
     tensors = [*_head_tensors(student), *_head_tensors(teacher), indices, inputs.labels, inputs.row_temperature]
-    numbers = [student.softcap or 0.0, softcap, inputs.temperature, beta, alpha, label_smoothing, ignore_index, shard.total, shard.first, shard.count]
+    numbers = [
+        student.softcap or 0.0,
+        softcap,
+        inputs.temperature,
+        beta,
+        alpha,
+        label_smoothing,
+        ignore_index,
+        shard.total,
+        shard.first,
+        shard.count,
+    ]
     return [*tensors, *numbers, "" if shard.group is None else shard.group.group_name, inputs.impl]
 
 
@@ -57,7 +72,9 @@ def _head_tensors(head: Teacher) -> list[Tensor | None]:
 def _rebuild(problem: tuple[Any, ...]) -> tuple[Head, Teacher, Tensor | None, Tensor | None, eager.Objective]:
     """Heads, labels, row temperatures and the objective of a problem."""
     student, student_weight, student_bias, values, weight, bias, indices, labels, row_temperature = problem[:TENSORS]
-    student_softcap, softcap, temperature, beta, alpha, smoothing, ignore_index, total, first, count, group, _ = problem[TENSORS:]
+    student_softcap, softcap, temperature, beta, alpha, smoothing, ignore_index, total, first, count, group, _ = (
+        problem[TENSORS:]
+    )
     shard = Shard(total, first, count, _resolve_process_group(group) if group else None)
     objective = eager.Objective(shard, beta, alpha, temperature, smoothing, ignore_index)
     teacher: Teacher = _head(values, weight, bias, softcap) if indices is None else TopKLogProbs(indices, values)
@@ -78,18 +95,18 @@ def _scores(*arguments: Any) -> Tensor:
     problem, (second_pass,) = _split(arguments, 1)
     student, teacher, labels, row_temperature, objective = _rebuild(problem)
     if problem[-1] == "triton":
-        from fusedmm.kernels.distillation.scores import distillation_scores
+        from fusedmm.ops import distillation_triton
 
-        return distillation_scores(student, teacher, labels, row_temperature, objective, second_pass)  # type: ignore[no-any-return]
+        return distillation_triton.scores(student, teacher, labels, row_temperature, objective, second_pass)
     return eager_scores.scores(student, teacher, labels, row_temperature, objective, second_pass)
 
 
 def _rows(*problem: Any) -> tuple[Tensor, Tensor]:
     student, teacher, labels, row_temperature, objective = _rebuild(problem)
     if problem[-1] == "triton":
-        from fusedmm.kernels.distillation.lean import distillation_rows
+        from fusedmm.ops import distillation_triton
 
-        return distillation_rows(student, teacher, labels, row_temperature, objective)  # type: ignore[no-any-return]
+        return distillation_triton.rows(student, teacher, labels, row_temperature, objective)
     rows, _ = eager.loss(student, teacher, labels, row_temperature, objective)
     return rows, rows.new_empty((0, rows.shape[0]))
 
@@ -98,11 +115,15 @@ def _fast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem, (grad_rows, *needs) = _split(arguments, 4)
     student, teacher, labels, row_temperature, objective = _rebuild(problem)
     if problem[-1] == "triton":
-        from fusedmm.kernels.distillation.fast import distillation_fast
+        from fusedmm.ops import distillation_triton
 
-        rows, gradients = distillation_fast(student, teacher, labels, row_temperature, objective, grad_rows, tuple(needs))
+        rows, gradients = distillation_triton.fast(
+            student, teacher, labels, row_temperature, objective, grad_rows, (needs[0], needs[1], needs[2])
+        )
     else:
-        rows, gradients = eager.loss(student, teacher, labels, row_temperature, objective, grad_rows, (needs[0], needs[1], needs[2]))
+        rows, gradients = eager.loss(
+            student, teacher, labels, row_temperature, objective, grad_rows, (needs[0], needs[1], needs[2])
+        )
     return torch.dot(rows, grad_rows), *gradients
 
 
@@ -110,10 +131,14 @@ def _backward(*arguments: Any) -> Triple:
     problem, (grad_rows, statistics, *needs) = _split(arguments, 5)
     student, teacher, labels, row_temperature, objective = _rebuild(problem)
     if problem[-1] == "triton":
-        from fusedmm.kernels.distillation.lean import distillation_backward
+        from fusedmm.ops import distillation_triton
 
-        return distillation_backward(student, teacher, labels, row_temperature, objective, grad_rows, statistics, tuple(needs))  # type: ignore[no-any-return]
-    return eager.loss(student, teacher, labels, row_temperature, objective, grad_rows.contiguous(), (needs[0], needs[1], needs[2]))[1]
+        return distillation_triton.backward(
+            student, teacher, labels, row_temperature, objective, grad_rows, statistics, (needs[0], needs[1], needs[2])
+        )  # type: ignore[no-any-return]
+    return eager.loss(
+        student, teacher, labels, row_temperature, objective, grad_rows.contiguous(), (needs[0], needs[1], needs[2])
+    )[1]
 
 
 def _statistics_dtype(problem: tuple[Any, ...]) -> torch.dtype:
@@ -168,7 +193,10 @@ class _Fast(torch.autograd.Function):
         count = len(ctx.needs_input_grad)
         if grad_loss is None:
             return (None,) * count
-        gradients = [gradient * grad_loss if needed else None for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)]
+        gradients = [
+            gradient * grad_loss if needed else None
+            for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        ]
         return (*gradients, *([None] * (count - 3)))
 
 
@@ -199,8 +227,12 @@ class _Rows(torch.autograd.Function):
             ):
                 wanted = needs[role : role + 3]
                 if any(wanted):
-                    computed = torch.ops.fusedmm.distillation_backward(*role_problem, role_rows, role_statistics, *wanted)
-                    gradients[role : role + 3] = [gradient if needed else None for gradient, needed in zip(computed, wanted, strict=True)]
+                    computed = torch.ops.fusedmm.distillation_backward(
+                        *role_problem, role_rows, role_statistics, *wanted
+                    )
+                    gradients[role : role + 3] = [
+                        gradient if needed else None for gradient, needed in zip(computed, wanted, strict=True)
+                    ]
         return (*gradients, *([None] * (len(needs) - 6)))
 
 
@@ -212,12 +244,20 @@ def _exchange(problem: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _exchange_statistics(statistics: Tensor) -> Tensor:
-    """Saved statistics come in pairs, the student's and the teacher's."""
-    return statistics if statistics.shape[0] == 0 else torch.cat([statistics[2:4], statistics[:2], statistics[5:6], statistics[4:5], statistics[6:]])
+    """Saved statistics of the exchanged heads: the first 12 rows are pairs of student and teacher; ratios of the two (rows 8, 9 and 15) change their sign."""
+    if statistics.shape[0] == 0:
+        return statistics
+    pairs = statistics[:12].reshape(6, 2, -1).flip(1).reshape(12, -1)
+    exchanged = torch.cat([pairs, statistics[12:]])
+    exchanged[8:10].neg_()
+    exchanged[15].neg_()
+    return exchanged
 
 
 def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in arguments[:6])
+    return torch.is_grad_enabled() and any(
+        isinstance(tensor, Tensor) and tensor.requires_grad for tensor in arguments[:6]
+    )
 
 
 def _autograd_fast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -40,11 +40,13 @@ def log_probs(student: LinearHead | Logits, teacher: Teacher, temperature: Tenso
     full = torch.log_softmax(logits(student, num_classes) / temperature[:, None], -1)
     if not isinstance(teacher, TopKLogProbs):
         return full, torch.log_softmax(logits(teacher, num_classes) / temperature[:, None], -1)
-    top = teacher.log_probs.double()
+    top = teacher.log_probs.double().clamp_min(FINITE_MINIMUM)
+    if top.shape[1] == num_classes:
+        return full.gather(1, teacher.indices), top
     rest = torch.ones_like(full, dtype=torch.bool).scatter(1, teacher.indices, False)
     student_rest = full.masked_fill(~rest, FINITE_MINIMUM).logsumexp(-1, keepdim=True)
     teacher_rest = torch.log1p(-top.exp().sum(-1, keepdim=True).clamp_max(1.0))
-    return torch.cat([full.gather(1, teacher.indices), student_rest], -1), torch.cat([top, teacher_rest], -1).clamp_min(FINITE_MINIMUM)
+    return torch.cat([full.gather(1, teacher.indices), student_rest], -1), torch.cat([top, teacher_rest.clamp_min(FINITE_MINIMUM)], -1)
 
 
 def loss(
@@ -86,10 +88,11 @@ def scores(
     full = torch.log_softmax(z / temperature[:, None], -1)
     student_log, teacher_log = log_probs(student, teacher, temperature, num_classes)
     p, t = student_log.exp(), teacher_log.exp()
-    teacher_top = t if not isinstance(teacher, TopKLogProbs) else t[:, :-1]
+    teacher_top = t[:, : teacher.indices.shape[1]] if isinstance(teacher, TopKLogProbs) else t
     teacher_class = teacher_top.argmax(-1)
     if isinstance(teacher, TopKLogProbs):
         teacher_class = teacher.indices.gather(1, teacher_class[:, None])[:, 0]
+    if isinstance(teacher, TopKLogProbs) and t.shape[1] > teacher.indices.shape[1]:
         share = full.exp().scatter(1, teacher.indices, 0.0)
         share = share / share.sum(-1, keepdim=True).clamp_min(torch.finfo(share.dtype).tiny)
         logits_gradient = ((p - t)[:, :-1].square().sum(-1) + (p - t)[:, -1].square() * share.square().sum(-1)).sqrt()

@@ -1,0 +1,284 @@
+"""Distillation with Triton: the statistics, mixture and gradient kernels around matmuls of PyTorch.
+
+* Scores and the forward of "lean": the statistics kernel over the heads themselves; no logits in memory, O(N) numbers are kept.
+* "fast": waves of rows. Logits by two matmuls into float32, the same kernels over them, the gradient in the matmuls' dtype, two matmuls more. 10 bytes a logit of a wave.
+* Backward of "lean": the gradient kernel over the heads for all rows and a range of classes, two matmuls. 2 bytes a logit of a range, and hidden's gradient in float32.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusedmm.eager.distillation import Objective
+from fusedmm.eager.distillation_scores import FIELDS, PAIR_FIELDS
+from fusedmm.eager.waves import WHOLE_ELEMENTS, matmul, shares_weight
+from fusedmm.heads import Head, LinearHead, Teacher, TopKLogProbs
+
+if TYPE_CHECKING:
+    from fusedmm.kernels.distillation.tiles import HeadTensors
+
+Needs = tuple[bool, bool, bool]
+
+FAST_ELEMENTS = 100 << 20  # logits of a wave of rows: 1 GiB at 10 bytes each
+RANGE_ELEMENTS = 16 << 20  # logits of a range of classes: 32 MiB at 2 bytes each
+RANGE_ROWS = 16384
+ROUNDED_SUMS = 8  # a bfloat16 weight gradient may be rounded once a wave for as many waves (0.3 % in all); beyond, it is summed in float32
+FLOAT16_SCALE = 64.0  # keeps gradients of probabilities near 1e-6 out of float16's subnormals
+
+
+def scores(student: Head, teacher: Teacher, labels: Tensor | None, temperature: Tensor | None, objective: Objective, second_pass: bool) -> Tensor:
+    """All fields of `fusedmm.eager.distillation_scores.FIELDS` [fields, N] float32; those that do not apply hold no meaning."""
+    heads = _tensors(student, teacher, objective)
+    saved, fields = _statistics(*heads, labels, temperature, objective, for_scores=True)
+    if isinstance(student, LinearHead):
+        size = torch.linalg.vector_norm(student.hidden, dim=-1, dtype=torch.float32)
+        fields[PAIR_FIELDS.index("grad_norm")].mul_(size).div_(objective.temperature if temperature is None else temperature)
+    if second_pass:
+        values, sums = _mixture(*heads, saved, temperature, objective)
+        for name, field in (("divergence", values), ("total_variation", sums[2])):
+            fields[FIELDS.index(name)] = field if labels is None else torch.where(labels == objective.ignore_index, 0.0, field)
+    return fields
+
+
+def rows(student: Head, teacher: Teacher, labels: Tensor | None, temperature: Tensor | None, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Loss of every row [N], 0 where it is ignored, and the statistics that `backward` needs [16, N]."""
+    heads = _tensors(student, teacher, objective)
+    return _loss_rows(*heads, labels, temperature, objective)
+
+
+def fast(
+    student: Head, teacher: Teacher, labels: Tensor | None, temperature: Tensor | None, objective: Objective, grad_rows: Tensor, needs: Needs
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Loss of every row, and the gradient of ``(grad_rows * loss).sum()`` in the student's input, weight and bias; empty where not needed."""
+    from fusedmm.kernels.distillation.tiles import HeadTensors
+
+    student_head, teacher_head = _tensors(student, teacher, objective)
+    num_rows, classes = student_head.source.shape[0], objective.shard.count
+    wave_rows = min(max(num_rows, 1), max(128, FAST_ELEMENTS // classes // 128 * 128))
+    gradient = _Gradient(student_head, objective, needs, is_split=(wave_rows < num_rows, False), waves=-(-num_rows // wave_rows))
+    result = student_head.source.new_empty((num_rows,), dtype=torch.float32)
+    for first in range(0, num_rows, wave_rows):
+        wave = slice(first, min(first + wave_rows, num_rows))
+        logits = [HeadTensors(values, None, head.bias, head.softcap) for head, values in zip((student_head, teacher_head), _wave_logits(student_head, teacher_head, wave), strict=True)]
+        wave_labels, wave_temperature = _of(labels, wave), _of(temperature, wave)
+        result[wave], saved = _loss_rows(logits[0], logits[1], wave_labels, wave_temperature, objective)
+        gradient.add(wave, slice(0, classes), logits[0], logits[1], saved, grad_rows[wave], wave_labels, wave_temperature)
+    return result, gradient.result(student)
+
+
+def backward(
+    student: Head, teacher: Teacher, labels: Tensor | None, temperature: Tensor | None, objective: Objective, grad_rows: Tensor, statistics: Tensor, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of ``(grad_rows * loss).sum()`` in the student's input, weight and bias from saved statistics; the logits are formed again, tile by tile."""
+    student_head, teacher_head = _tensors(student, teacher, objective)
+    num_rows, classes = student_head.source.shape[0], objective.shard.count
+    range_rows = min(num_rows, RANGE_ROWS)
+    columns = min(classes, max(128, RANGE_ELEMENTS // max(range_rows, 1) // 128 * 128))
+    if columns == classes and range_rows == num_rows and num_rows * classes > WHOLE_ELEMENTS:
+        range_rows = (num_rows + 1) // 2
+    gradient = _Gradient(student_head, objective, needs, is_split=(range_rows < num_rows, columns < classes), waves=-(-num_rows // max(range_rows, 1)))
+    for wave in _slices(num_rows, range_rows):
+        heads = [head._replace(source=head.source[wave]) for head in (student_head, teacher_head)]
+        saved = statistics[:, wave].contiguous()
+        for block in _slices(classes, columns):
+            gradient.add(wave, block, heads[0], heads[1], saved, grad_rows[wave], _of(labels, wave), _of(temperature, wave))
+    return gradient.result(student)
+
+
+def _slices(size: int, step: int) -> Iterator[slice]:
+    return (slice(first, min(first + step, size)) for first in range(0, size, step))
+
+
+def _of(tensor: Tensor | None, wave: slice) -> Tensor | None:
+    return None if tensor is None else tensor[wave]
+
+
+def _tensors(student: Head, teacher: Teacher, objective: Objective) -> "tuple[HeadTensors, HeadTensors]":
+    """Both heads as kernels take them; without a divergence the student stands in for a teacher that is not read."""
+    from fusedmm.kernels.distillation.tiles import HeadTensors
+
+    assert not isinstance(teacher, TopKLogProbs)
+    if objective.alpha == 0.0:
+        teacher = student
+    student_head, teacher_head = (
+        HeadTensors(head.hidden, head.weight, head.bias, head.softcap) if isinstance(head, LinearHead) else HeadTensors(head.values, None, None, head.softcap)
+        for head in (student, teacher)
+    )
+    return student_head, teacher_head
+
+
+def _wave_logits(student: "HeadTensors", teacher: "HeadTensors", wave: slice) -> tuple[Tensor, Tensor]:
+    """float32 logits of a wave before bias and soft-cap, one matmul where the heads share their weight; logits that exist are passed on."""
+    if student.weight is not None and teacher.weight is not None and shares_weight(LinearHead(student.source, student.weight), LinearHead(teacher.source, teacher.weight)):
+        both = matmul(torch.cat([student.source[wave], teacher.source[wave]]), student.weight.t())
+        return both[: both.shape[0] // 2], both[both.shape[0] // 2 :]
+    student_logits, teacher_logits = (head.source[wave] if head.weight is None else matmul(head.source[wave], head.weight.t()) for head in (student, teacher))
+    return student_logits, teacher_logits
+
+
+def _statistics(
+    student: "HeadTensors", teacher: "HeadTensors", labels: Tensor | None, temperature: Tensor | None, objective: Objective, *, for_scores: bool
+) -> tuple[Tensor, Tensor]:
+    """Saved statistics [16, N], and scores or losses, of all ranks' classes."""
+    from fusedmm.kernels.distillation.statistics import merge_statistics, statistics
+
+    shard = objective.shard
+    ranks = 1 if shard.group is None else shard.group.size()
+    state = statistics(
+        student,
+        teacher,
+        labels=labels,
+        row_temperature=temperature,
+        temperature=objective.temperature,
+        num_classes=shard.count,
+        first_class=shard.first,
+        for_scores=for_scores,
+        split_classes=-(-shard.total // ranks),
+    )
+    if shard.group is not None:
+        states = [torch.empty_like(state) for _ in range(ranks)]
+        dist.all_gather(states, state, group=shard.group)
+        state = torch.cat(states)
+    return merge_statistics(
+        state,
+        labels=labels,
+        row_temperature=temperature,
+        temperature=objective.temperature,
+        total_classes=shard.total,
+        ignore_index=objective.ignore_index,
+        label_smoothing=objective.label_smoothing,
+        for_scores=for_scores,
+    )
+
+
+def _mixture(student: "HeadTensors", teacher: "HeadTensors", saved: Tensor, temperature: Tensor | None, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Divergence against the mixture [N], and the sums of the second pass; the mean log-ratios go into `saved`."""
+    from fusedmm.kernels.distillation.mixture import mixture_sums
+
+    beta, odds = objective.beta, objective.beta / (1 - objective.beta)
+    sums = objective.shard.sum(
+        mixture_sums(student, teacher, saved, row_temperature=temperature, temperature=objective.temperature, beta=beta, num_classes=objective.shard.count)
+    )
+    student_top = -math.log1p(-beta) - torch.log1p(odds * torch.exp2((saved[8] - saved[15]).clamp(max=86.0)))
+    teacher_top = -math.log(beta) - torch.log1p(torch.exp2((saved[15] - saved[9]).clamp(max=86.0)) / odds)
+    torch.neg(sums[:2], out=saved[10:12])
+    return (1 - beta) * (student_top + sums[0]) + beta * (teacher_top + sums[1]), sums
+
+
+def _loss_rows(
+    student: "HeadTensors", teacher: "HeadTensors", labels: Tensor | None, temperature: Tensor | None, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """Loss of every row and its saved statistics."""
+    saved, losses = _statistics(student, teacher, labels, temperature, objective, for_scores=False)
+    if objective.beta in (0.0, 1.0):
+        divergence = losses[int(objective.beta)]
+    else:
+        divergence = _mixture(student, teacher, saved, temperature, objective)[0]
+    scale = objective.temperature if temperature is None else temperature
+    result = divergence * (objective.alpha * scale * scale)
+    if objective.alpha != 1.0:
+        result += (1 - objective.alpha) * losses[2]
+    return result if labels is None else torch.where(labels == objective.ignore_index, 0.0, result), saved
+
+
+class _Gradient:
+    """Gradients of the student's head from ranges of rows and classes of the gradient of its logits.
+
+    Each is a sum over one of the two: hidden's over classes, the weight's and the bias's over rows. A sum that one range completes is written in its dtype; one of several parts is
+    kept in float32 and rounded at the end, except a bfloat16 weight gradient of at most `ROUNDED_SUMS` parts, which would double the memory of the largest tensor.
+    """
+
+    def __init__(self, head: "HeadTensors", objective: Objective, needs: Needs, *, is_split: tuple[bool, bool], waves: int) -> None:
+        self.head, self.objective, self.needs = head, objective, needs
+        source, weight = head.source, head.weight
+        self.scale = FLOAT16_SCALE if source.dtype == torch.float16 and weight is not None else 1.0
+        exact = source.dtype == torch.float32 or source.dtype == torch.bfloat16
+        self.buffer = source.new_empty((0,))
+        self.input = self._zeros(source, needs[0], torch.float32 if weight is not None and (is_split[1] or not exact) else source.dtype)
+        in_float32 = not exact or (is_split[0] and waves > ROUNDED_SUMS)
+        self.weight = self._zeros(weight, needs[1], torch.float32 if in_float32 else source.dtype)
+        self.bias = self._zeros(head.bias, needs[2], torch.float32)
+        self.is_split = is_split
+
+    def _zeros(self, source: Tensor | None, needed: bool, dtype: torch.dtype) -> Tensor:
+        shape = source.shape if source is not None and needed else (0,)
+        return torch.zeros(shape, dtype=dtype, device=self.head.source.device)
+
+    def add(
+        self,
+        wave: slice,
+        block: slice,
+        student: "HeadTensors",
+        teacher: "HeadTensors",
+        saved: Tensor,
+        grad_rows: Tensor,
+        labels: Tensor | None,
+        temperature: Tensor | None,
+    ) -> None:
+        """Form the gradient of the logits of rows `wave` and classes `block`, and take it into the sums; `student` and `teacher` hold the rows of the wave only."""
+        from fusedmm.kernels.distillation.gradient import gradient_logits
+
+        objective = self.objective
+        if labels is not None and objective.alpha == 1.0:  # without cross entropy labels only say which rows count
+            grad_rows, labels = torch.where(labels == objective.ignore_index, 0.0, grad_rows), None
+        shape = (wave.stop - wave.start, block.stop - block.start)
+        if self.buffer.numel() < shape[0] * shape[1]:
+            self.buffer = self.head.source.new_empty(shape[0] * shape[1])
+        grad_logits = gradient_logits(
+            student,
+            teacher,
+            saved,
+            grad_rows.contiguous(),
+            self.buffer[: shape[0] * shape[1]].view(shape),
+            labels=labels,
+            row_temperature=temperature,
+            temperature=objective.temperature,
+            beta=objective.beta,
+            alpha=objective.alpha,
+            label_smoothing=objective.label_smoothing,
+            grad_scale=self.scale,
+            num_classes=objective.shard.count,
+            first_class=objective.shard.first,
+            total_classes=objective.shard.total,
+            ignore_index=objective.ignore_index,
+            columns=block,
+        )
+        weight = self.head.weight
+        if weight is None:
+            if self.needs[0]:
+                self.input[wave, block] = grad_logits
+            return
+        if self.needs[0]:
+            _accumulate(self.input[wave], grad_logits, weight[block], is_sum=self.is_split[1])
+        if self.needs[1]:
+            _accumulate(self.weight[block], grad_logits.t(), self.head.source[wave], is_sum=self.is_split[0])
+        if self.needs[2]:
+            self.bias[block] += grad_logits.sum(0, dtype=torch.float32)
+
+    def result(self, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+        """The three gradients in the dtypes of their inputs, hidden's summed over ranks."""
+        if isinstance(head, LinearHead) and self.needs[0]:
+            self.objective.shard.sum(self.input)
+        dtype = self.head.source.dtype
+        gradients = (self.input, self.weight, self.bias)
+        if self.scale != 1.0:
+            gradients = tuple(gradient.div_(self.scale) for gradient in gradients)
+        return gradients[0].to(dtype), gradients[1].to(dtype), gradients[2].to(dtype)
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_sum: bool) -> None:
+    """``total = a @ b``, or plus the former total, in place; the product is not rounded before it is added."""
+    if total.is_cuda and total.dtype != a.dtype:
+        if is_sum:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        else:
+            torch.mm(a, b, out_dtype=total.dtype, out=total)
+    elif total.dtype == a.dtype and (total.is_cuda or total.dtype == torch.float32):
+        torch.addmm(total, a, b, beta=1.0 if is_sum else 0.0, out=total)
+    else:
+        product = matmul(a, b)
+        total.copy_(product + total if is_sum else product)

@@ -1,0 +1,166 @@
+"""Gradient of the loss in the student's logits, for a range of classes, from saved statistics: formed again from the heads, or from logits that exist.
+
+With p and t the probabilities at the temperature T, p1 at 1, k the student's most likely class, r the log-ratio minus its value at k, and G minus the mean of r over p:
+
+    beta = 0   g = p - t            beta = 1   g = p (r + G), r = log(p / t)            between   g = (1 - beta) p (r + G), r = log(p / mix)
+    grad_logits = grad_row * (alpha T g + (1 - alpha) (p1 - (1 - label_smoothing) onehot - label_smoothing / V)) * (1 - (z / softcap)^2)
+
+At k, where p may round to 1, ``p - t`` is the difference of what p and t leave to the others. One rounding, to the dtype of the matmuls that follow; float16 is stored times
+`float16_scale`. FLOPs: 2 N V (Ds + Dt) for heads with weights; bytes: the gradient once, and logits that exist once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedmm.kernels.distillation.config import tile_config
+from fusedmm.kernels.distillation.mixture import mixture_ratio
+from fusedmm.kernels.distillation.statistics import shares_weight
+from fusedmm.kernels.distillation.tiles import HeadTensors, pair_tiles
+from fusedmm.kernels.launch import device_arch
+from fusedmm.kernels.softmax import LN_2
+
+
+@triton.jit
+def _gradient_kernel(
+    student_ptr,
+    student_weight_ptr,
+    student_bias_ptr,
+    teacher_ptr,
+    teacher_weight_ptr,
+    teacher_bias_ptr,
+    labels_ptr,
+    row_temperature_ptr,
+    saved_ptr,
+    grad_rows_ptr,
+    grad_logits_ptr,
+    student_stride_n,
+    student_weight_stride_v,
+    student_size_d,
+    student_softcap,
+    teacher_stride_n,
+    teacher_weight_stride_v,
+    teacher_size_d,
+    teacher_softcap,
+    grad_stride_n,
+    inverse_temperature,
+    beta,
+    alpha,
+    label_smoothing,
+    grad_scale,
+    num_rows,
+    num_classes,
+    first_class,
+    total_classes,
+    ignore_index,
+    first_column,
+    last_column,
+    KIND: tl.constexpr,
+    IS_SHARED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = rows < num_rows
+    offs_n = tl.minimum(rows, num_rows - 1)
+    columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_v = first_column + columns
+    inverse = tl.full([BLOCK_N], 1.0, tl.float32) * inverse_temperature
+    if row_temperature_ptr is not None:
+        inverse = 1.0 / tl.load(row_temperature_ptr + offs_n)
+    student, teacher = pair_tiles(
+        student_ptr, student_weight_ptr, student_bias_ptr, student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
+        teacher_ptr, teacher_weight_ptr, teacher_bias_ptr, teacher_stride_n, teacher_weight_stride_v, teacher_size_d, teacher_softcap,
+        offs_n, offs_v, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
+    row_stride = tl.full([], 1, tl.int64) * num_rows
+    saved_ptrs = saved_ptr + offs_n
+    classes = (first_class + offs_v)[None, :]
+    is_top = classes == tl.load(saved_ptrs + 4 * row_stride).to(tl.int32)[:, None]
+    s = student * inverse[:, None]
+    t = teacher * inverse[:, None]
+    p = tl.exp2((s - tl.load(saved_ptrs)[:, None]) - tl.load(saved_ptrs + 2 * row_stride)[:, None])
+    if KIND == 0:
+        g = p - tl.exp2((t - tl.load(saved_ptrs + row_stride)[:, None]) - tl.load(saved_ptrs + 3 * row_stride)[:, None])
+        both_top = is_top & (classes == tl.load(saved_ptrs + 5 * row_stride).to(tl.int32)[:, None])
+        g = tl.where(both_top, (tl.load(saved_ptrs + 7 * row_stride) - tl.load(saved_ptrs + 6 * row_stride))[:, None], g)
+    elif KIND == 1:
+        u_top = tl.load(saved_ptrs + 8 * row_stride)
+        g = p * (tl.load(saved_ptrs + 10 * row_stride)[:, None] - ((t - s) - u_top[:, None])) * LN_2
+    else:
+        gap = tl.load(saved_ptrs + 15 * row_stride)
+        ratio = mixture_ratio((t - s) - gap[:, None], tl.load(saved_ptrs + 8 * row_stride) - gap, beta / (1.0 - beta))
+        g = (1.0 - beta) * p * (ratio + tl.load(saved_ptrs + 10 * row_stride)[:, None])
+    g *= (alpha / inverse)[:, None]
+    grad_rows = tl.load(grad_rows_ptr + offs_n) * grad_scale
+    if labels_ptr is not None:
+        labels = tl.load(labels_ptr + offs_n)
+        grad_rows = tl.where(labels == ignore_index, 0.0, grad_rows)
+        unit = tl.exp2((student - tl.load(saved_ptrs + 12 * row_stride)[:, None]) - tl.load(saved_ptrs + 13 * row_stride)[:, None])
+        is_label = classes == labels[:, None]
+        at_label = tl.where(is_top, label_smoothing - tl.load(saved_ptrs + 14 * row_stride)[:, None], unit - (1.0 - label_smoothing))
+        g += (1.0 - alpha) * (tl.where(is_label, at_label, unit) - label_smoothing / total_classes)
+    g *= grad_rows[:, None]
+    if student_softcap is not None:
+        share = student * LN_2 / student_softcap
+        g *= 1.0 - share * share
+    if grad_logits_ptr.dtype.element_ty == tl.float16:
+        g = tl.minimum(tl.maximum(g, -65504.0), 65504.0)
+    grad_ptrs = grad_logits_ptr + rows[:, None] * grad_stride_n + columns[None, :]
+    tl.store(grad_ptrs, g.to(grad_logits_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_v < last_column)[None, :])
+
+
+def gradient_logits(
+    student: HeadTensors,
+    teacher: HeadTensors,
+    saved: torch.Tensor,
+    grad_rows: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    labels: torch.Tensor | None,
+    row_temperature: torch.Tensor | None,
+    temperature: float,
+    beta: float,
+    alpha: float,
+    label_smoothing: float,
+    grad_scale: float,
+    num_classes: int,
+    first_class: int,
+    total_classes: int,
+    ignore_index: int,
+    columns: slice,
+) -> torch.Tensor:
+    """`grad_scale` times the gradient in the student's soft-capped logits' inputs, for local classes `columns`, written to `out` [N, columns]; `out`."""
+    arch = device_arch(student.source.device)
+    num_rows, width = out.shape
+    has_matmul = student.weight is not None or teacher.weight is not None
+    config = tile_config(arch, width, has_matmul, torch.float32 in (student.source.dtype, teacher.source.dtype) and has_matmul)
+    if num_rows == 0:
+        return out
+    _gradient_kernel[(triton.cdiv(num_rows, config.blocks["BLOCK_N"]), triton.cdiv(width, config.blocks["BLOCK_V"]))](
+        **student.arguments("student"),
+        **teacher.arguments("teacher"),
+        labels_ptr=labels,
+        row_temperature_ptr=row_temperature,
+        saved_ptr=saved,
+        grad_rows_ptr=grad_rows,
+        grad_logits_ptr=out,
+        grad_stride_n=out.stride(0),
+        inverse_temperature=1.0 / temperature,
+        beta=beta,
+        alpha=alpha,
+        label_smoothing=label_smoothing,
+        grad_scale=grad_scale,
+        num_rows=num_rows,
+        num_classes=num_classes,
+        first_class=first_class,
+        total_classes=total_classes,
+        ignore_index=ignore_index,
+        first_column=columns.start,
+        last_column=columns.stop,
+        KIND=0 if beta == 0.0 else 1 if beta == 1.0 else 2,
+        IS_SHARED=shares_weight(student, teacher),
+        **config.launch_options(),
+    )
+    return out

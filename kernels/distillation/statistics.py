@@ -1,0 +1,258 @@
+"""Statistics of every row of two heads, one pass over the classes; the logits live in registers.
+
+`_statistics_kernel` gives the state (see state.py) of one block of rows over one split of the classes; `_merge_statistics_kernel` merges the splits (and the ranks) of a row and turns
+the state into scores, or into what a gradient needs. With Z = 1 + others and c = lse_t - lse_s, taken as a difference of peaks plus the logarithm of a ratio:
+
+    KL(t || p) = u_k + slope / Z - c   at the teacher's k        KL(p || t) = c - u_k - slope / Z   at the student's k
+
+FLOPs: 2 N V (Ds + Dt). Bytes: each weight once for every block of rows (from L2 where programs of one split run together), hidden states once for every tile of classes from L2.
+float32 throughout; bitwise reproducible: a fixed order, no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedmm.kernels.distillation.config import tile_config, vocabulary_splits
+from fusedmm.kernels.distillation.state import SIZE_LOSS, SIZE_SCORES, empty_state, merge_states, tile_state
+from fusedmm.kernels.distillation.tiles import HeadTensors, pair_tiles
+from fusedmm.kernels.launch import device_arch
+from fusedmm.kernels.softmax import LN_2
+
+SAVED = 16  # rows of saved statistics, see _save
+FIELDS = 16  # rows of scores
+LOSSES = 3  # forward KL, reverse KL, cross entropy
+
+
+@triton.jit
+def _statistics_kernel(
+    student_ptr,
+    student_weight_ptr,
+    student_bias_ptr,
+    teacher_ptr,
+    teacher_weight_ptr,
+    teacher_bias_ptr,
+    labels_ptr,
+    row_temperature_ptr,
+    state_ptr,
+    student_stride_n,
+    student_weight_stride_v,
+    student_size_d,
+    student_softcap,
+    teacher_stride_n,
+    teacher_weight_stride_v,
+    teacher_size_d,
+    teacher_softcap,
+    inverse_temperature,
+    num_rows,
+    num_classes,
+    first_class,
+    tiles_per_split,
+    IS_SCORES: tl.constexpr,
+    IS_UNIT: tl.constexpr,
+    IS_SHARED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = rows < num_rows
+    offs_n = tl.minimum(rows, num_rows - 1)
+    inverse = tl.full([BLOCK_N], 1.0, tl.float32) * inverse_temperature
+    if row_temperature_ptr is not None:
+        inverse = 1.0 / tl.load(row_temperature_ptr + offs_n)
+    labels = tl.full([BLOCK_N], -1, tl.int64)
+    if labels_ptr is not None:
+        labels = tl.load(labels_ptr + offs_n)
+    split = tl.program_id(1)
+    first = split * tiles_per_split * BLOCK_V
+    state = empty_state(BLOCK_N, IS_SCORES)
+    for first_v in range(first, tl.minimum(first + tiles_per_split * BLOCK_V, num_classes), BLOCK_V):
+        offs_v = first_v + tl.arange(0, BLOCK_V)
+        student, teacher = pair_tiles(
+            student_ptr, student_weight_ptr, student_bias_ptr, student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
+            teacher_ptr, teacher_weight_ptr, teacher_bias_ptr, teacher_stride_n, teacher_weight_stride_v, teacher_size_d, teacher_softcap,
+            offs_n, offs_v, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+        tile = tile_state(student, teacher, inverse, first_class + offs_v, labels, offs_v < num_classes, IS_SCORES, IS_UNIT, labels_ptr is not None)
+        state = merge_states(state, tile, inverse, IS_SCORES)
+    size: tl.constexpr = len(state)
+    row_stride = tl.full([], 1, tl.int64) * num_rows
+    state_ptrs = state_ptr + split * size * row_stride + rows
+    for i in tl.static_range(size):
+        tl.store(state_ptrs + i * row_stride, state[i], mask=mask_n)
+
+
+@triton.jit
+def _merge_statistics_kernel(
+    state_ptr,
+    labels_ptr,
+    row_temperature_ptr,
+    saved_ptr,
+    fields_ptr,
+    inverse_temperature,
+    label_smoothing,
+    num_rows,
+    total_classes,
+    num_splits,
+    ignore_index,
+    IS_SCORES: tl.constexpr,
+    IS_UNIT: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = rows < num_rows
+    inverse = tl.full([BLOCK_N], 1.0, tl.float32) * inverse_temperature
+    if row_temperature_ptr is not None:
+        inverse = 1.0 / tl.load(row_temperature_ptr + rows, mask=mask_n, other=1.0)
+    row_stride = tl.full([], 1, tl.int64) * num_rows
+    state = empty_state(BLOCK_N, IS_SCORES)
+    for split in range(0, num_splits):
+        state_ptrs = state_ptr + split * SIZE * row_stride + rows
+        part = tuple([tl.load(state_ptrs + i * row_stride, mask=mask_n, other=0.0) for i in tl.static_range(SIZE)])
+        state = merge_states(state, part, inverse, IS_SCORES)
+    counts = tl.full([BLOCK_N], 1, tl.int1)
+    if labels_ptr is not None:
+        counts = tl.load(labels_ptr + rows, mask=mask_n, other=0) != ignore_index
+
+    student_sum = 1.0 + state[2]
+    teacher_sum = 1.0 + state[7]
+    student_shift = state[0] * inverse
+    teacher_shift = state[5] * inverse
+    gap = (teacher_shift - student_shift) + tl.log2(teacher_sum / student_sum)  # c = lse_t - lse_s
+    student_slope = state[3] / student_sum
+    teacher_slope = state[8] / teacher_sum
+    forward_kl = (state[9] + teacher_slope - gap) * LN_2
+    reverse_kl = (gap - state[4] - student_slope) * LN_2
+    unit_others = state[10]
+    if IS_UNIT:
+        unit_others = state[2]
+    unit_sum = 1.0 + unit_others
+    student_nll = ((state[0] - state[11]) + tl.log2(unit_sum)) * LN_2
+
+    if IS_SCORES:
+        spread = student_sum / teacher_sum
+        bend = 1.0 - spread
+        distance = tl.maximum(state[19] + 2.0 * bend * state[20] + bend * bend * state[21], 0.0)
+        teacher_unit = state[15]
+        if IS_UNIT:
+            teacher_unit = state[7]
+        teacher_nll = ((state[5] - state[12]) + tl.log2(1.0 + teacher_unit)) * LN_2
+        is_peak = state[11] == state[0]
+        label_share = tl.exp2(state[11] - state[0]) / unit_sum
+        others = tl.where(is_peak, unit_others / unit_sum, 1.0 - label_share)
+        squares = tl.where(is_peak, state[14], 1.0 + state[14]) / (unit_sum * unit_sum) - tl.where(is_peak, 0.0, label_share * label_share)
+        fields = (
+            forward_kl, reverse_kl, 1.0 - state[18] / tl.sqrt(student_sum * teacher_sum),
+            (tl.log2(student_sum) - state[16] / student_sum) * LN_2, (tl.log2(teacher_sum) - state[17] / teacher_sum) * LN_2,
+            1.0 / student_sum, 1.0 / teacher_sum, tl.where(state[1] == state[6], 1.0, 0.0), tl.sqrt(distance) / student_sum,
+            student_nll, teacher_nll, student_nll - teacher_nll, tl.sqrt(tl.maximum(squares, 0.0) + others * others), (state[11] - state[13]) * LN_2,
+        )  # fmt: skip
+    else:
+        mean = state[12] / total_classes
+        cross_entropy = student_nll + label_smoothing * (state[11] - mean) * LN_2
+        fields = (forward_kl, reverse_kl, cross_entropy)
+    for i in tl.static_range(len(fields)):
+        tl.store(fields_ptr + i * row_stride + rows, tl.where(counts, fields[i], 0.0), mask=mask_n)
+    _save(state, student_shift, teacher_shift, student_sum, teacher_sum, student_slope, teacher_slope, unit_others, gap, saved_ptr + rows, row_stride, mask_n)
+
+
+@triton.jit
+def _save(state, student_shift, teacher_shift, student_sum, teacher_sum, student_slope, teacher_slope, unit_others, gap, saved_ptrs, row_stride, mask_n):
+    """What gradients need, in pairs of student and teacher (base 2): shift, log of the sum, arg, 1 - p_k, u_k, mean log-ratio at k minus that of all; then peak and others at T = 1, c."""
+    saved = (
+        student_shift, teacher_shift, tl.log2(student_sum), tl.log2(teacher_sum), state[1], state[6],
+        state[2] / student_sum, state[7] / teacher_sum, state[4], state[9], student_slope, -teacher_slope,
+        state[0], tl.log2(1.0 + unit_others), unit_others / (1.0 + unit_others), gap,
+    )  # fmt: skip
+    for i in tl.static_range(len(saved)):
+        tl.store(saved_ptrs + i * row_stride, saved[i], mask=mask_n)
+
+
+def statistics(
+    student: HeadTensors,
+    teacher: HeadTensors,
+    *,
+    labels: torch.Tensor | None,
+    row_temperature: torch.Tensor | None,
+    temperature: float,
+    num_classes: int,
+    first_class: int,
+    for_scores: bool,
+    split_classes: int | None = None,
+) -> torch.Tensor:
+    """States [splits, SIZE, N] float32 of this rank's classes; as many splits as `split_classes` classes would have, so that ranks with unequal shards agree."""
+    arch = device_arch(student.source.device)
+    num_rows = student.source.shape[0]
+    has_matmul = student.weight is not None or teacher.weight is not None
+    config = tile_config(arch, num_classes, has_matmul, torch.float32 in (student.source.dtype, teacher.source.dtype) and has_matmul)
+    splits = vocabulary_splits(arch, num_rows, num_classes if split_classes is None else split_classes, config)
+    state = student.source.new_empty((splits, (SIZE_SCORES if for_scores else SIZE_LOSS).value, num_rows), dtype=torch.float32)
+    grid = (triton.cdiv(num_rows, config.blocks["BLOCK_N"]), splits)
+    if num_rows == 0:
+        return state
+    _statistics_kernel[grid](
+        **student.arguments("student"),
+        **teacher.arguments("teacher"),
+        labels_ptr=labels,
+        row_temperature_ptr=row_temperature,
+        state_ptr=state,
+        inverse_temperature=1.0 / temperature,
+        num_rows=num_rows,
+        num_classes=num_classes,
+        first_class=first_class,
+        tiles_per_split=triton.cdiv(triton.cdiv(num_classes, config.blocks["BLOCK_V"]), splits),
+        IS_SCORES=for_scores,
+        IS_UNIT=row_temperature is None and temperature == 1.0,
+        IS_SHARED=shares_weight(student, teacher),
+        **config.launch_options(),
+    )
+    return state
+
+
+def merge_statistics(
+    state: torch.Tensor,
+    *,
+    labels: torch.Tensor | None,
+    row_temperature: torch.Tensor | None,
+    temperature: float,
+    total_classes: int,
+    ignore_index: int,
+    label_smoothing: float,
+    for_scores: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Saved statistics [SAVED, N], and scores [FIELDS, N] (the last two are 0) or losses [LOSSES, N], from the states of all splits and ranks; 0 where a row is ignored."""
+    splits, size, num_rows = state.shape
+    saved = state.new_empty((SAVED, num_rows))
+    fields = state.new_zeros((FIELDS if for_scores else LOSSES, num_rows))
+    if num_rows == 0:
+        return saved, fields
+    block_n = 32
+    _merge_statistics_kernel[(triton.cdiv(num_rows, block_n),)](
+        state_ptr=state,
+        labels_ptr=labels,
+        row_temperature_ptr=row_temperature,
+        saved_ptr=saved,
+        fields_ptr=fields,
+        inverse_temperature=1.0 / temperature,
+        label_smoothing=label_smoothing,
+        num_rows=num_rows,
+        total_classes=total_classes,
+        num_splits=splits,
+        ignore_index=ignore_index,
+        IS_SCORES=for_scores,
+        IS_UNIT=row_temperature is None and temperature == 1.0,
+        SIZE=size,
+        BLOCK_N=block_n,
+        num_warps=1,
+    )
+    return saved, fields
+
+
+def shares_weight(student: HeadTensors, teacher: HeadTensors) -> bool:
+    """Whether both heads multiply with the same weight in memory."""
+    a, b = student.weight, teacher.weight
+    if a is None or b is None:
+        return False
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype)
