@@ -6,6 +6,7 @@ starts.
 """
 
 import dataclasses
+import datetime
 import difflib
 import tomllib
 import types
@@ -239,6 +240,8 @@ def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any], orig
         return tuple(_checked(name, entry, typing.get_args(hint)[0], metadata, origin) for entry in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if hint is str and isinstance(value, datetime.date):  # TOML reads an unquoted day as a date
+        value = value.isoformat()
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise RecipeError(f"train: {name} in {origin} must be {hint.__name__}, got {value!r}.")
     low, high, choices = metadata["low"], metadata["high"], metadata["choices"]

@@ -88,7 +88,7 @@ def join_world(kind: str, shard: int) -> World:
     size = dist.get_world_size()
     shard = shard or size
     if size % shard:
-        raise ValueError(
+        raise RecipeError(
             f"train: run.shard must divide the number of ranks {size}, got {shard}. Use 0 to shard over all of them."
         )
     mesh = init_device_mesh(kind, (size // shard, shard), mesh_dim_names=("replicate", "shard"))

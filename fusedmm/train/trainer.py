@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint.state_dict as dcp_state
 from torch import Tensor, nn
 
+from fusedmm.train.augment import hide_modalities
 from fusedmm.train.batches import Batch, BatchSampler, collate
 from fusedmm.train.checkpoint import Checkpoints
 from fusedmm.train.config import Recipe, VariantConfig
@@ -124,13 +125,7 @@ class Trainer:
     def fetch(self, step: int) -> Batch:
         """This rank's share of a step's batch, some modalities hidden where the recipe says so."""
         batch = collate([self.task.train[int(index)] for index in self.sampler.indices(step)]).to(self.world.device)
-        if self.config.modality_dropout == 0.0:
-            return batch
-        masks = {}
-        for number, (name, mask) in enumerate(batch.masks.items()):
-            keep = uniform_hash(batch.sample, self.seed, step, number) >= self.config.modality_dropout
-            masks[name] = mask & keep[:, None]
-        return batch._replace(masks=masks)
+        return hide_modalities(batch, self.config.modality_dropout, self.seed, step)
 
     def flush(self, log: RunLog, seconds_per_step: float) -> None:
         """Read what the device has noted since the last time, write it, and give up where too many steps were
@@ -229,17 +224,6 @@ def build_model(recipe: Recipe, variant: VariantConfig, seed: int, task: Task, w
         else torch.float32
     )
     return shard_model(model.to(world.device), list(model.blocks), world, dtype)
-
-
-def uniform_hash(sample: Tensor, seed: int, step: int, number: int) -> Tensor:
-    """A uniform number in [0, 1) for each sample key, [B] float64: the same on whatever rank the sample lands
-    (splitmix64).
-    """
-    key = (seed * 1_000_003 + step) * 0x3C6EF372FE94F82A + number * 0x9E3779B97F4A7C15
-    state = sample * -7046029254386353131 + ((key + 2**63) % 2**64 - 2**63)
-    state = (state ^ (state >> 30)) * -4658895280553007687
-    state = (state ^ (state >> 27)) * -7723592293110705685
-    return ((state ^ (state >> 31)) >> 11 & 0x1FFFFFFFFFFFFF).double() / 2**53
 
 
 def full(norm: Tensor) -> Tensor:
