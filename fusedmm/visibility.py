@@ -1,9 +1,8 @@
-"""Timestamp causality as key ranges: each query sees one contiguous run of every segment once keys are sorted "
-"by time."""
+"""Timestamp causality as key ranges: once keys are sorted by time, a query sees one contiguous run of every segment."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -52,7 +51,7 @@ def find_visible(
         key_time: [total_k] int64.
         lookback: int or [M] int64, at least 0; None: unbounded.
         wait: ask the GPU whether keys are sorted (a wait); otherwise they are sorted and gathered in any case. On a CPU
-            it is always asked.
+            it is asked unless a graph is being captured.
 
     Cost: ``total_q * M`` binary searches in ``log2(max_seqlen_k)`` steps.
     """
@@ -67,22 +66,21 @@ def find_visible(
     check_device(op, {"layout": layout.cu_seqlens_q, "query_time": query_time, "key_time": key_time})
     window = lookback_tensor(op, layout, lookback)
     key_order = None
-    if (not wait and key_time.is_cuda) or not _sorted_within_segments(layout, key_time):
+    may_ask = wait or not (key_time.is_cuda or torch.compiler.is_compiling())
+    if not (may_ask and _sorted_within_segments(layout, key_time)):
         by_time = torch.argsort(key_time, stable=True)
         key_order = by_time[torch.argsort(layout.key_segments()[by_time], stable=True)]
-    ordered = key_time if key_order is None else key_time[key_order]
-    bounds = layout.cu_seqlens_k.view(-1).long()
-    segment = layout.query_samples()[:, None] * layout.num_modalities + torch.arange(
-        layout.num_modalities, device=key_time.device
+    ranges = torch.ops.fusedmm.visible_ranges(
+        query_time,
+        key_time if key_order is None else key_time[key_order],
+        window,
+        layout.cu_seqlens_q,
+        layout.cu_seqlens_k,
+        layout.query_tiles,
+        layout.num_modalities,
+        layout.max_seqlen_k,
     )
-    first, last = bounds[segment], bounds[segment + 1]
-    end = _upper_bound(ordered, query_time[:, None], first, last, layout.max_seqlen_k)
-    start = (
-        first
-        if window is None
-        else _upper_bound(ordered, query_time[:, None] - window, first, last, layout.max_seqlen_k)
-    )
-    return Visibility(query_time, key_time, window, torch.stack((start, end), -1).to(torch.int32), key_order)
+    return Visibility(query_time, key_time, window, ranges, key_order)
 
 
 def lookback_tensor(op: str, layout: "ModalityLayout", lookback: int | Sequence[int] | Tensor | None) -> Tensor | None:
@@ -107,13 +105,68 @@ def _sorted_within_segments(layout: "ModalityLayout", key_time: Tensor) -> bool:
     return bool(((key_time[1:] >= key_time[:-1]) | (segment[1:] != segment[:-1])).all())
 
 
-def _upper_bound(sorted_times: Tensor, limit: Tensor, first: Tensor, last: Tensor, longest: int) -> Tensor:
+def _visible_ranges(
+    query_time: Tensor,
+    key_time: Tensor,
+    lookback: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    query_tiles: Tensor,
+    num_modalities: int,
+    max_seqlen_k: int,
+) -> Tensor:
+    """[total_q, M, 2] int32 from keys sorted within their segments, by PyTorch's operators."""
+    query = torch.arange(query_time.shape[0], device=query_time.device)
+    sample = torch.searchsorted(cu_seqlens_q[1:].long(), query, right=True)
+    segment = sample[:, None] * num_modalities + torch.arange(num_modalities, device=query.device)
+    bounds = cu_seqlens_k.long()
+    first, last = bounds[segment], bounds[segment + 1]
+    steps = max_seqlen_k.bit_length()
+    end = _first_later(key_time, query_time[:, None], first, last, steps)
+    start = first if lookback is None else _first_later(key_time, query_time[:, None] - lookback, first, last, steps)
+    return torch.stack((start, end), -1).to(torch.int32)
+
+
+def _visible_ranges_cuda(
+    query_time: Tensor,
+    key_time: Tensor,
+    lookback: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    query_tiles: Tensor,
+    num_modalities: int,
+    max_seqlen_k: int,
+) -> Tensor:
+    from fusedmm.kernels.visibility import visible_ranges
+
+    ranges = cu_seqlens_k.new_empty((query_time.shape[0], num_modalities, 2))
+    times = query_time.contiguous(), key_time.contiguous(), None if lookback is None else lookback.contiguous()
+    visible_ranges(*times, cu_seqlens_q, cu_seqlens_k, query_tiles, ranges, max_seqlen_k)
+    return ranges
+
+
+def _fake_visible_ranges(query_time: Tensor, key_time: Tensor, *problem: Any) -> Tensor:
+    return query_time.new_empty((query_time.shape[0], problem[-2], 2), dtype=torch.int32)
+
+
+def _first_later(sorted_times: Tensor, limit: Tensor, first: Tensor, last: Tensor, steps: int) -> Tensor:
     """First position in ``first : last`` whose time exceeds ``limit``, by bisection of all rows at once."""
     low, high = first, last
-    for _ in range(longest.bit_length()):
+    if sorted_times.numel() == 0:
+        return low
+    for _ in range(steps):
         middle = torch.div(low + high, 2, rounding_mode="floor")
-        open_range = low < high
-        time = sorted_times[torch.where(open_range, middle, 0)] if sorted_times.numel() else torch.zeros_like(middle)
-        right = open_range & (time <= limit)
-        low, high = torch.where(right, middle + 1, low), torch.where(open_range & ~right, middle, high)
+        is_open = low < high
+        move = is_open & (sorted_times[torch.where(is_open, middle, 0)] <= limit)
+        low, high = torch.where(move, middle + 1, low), torch.where(is_open & ~move, middle, high)
     return low
+
+
+_library = torch.library.Library("fusedmm", "FRAGMENT")
+_library.define(
+    "visible_ranges(Tensor query_time, Tensor key_time, Tensor? lookback, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+    "Tensor query_tiles, int num_modalities, int max_seqlen_k) -> Tensor"
+)
+_library.impl("visible_ranges", _visible_ranges, "CPU")
+_library.impl("visible_ranges", _visible_ranges_cuda, "CUDA")
+torch.library.register_fake("fusedmm::visible_ranges", _fake_visible_ranges, lib=_library)

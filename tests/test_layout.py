@@ -104,6 +104,25 @@ def test_visible_ranges_are_what_the_definition_says(lookback, sorted_keys) -> N
     assert torch.equal(seen, expected)
 
 
+@pytest.mark.parametrize("lookback", [None, torch.tensor([7, 0])])
+def test_the_kernel_finds_the_same_ranges(lookback, device) -> None:
+    from fusedmm.kernels.visibility import visible_ranges
+
+    lengths = torch.tensor([6, 0, 150]), torch.tensor([[5, 12], [3, 0], [0, 400]])
+    layout = ModalityLayout.from_lengths(*(x.to(device) for x in lengths))
+    query_time = torch.randint(0, 90, (layout.total_q,)).to(device) + 10**15
+    key_time = torch.randint(0, 90, (layout.total_k,)).to(device) + 10**15
+    key_time = key_time[torch.argsort(layout.key_segments() * 2**50 + key_time)]
+    expected = (
+        ModalityLayout.from_lengths(*lengths).at_times(query_time.cpu(), key_time.cpu(), lookback).visibility.ranges
+    )
+    ranges = torch.full_like(expected, -1, device=device)
+    lookback = None if lookback is None else lookback.to(device)
+    tables = (layout.cu_seqlens_q, layout.cu_seqlens_k, layout.query_tiles)
+    visible_ranges(query_time, key_time, lookback, *tables, ranges, layout.max_seqlen_k)
+    assert torch.equal(ranges.cpu(), expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -81,6 +81,29 @@ def test_new_lengths_and_times_do_not_recompile(timed: bool, device: torch.devic
     assert counter.frame_count <= 2  # once for the first sizes, once for symbolic ones
 
 
+def test_times_compile_to_one_graph(device: torch.device) -> None:
+    layout = make_layout(3, 5, device=device)
+    query, key, value, _ = (x.detach() for x in leaves(layout))
+    times = torch.randint(0, 9, (layout.total_q,)).to(device), torch.randint(0, 9, (layout.total_k,)).to(device)
+
+    def attend(query, key, value, layout, query_time, key_time):
+        return fusedmm.gated_multimodal_attention(
+            query, key, value, layout, query_time=query_time, key_time=key_time, lookback=4
+        ).output
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    arguments = (query, key, value, layout, *times)
+    torch.testing.assert_close(compiled(*arguments), attend(*arguments))
+
+
+def test_opcheck_of_visible_ranges() -> None:
+    layout = make_layout(3, 5)
+    times = torch.arange(layout.total_q), torch.arange(layout.total_k)
+    tables = layout.cu_seqlens_q, layout.cu_seqlens_k, layout.query_tiles
+    sizes = layout.num_modalities, layout.max_seqlen_k
+    torch.library.opcheck(torch.ops.fusedmm.visible_ranges, (*times, torch.tensor([2, 3]), *tables, *sizes))
+
+
 def test_no_graph_where_nothing_needs_a_gradient() -> None:
     layout = make_layout(3)
     query, key, value, log_prior = (x.detach() for x in leaves(layout))
