@@ -1,12 +1,12 @@
 """Backward of gated multimodal attention: three passes without atomics, four for the per-modality softmax.
 
-    rows       one number a query, head and modality: offset, shift and gate; with an output gate its gradient and grad_output behind it
-    (delta)    per_modality only: shift_m = -gate sum_{j in m} p_j R_j, the query pass without its third product
+    rows       one number a query, head and modality: offset, shift, slope and gate; with an output gate its gradient and grad_output behind it
+    (delta)    per_modality only: shift_m = -slope sum_{j in m} p_j R_j, the query pass without its third product
     key_value  dk, dv: a program owns keys
     query      dq, dgate, dlog_prior: a program owns queries
 
 The formulas stand in the modules of the passes. Recomputing scores in both costs 14 Hq D (visible pairs) FLOPs (18 with delta) against the forward's 4, and in exchange
-nothing is summed by two programs: gradients are bitwise reproducible. Besides the gradients it allocates 12 Hq M bytes a padded query row and, with an output gate, one
+nothing is summed by two programs: gradients are bitwise reproducible. Besides the gradients it allocates 16 Hq M bytes a padded query row and, with an output gate, one
 tensor of the output's size.
 """
 
@@ -90,13 +90,14 @@ def attention_backward(
     Returns:
         Gradients of query, key, value, log_prior, gate (both [total_q, Hq, M] float32 or None) and output_gate (None without one).
     """
-    total_q, num_heads, head_dim = query.shape
+    _, num_heads, head_dim = query.shape
     num_key_heads = key.shape[1]
     batch = cu_seqlens_q.numel() - 1
     num_modalities = mass.shape[-1]
     query, key, value, grad_output = (unit_last_stride(x) for x in (query, key, value, grad_output))
     padded_rows = query_tiles.shape[0] * TILE.value
-    row_terms = mass.new_empty((3, num_heads, num_modalities, padded_rows))
+    row_terms = mass.new_empty((4, num_heads, num_modalities, padded_rows))
+    key_ranges = find_key_ranges(cu_seqlens_k, active, batch, num_heads, num_modalities)
     arch = device_arch(query.device)
 
     grad_gated, grad_output_gate = grad_output, None
@@ -115,16 +116,18 @@ def attention_backward(
         grad_output_gate_ptr=grad_output_gate,
         log_prior_ptr=log_prior,
         gate_ptr=gate,
-        mass_ptr=mass,
         lse_ptr=lse,
         row_terms_ptr=row_terms,
         query_tiles_ptr=query_tiles,
         cu_seqlens_q_ptr=cu_seqlens_q,
+        key_ranges_ptr=key_ranges,
+        visible_ptr=visible,
         **_grad_output_strides(grad_output),
         **strides_of(grad_statistic, "grad_statistic", "qhm"),
         **strides_of(output_gate, "output_gate", "qh"),
         **strides_of(log_prior, "log_prior", "qhm"),
         **strides_of(gate, "gate", "qhm"),
+        **strides_of(key_ranges, "key_ranges", "bhm"),
         num_heads=num_heads,
         num_modalities=num_modalities,
         padded_rows=padded_rows,
@@ -138,7 +141,6 @@ def attention_backward(
     grad_value = value.new_empty(value.shape)
     grad_log_prior = torch.empty_like(mass) if needs_log_prior else None
     grad_gate = torch.empty_like(mass) if needs_gate else None
-    key_ranges = find_key_ranges(cu_seqlens_k, active, batch, num_heads, num_modalities)
     shared = {
         "query_ptr": query,
         "key_ptr": key,
@@ -185,6 +187,7 @@ def attention_backward(
         grad_key_ptr=grad_key,
         grad_value_ptr=grad_value,
         key_tiles_ptr=key_tiles,
+        HAS_GATE=gate is not None,
         cu_seqlens_k_ptr=cu_seqlens_k,
         num_key_heads=num_key_heads,
         **key_value_config.launch_options(),

@@ -1,9 +1,9 @@
 """Second pass of the attention backward: gradients of keys and values.
 
-    p_ij  = exp2(scale2 q_i.k_j + offset_i)        R_ij = grad_output_i.v_j        dz_ij = p_ij (gate_i R_ij + shift_i)
+    p_ij  = exp2(scale2 q_i.k_j + offset_i)        R_ij = grad_output_i.v_j        dz_ij = p_ij (slope_i R_ij + shift_i)
     dv_j  = sum_i gate_i p_ij grad_output_i        dk_j = scale sum_i dz_ij q_i
 
-with offset, shift and gate from `backward_rows`; dropout multiplies R and the p of dv by keep / (1 - dropout_p).
+with offset, shift, slope and gate from `backward_rows`; dropout multiplies R and the p of dv by keep / (1 - dropout_p).
 
 A program owns BLOCK_K keys of one segment and one key head; it walks the query heads of the group and the queries of the sample, so nothing is added by two programs and no
 atomics are needed. The tiles are transposed, [BLOCK_K, BLOCK_Q], so that both products accumulate onto rows the program owns. Keys no head is active for are
@@ -72,6 +72,7 @@ def _attention_backward_key_value_kernel(
     num_modalities,
     padded_rows,
     HEAD_DIM: tl.constexpr,
+    HAS_GATE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -133,7 +134,7 @@ def _attention_backward_key_value_kernel(
             terms_ptrs = terms_ptr + (first_query - query_start) + tl.arange(0, BLOCK_Q)
             offset = tl.load(terms_ptrs)
             shift = tl.load(terms_ptrs + plane)
-            gate = tl.load(terms_ptrs + 2 * plane)
+            slope = tl.load(terms_ptrs + 2 * plane)
             # [BLOCK_Q, BLOCK_D]
             query = load_rows(
                 query_ptr + member * query_stride_h,
@@ -165,21 +166,16 @@ def _attention_backward_key_value_kernel(
                 probs = tl.where(sees, probs, 0.0)
             # R = v.grad_output
             grad_probs = tl.dot(value, grad_output.T, input_precision=PRECISION)
+            kept_probs = probs
+            if HAS_GATE:
+                kept_probs = probs * tl.load(terms_ptrs + 3 * plane)[None, :]
             if seed_ptr is not None:
-                factor = tl.where(keep_mask(seed, dropout_p, offs_q[None, :], head, offs_k[:, None]), kept, 0.0)
-                grad_value = tl.dot(
-                    (probs * gate[None, :] * factor).to(grad_output.dtype),
-                    grad_output,
-                    grad_value,
-                    input_precision=PRECISION,
-                )
-                grad_probs = grad_probs * factor
-            else:
-                grad_value = tl.dot(
-                    (probs * gate[None, :]).to(grad_output.dtype), grad_output, grad_value, input_precision=PRECISION
-                )
-            # dz = p (gate R + shift)
-            grad_scores = probs * (grad_probs * gate[None, :] + shift[None, :])
+                keep = keep_mask(seed, dropout_p, offs_q[None, :], head, offs_k[:, None])
+                kept_probs = tl.where(keep, kept_probs * kept, 0.0)
+                grad_probs = tl.where(keep, grad_probs * kept, 0.0)
+            grad_value = tl.dot(kept_probs.to(grad_output.dtype), grad_output, grad_value, input_precision=PRECISION)
+            # dz = p (slope R + shift)
+            grad_scores = probs * (grad_probs * slope[None, :] + shift[None, :])
             if visible_ptr is not None:
                 grad_scores = tl.where(sees, grad_scores, 0.0)  # 0 * NaN, should the value of an invisible key be NaN
             grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision=PRECISION)

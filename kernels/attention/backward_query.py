@@ -1,13 +1,13 @@
 """Third pass of the attention backward: gradients of queries, gates and priors.
 
-    p_ij = exp2(scale2 q_i.k_j + offset_i)       R_ij = grad_output_i.v_j        dz_ij = p_ij (gate_i R_ij + shift_i)
+    p_ij = exp2(scale2 q_i.k_j + offset_i)       R_ij = grad_output_i.v_j        dz_ij = p_ij (slope_i R_ij + shift_i)
     dq_i = scale sum_j dz_ij k_j                 dgate_i,m = sum_{j in m} p_ij R_ij
-    dlog_prior_i,m = sum_{j in m} dz_ij = gate dgate + shift mass
+    dlog_prior_i,m = sum_{j in m} dz_ij = slope dgate + shift mass
 
-with offset, shift and gate from `backward_rows`; dropout multiplies R by keep / (1 - dropout_p).
+with offset, shift and slope from `backward_rows`; dropout multiplies R by keep / (1 - dropout_p).
 
 A program owns BLOCK_Q queries of one sample and one head and walks the segments in the same pieces as the forward. DELTA_ONLY is the pass before all others that the
-per-modality softmax needs: it takes only dgate, two of the three products, and writes shift = -gate dgate into ``row_terms``.
+per-modality softmax needs: it takes only dgate, two of the three products, and writes shift = -slope dgate into ``row_terms``.
 
 Cost: 6 Hq D (visible pairs) FLOPs, 4 with DELTA_ONLY. p, R and dz in float32, dz rounded once to key's dtype for its product; sums in float32. Bitwise reproducible.
 """
@@ -46,7 +46,7 @@ def _walk_keys(
     scale2,
     offset,  # [BLOCK_Q], base 2
     shift,  # [BLOCK_Q]
-    gate,  # [BLOCK_Q]
+    slope,  # [BLOCK_Q]
     low,  # [BLOCK_Q] or None
     high,
     offs_q,
@@ -91,8 +91,8 @@ def _walk_keys(
             grad_probs = tl.where(keep, grad_probs * (1.0 / (1.0 - dropout_p)), 0.0)
         grad_gate += tl.sum(probs * grad_probs, 1)
         if not DELTA_ONLY:
-            # dz = p (gate R + shift)
-            grad_scores = probs * (grad_probs * gate[:, None] + shift[:, None])
+            # dz = p (slope R + shift)
+            grad_scores = probs * (grad_probs * slope[:, None] + shift[:, None])
             grad_query = tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision=PRECISION)
     return grad_query, grad_gate
 
@@ -185,7 +185,7 @@ def _attention_backward_query_kernel(
         modality_ptrs = terms_ptrs + modality * padded_rows
         offset = tl.load(modality_ptrs)
         shift = tl.load(modality_ptrs + plane)
-        gate = tl.load(modality_ptrs + 2 * plane)
+        slope = tl.load(modality_ptrs + 2 * plane)
         stop = tl.where(tl.max(offset, 0) > -float("inf"), stop, start)
         if IS_PARTIALS:
             grad_output_m_ptr = grad_output_ptr + modality * grad_output_stride_m
@@ -217,7 +217,7 @@ def _attention_backward_query_kernel(
                         scale2=scale2,
                         offset=offset,
                         shift=shift,
-                        gate=gate,
+                        slope=slope,
                         low=low if piece != 1 else None,
                         high=high,
                         offs_q=offs_q,
@@ -231,14 +231,14 @@ def _attention_backward_query_kernel(
                         PRECISION=PRECISION,
                     )
         if DELTA_ONLY:
-            tl.store(modality_ptrs + plane, -gate * grad_gate)
+            tl.store(modality_ptrs + plane, -slope * grad_gate)
         else:
             offs_m = offs_row * num_modalities + modality
             if grad_gate_ptr is not None:
                 tl.store(grad_gate_ptr + offs_m, grad_gate, mask=mask_q)
             if grad_log_prior_ptr is not None:
                 mass = tl.load(mass_ptr + offs_m, mask=mask_q, other=0.0)
-                tl.store(grad_log_prior_ptr + offs_m, gate * grad_gate + shift * mass, mask=mask_q)
+                tl.store(grad_log_prior_ptr + offs_m, slope * grad_gate + shift * mass, mask=mask_q)
     if not DELTA_ONLY:
         store_rows(
             grad_query_ptr + head * HEAD_DIM,

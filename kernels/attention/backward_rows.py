@@ -1,29 +1,38 @@
-"""First pass of the attention backward: everything that is one number a query, head and modality, and the output gate.
+"""First pass of the attention backward: what is one number a query, head and modality, and the output gate.
 
 The later passes need, for p = exp2(scale2 q.k + offset) and R = grad_output.v,
 
-    dz = p (gate R + shift)
+    dz = p (slope R + shift)        dv = sum_i gate p grad_output
 
-    joint:         offset = (log_prior - logsumexp_m lse_m) log2 e    shift_m = grad_mass_m - grad_output.output - sum_m grad_mass_m mass_m
-    partials:      offset = (log_prior - lse_m) log2 e                shift_m = grad_lse_m - grad_output_m.output_m
-    per_modality:  offset = (log_prior - lse_m) log2 e                shift_m = -gate sum_{j in m} p_j R_j, from the query pass (`DELTA_ONLY`); mass has no gradient
+    slope = gate, and with delta = grad_output.output,
+    joint:         offset = (log_prior - logsumexp_m lse_m) log2 e
+                   shift_m = grad_mass_m - delta - sum_m grad_mass_m mass_m
+    partials:      offset = (log_prior - lse_m) log2 e
+                   shift_m = grad_lse_m - delta_m
+    per_modality:  offset = (log_prior - lse_m) log2 e
+                   shift_m = -slope sum_{j in m} p_j R_j, from the query pass (DELTA_ONLY); mass has no gradient
 
-so one pair of kernels serves all three. ``grad_output.output`` holds for the gated output too: sigmoid(g) grad . o = grad . sigmoid(g) o. With an output gate
+so one pair of kernels serves all three. ``delta`` holds for the gated output too, for sigmoid(g) grad . o = grad . sigmoid(g) o.
+With an output gate
 
     grad_output_gate = grad_output output (1 - sigmoid(output_gate))    grad_gated = grad_output sigmoid(output_gate)
 
-offset, shift and gate are written as ``row_terms`` [3, Hq, M, rows], padded for each sample to tiles of 128 rows (row ``(cu_seqlens_q[b] // 128 + b) * 128 + i``): padding
-has offset -inf and the others 0, so that the later passes load them without masks and padded queries have p = dz = 0. Where nothing of a modality is visible the
-terms are those of padding, whatever gradient arrived there.
+A softmax over a single key is constant: where a query sees just one, slope is 0 and shift is 0 (grad_lse_m for partials),
+so that the rounding of ``output`` does not show where dz is 0. Where nothing of a modality is visible all terms are those
+of padding, whatever gradient arrived there.
 
-A program owns BLOCK_Q queries of one head. It streams: 2 (with an output gate 5) tensors of the output's size, 8 to 24 bytes a query, head and modality.
-Sums over a head in float32; bitwise reproducible.
+The terms are written as ``row_terms`` [4, Hq, M, rows] in the order offset, shift, slope, gate, padded for each sample to
+tiles of 128 rows (query i of sample b is row ``(cu_seqlens_q[b] // 128 + b) * 128 + i``). Padding has offset -inf and the
+others 0, so the later passes load them without masks and padded queries have p = dz = 0.
+
+A program owns BLOCK_Q queries of one head. It streams 2 tensors of the output's size, 5 with an output gate, and 20 to 36
+bytes a query, head and modality. Sums in float32; no atomics, bitwise reproducible.
 """
 
 import triton
 import triton.language as tl
 
-from fusedmm.kernels.indexing import TILE, load_rows, load_work, store_rows
+from fusedmm.kernels.indexing import TILE, load_rows, load_visible, load_work, store_rows
 from fusedmm.kernels.softmax import LOG2_E, finite_shift
 
 
@@ -32,6 +41,16 @@ def padded_row(cu_seqlens_q_ptr, sample, first_query):
     """Where a query stands in the padded rows; a multiple of 16 if it starts a block of queries."""
     sample_start = tl.load(cu_seqlens_q_ptr + sample)
     return tl.multiple_of((sample_start // TILE + sample).to(tl.int64) * TILE + (first_query - sample_start), 16)
+
+
+@triton.jit
+def _count_keys(range_ptr, visible_ptr, offs_q, seen, modality, num_modalities):
+    """[BLOCK_Q] how many keys of a segment each query sees; 0 where it is not ``seen``."""
+    if visible_ptr is None:
+        return tl.where(seen, tl.load(range_ptr + 1) - tl.load(range_ptr), 0)
+    else:
+        low, high = load_visible(visible_ptr, offs_q, seen, modality, num_modalities)
+        return high - low
 
 
 @triton.jit
@@ -44,11 +63,12 @@ def _attention_backward_rows_kernel(
     grad_output_gate_ptr,
     log_prior_ptr,
     gate_ptr,
-    mass_ptr,
     lse_ptr,
     row_terms_ptr,
     query_tiles_ptr,
     cu_seqlens_q_ptr,
+    key_ranges_ptr,
+    visible_ptr,
     grad_output_stride_q,
     grad_output_stride_h,
     grad_output_stride_m,
@@ -63,6 +83,9 @@ def _attention_backward_rows_kernel(
     gate_stride_q,
     gate_stride_h,
     gate_stride_m,
+    key_ranges_stride_b,
+    key_ranges_stride_h,
+    key_ranges_stride_m,
     num_heads,
     num_modalities,
     padded_rows,
@@ -88,6 +111,9 @@ def _attention_backward_rows_kernel(
         + tl.arange(0, BLOCK_Q)
     )
     grad_output_ptr += head * grad_output_stride_h
+    key_ranges_ptr += sample.to(tl.int64) * key_ranges_stride_b + head * key_ranges_stride_h
+    if grad_statistic_ptr is not None:
+        grad_statistic_ptrs = grad_statistic_ptr + offs_q64 * grad_statistic_stride_q + head * grad_statistic_stride_h
 
     delta = tl.zeros([BLOCK_Q], tl.float32)
     lse2 = tl.full([BLOCK_Q], -float("inf"), tl.float32)
@@ -135,66 +161,58 @@ def _attention_backward_rows_kernel(
                 BLOCK_D,
             )
         delta = tl.sum(grad_output * output, 1)
+    keys = tl.zeros([BLOCK_Q], tl.int32)
     if SOFTMAX == "joint":
         running_sum = tl.zeros([BLOCK_Q], tl.float32)
+        grad_mass_sum = tl.zeros([BLOCK_Q], tl.float32)
         for index in range(num_modalities):
             modality = tl.cast(index, tl.int64)
-            offs_m = offs_row * num_modalities + modality
-            lse2_m = tl.load(lse_ptr + offs_m, mask=mask_q, other=-float("inf")) * LOG2_E
+            lse2_m = tl.load(lse_ptr + offs_row * num_modalities + modality, mask=mask_q, other=-float("inf")) * LOG2_E
+            seen = lse2_m > -float("inf")
             new_max = tl.maximum(lse2, lse2_m)
-            running_sum = running_sum * tl.exp2(lse2 - finite_shift(new_max)) + tl.exp2(lse2_m - finite_shift(new_max))
+            rescale = tl.exp2(lse2 - finite_shift(new_max))
+            mass = tl.exp2(lse2_m - finite_shift(new_max))
+            running_sum = running_sum * rescale + mass
             lse2 = new_max
             if grad_statistic_ptr is not None:
-                grad_mass_ptrs = (
-                    grad_statistic_ptr
-                    + offs_q64 * grad_statistic_stride_q
-                    + head * grad_statistic_stride_h
-                    + modality * grad_statistic_stride_m
-                )
-                grad_mass = tl.load(grad_mass_ptrs, mask=mask_q & (lse2_m > -float("inf")), other=0.0)
-                delta += grad_mass * tl.load(mass_ptr + offs_m, mask=mask_q, other=0.0)
-        lse2 += tl.log2(tl.where(running_sum > 0.0, running_sum, 1.0))
+                grad_mass_ptrs = grad_statistic_ptrs + modality * grad_statistic_stride_m
+                grad_mass_sum = grad_mass_sum * rescale + mass * tl.load(grad_mass_ptrs, mask=seen, other=0.0)
+            range_ptr = key_ranges_ptr + modality * key_ranges_stride_m
+            keys += _count_keys(range_ptr, visible_ptr, offs_q, seen, modality, num_modalities)
+        running_sum = tl.where(running_sum > 0.0, running_sum, 1.0)
+        lse2 += tl.log2(running_sum)
+        delta += grad_mass_sum / running_sum
     for index in range(num_modalities):
         modality = tl.cast(index, tl.int64)
-        offs_m = offs_row * num_modalities + modality
-        lse2_m = tl.load(lse_ptr + offs_m, mask=mask_q, other=-float("inf")) * LOG2_E
+        lse2_m = tl.load(lse_ptr + offs_row * num_modalities + modality, mask=mask_q, other=-float("inf")) * LOG2_E
         seen = lse2_m > -float("inf")
         if SOFTMAX != "joint":
             lse2 = lse2_m
+            range_ptr = key_ranges_ptr + modality * key_ranges_stride_m
+            keys = _count_keys(range_ptr, visible_ptr, offs_q, seen, modality, num_modalities)
         offset = -lse2
         if log_prior_ptr is not None:
-            prior_ptrs = (
-                log_prior_ptr
-                + offs_q64 * log_prior_stride_q
-                + head * log_prior_stride_h
-                + modality * log_prior_stride_m
-            )
-            offset += tl.load(prior_ptrs, mask=seen, other=0.0) * LOG2_E
+            prior_ptrs = log_prior_ptr + offs_q64 * log_prior_stride_q + head * log_prior_stride_h
+            offset += tl.load(prior_ptrs + modality * log_prior_stride_m, mask=seen, other=0.0) * LOG2_E
         if SOFTMAX == "partials":
             row_stride = num_heads * num_modalities * HEAD_DIM
             output_m_ptr = output_ptr + (head * num_modalities + modality) * HEAD_DIM
             output = load_rows(output_m_ptr, row_stride, first_query, query_stop, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
-            grad_output_m_ptr = grad_output_ptr + modality * grad_output_stride_m
+            grad_m_ptr = grad_output_ptr + modality * grad_output_stride_m
             grad_output = load_rows(
-                grad_output_m_ptr, grad_output_stride_q, first_query, query_stop, BLOCK_Q, HEAD_DIM, BLOCK_D, True
+                grad_m_ptr, grad_output_stride_q, first_query, query_stop, BLOCK_Q, HEAD_DIM, BLOCK_D, True
             )
-            delta = tl.sum(grad_output.to(tl.float32) * output.to(tl.float32), 1)
+            delta = tl.where(keys > 1, tl.sum(grad_output.to(tl.float32) * output.to(tl.float32), 1), 0.0)
         shift = -delta
         if grad_statistic_ptr is not None:
-            grad_statistic_ptrs = (
-                grad_statistic_ptr
-                + offs_q64 * grad_statistic_stride_q
-                + head * grad_statistic_stride_h
-                + modality * grad_statistic_stride_m
-            )
-            shift += tl.load(grad_statistic_ptrs, mask=seen, other=0.0)
+            shift += tl.load(grad_statistic_ptrs + modality * grad_statistic_stride_m, mask=seen, other=0.0)
         gate = tl.full([BLOCK_Q], 1.0, tl.float32)
         if gate_ptr is not None:
-            gate = tl.load(
-                gate_ptr + offs_q64 * gate_stride_q + head * gate_stride_h + modality * gate_stride_m,
-                mask=seen,
-                other=0.0,
-            )
-        tl.store(row_terms_ptrs + modality * padded_rows, tl.where(seen, offset, -float("inf")))
-        tl.store(row_terms_ptrs + modality * padded_rows + plane, tl.where(seen, shift, 0.0))
-        tl.store(row_terms_ptrs + modality * padded_rows + 2 * plane, tl.where(seen, gate, 0.0))
+            gate_ptrs = gate_ptr + offs_q64 * gate_stride_q + head * gate_stride_h + modality * gate_stride_m
+            gate = tl.load(gate_ptrs, mask=seen, other=0.0)
+        terms_ptrs = row_terms_ptrs + modality * padded_rows
+        tl.store(terms_ptrs, tl.where(seen, offset, -float("inf")))
+        varies = seen & (keys > 1)
+        tl.store(terms_ptrs + plane, tl.where(seen if SOFTMAX == "partials" else varies, shift, 0.0))
+        tl.store(terms_ptrs + 2 * plane, tl.where(varies, gate, 0.0))
+        tl.store(terms_ptrs + 3 * plane, tl.where(seen, gate, 0.0))

@@ -139,8 +139,6 @@ def kernel_specs(arch: str) -> Iterator[KernelSpec]:
                         **sizes,
                     )
             for variant, present in VARIANTS.items():
-                if variant == "gated":
-                    continue  # the gate is in row_terms: the same code as plain
                 label = f"[{variant},{tag}]"
                 yield _spec(
                     _attention_backward_key_value_kernel,
@@ -149,8 +147,11 @@ def kernel_specs(arch: str) -> Iterator[KernelSpec]:
                     dtype,
                     arch,
                     present,
+                    HAS_GATE="gate_ptr" in present,
                     **sizes,
                 )
+                if variant == "gated":
+                    continue  # the gate is in row_terms: the same code as plain
                 for name, delta_only in (("query", False), ("delta", True)):
                     flags = {"DELTA_ONLY": delta_only, "IS_PARTIALS": False}
                     yield _spec(
