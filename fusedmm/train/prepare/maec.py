@@ -11,6 +11,7 @@ a few spin-offs are not adjusted in the prices (``suspect`` marks samples with a
 in their inputs or label; scaled inputs are clipped later).
 """
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -76,15 +77,10 @@ def clean_audio(audio: Float32Array) -> Float32Array:
 
 
 def _convert(calls: Source, out: Path) -> str:
-    rows, windows, kept, dropped = (
-        [],
-        [],
-        [],
-        {"no bar on its day": 0, f"fewer than {HISTORY} bars before": 0, "the label ends after the prices": 0},
-    )
-    tables = {
-        ticker: volatility_table(series) for ticker, series in calls.series.items() if ticker in set(calls.ticker)
-    }
+    rows: list[dict[str, object]] = []
+    windows: list[BarWindow] = []
+    dropped: Counter[str] = Counter()
+    tables = {ticker: volatility_table(series) for ticker, series in calls.series.items()}
     for call, (ticker, day) in enumerate(zip(calls.ticker, calls.day.tolist(), strict=True)):
         series = calls.series.get(ticker)
         bar = int(np.searchsorted(series.day, day)) if series is not None else 0
@@ -93,18 +89,19 @@ def _convert(calls: Source, out: Path) -> str:
         elif bar < HISTORY:
             dropped[f"fewer than {HISTORY} bars before"] += 1
         elif bar + max(HORIZONS) >= len(series.day):
-            dropped["the label ends after the prices"] += 1
+            dropped["a label that ends after the prices"] += 1
+        elif series.returns()[bar + 1 : bar + 1 + min(HORIZONS)].std() == 0:
+            dropped["a price that stands still"] += 1
         else:
             windows.append(BarWindow(call, series, bar))
             rows.append(_sample(call, ticker, series, bar, tables[ticker]))
-            kept.append(call)
     if not rows:
         rule = f"prepare: calls must have bars of their tickers and days, got none among {len(calls.ticker)}"
-        raise DataFormatError(f"{rule}: {dropped}. Are the prices those of the calls' years?")
+        raise DataFormatError(f"{rule} ({_reasons(dropped)}). Are the prices those of the calls' years?")
     samples = pd.DataFrame(rows)
-    end = np.zeros(len(calls.ticker), np.int64)
-    end[kept] = samples["time"]
-    sample, time, sentences = _sentences(calls, np.array(kept, np.int64), end)
+    sample, time, sentences = _sentences(
+        calls, samples["sample"].to_numpy(np.int64), samples["time"].to_numpy(np.int64)
+    )
     tokens = {
         "price": price_tokens(windows, PRICE_BARS),
         "text": RawTokens(sample, time, text=calls.text.take(pa.array(sentences))),
@@ -112,20 +109,18 @@ def _convert(calls: Source, out: Path) -> str:
         "chart": chart_tokens(windows),
     }
     write_dataset(out, _info(), samples, tokens)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
-    return f"{len(samples)} of {len(calls.ticker)} calls ({reasons or 'all'}), {len(sample)} sentences in {out}"
+    return f"{len(samples)} of {len(calls.ticker)} calls ({_reasons(dropped)}), {len(sample)} sentences in {out}"
+
+
+def _reasons(dropped: Counter[str]) -> str:
+    return ", ".join(f"{count} with {reason}" for reason, count in dropped.items()) or "none dropped"
 
 
 def _sample(call: int, ticker: str, series: BarSeries, bar: int, table: Float64Array) -> dict[str, object]:
     returns, last = series.returns(), bar + max(HORIZONS)
     day = int(series.day[bar])
-    row: dict[str, object] = {
-        "sample": call,
-        "entity": ticker,
-        "time": day * SECONDS_PER_DAY + SECONDS_PER_DAY - 1,
-        "day": np.int32(day),
-    }
-    row["label_end"] = int(series.known[last])
+    row: dict[str, object] = {"sample": call, "entity": ticker, "time": (day + 1) * SECONDS_PER_DAY - 1}
+    row |= {"day": np.int32(day), "label_end": int(series.known[last])}
     row |= {f"target_logvol_{days}": float(np.log(returns[bar + 1 : bar + 1 + days].std())) for days in HORIZONS}
     row |= dict(zip([f"past_{name}" for name in VOLATILITY_FEATURES], table[bar - 1].tolist(), strict=True))
     row |= dict(zip([f"callday_{name}" for name in VOLATILITY_FEATURES], table[bar].tolist(), strict=True))
@@ -134,15 +129,17 @@ def _sample(call: int, ticker: str, series: BarSeries, bar: int, table: Float64A
 
 
 def _sentences(calls: Source, kept: Int64Array, end: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """Of the kept calls' sentences: sample, time and row. A call ends when the forecast is made; a sentence is known
-    when it has been spoken."""
+    """Sample, time and row of the sentences of the kept calls, whose forecasts are made at ``end``.
+
+    A call ends when the forecast is made; a sentence is known when it has been spoken.
+    """
     rows, times = [], []
     seconds = np.nan_to_num(calls.audio[:, DURATION].astype(np.float64))
-    for call in kept.tolist():
+    for call, made in zip(kept.tolist(), end.tolist(), strict=True):
         row = np.arange(calls.offsets[call], calls.offsets[call + 1])
         after = seconds[row][::-1].cumsum()[::-1] - seconds[row]
         rows.append(row)
-        times.append(end[call] - np.rint(after).astype(np.int64))
+        times.append(made - np.rint(after).astype(np.int64))
     lengths = calls.offsets[kept + 1] - calls.offsets[kept]
     return np.repeat(kept, lengths), np.concatenate(times), np.concatenate(rows)
 

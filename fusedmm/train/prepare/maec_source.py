@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from fusedmm.train.format import DataFormatError, Float32Array, Int64Array
@@ -83,24 +84,33 @@ def _read_parquet(source: Path) -> Source:
     calls = read_columns(source / "calls.parquet", ("call", "ticker", "date"))
     text = read_columns(source / "text.parquet", ("call", "sent", "text"))
     audio = read_columns(source / "audio.parquet", ("call", "sent", *AUDIO_COLUMNS))
-    keys = [
+    keys, audio_keys = (
         np.stack([table.column(name).to_numpy().astype(np.int64) for name in ("call", "sent")], axis=1)
         for table in (text, audio)
-    ]
-    if keys[0].shape != keys[1].shape or (keys[0] != keys[1]).any():
+    )
+    if keys.shape != audio_keys.shape:
         raise DataFormatError(
-            "prepare: audio.parquet columns call, sent must be those of text.parquet, row by row, got others."
+            f"prepare: audio.parquet must have the {len(keys)} rows of text.parquet, got {len(audio_keys)}."
         )
+    differs = (keys != audio_keys).any(axis=1)
+    if differs.any():
+        row = int(differs.argmax())
+        rule = (
+            f"prepare: audio.parquet columns call, sent, row {row} must be those of text.parquet {keys[row].tolist()}"
+        )
+        raise DataFormatError(f"{rule}, got {audio_keys[row].tolist()}.")
+    order = np.lexsort(keys.T[::-1])
     call = calls.column("call").to_numpy().astype(np.int64)
-    order = np.lexsort(keys[0].T[::-1])
-    rank = np.searchsorted(call, keys[0][order, 0])
-    if (
-        (np.diff(call) <= 0).any()
-        or (rank >= len(call)).any()
-        or (call[np.minimum(rank, len(call) - 1)] != keys[0][order, 0]).any()
-    ):
+    if (np.diff(call) <= 0).any():
+        row = int((np.diff(call) <= 0).argmax()) + 1
         raise DataFormatError(
-            "prepare: calls.parquet column call must be in order and hold every call of text.parquet, got others."
+            f"prepare: calls.parquet column call, row {row} must be larger than before, got {call[row]}."
+        )
+    unknown = ~np.isin(keys[:, 0], call)
+    if unknown.any():
+        row = int(unknown.argmax())
+        raise DataFormatError(
+            f"prepare: text.parquet column call, row {row} must be in calls.parquet, got {keys[row, 0]}."
         )
     prices = read_columns(
         source / "prices.parquet", ("ticker", "date", "open", "high", "low", "close", "volume")
@@ -109,8 +119,8 @@ def _read_parquet(source: Path) -> Source:
     wanted = prices[prices["ticker"].isin(set(tickers))]
     return Source(
         ticker=tickers,
-        day=calls.column("date").combine_chunks().cast(pa.int32()).to_numpy().astype(np.int64),
-        offsets=np.searchsorted(rank, np.arange(len(call) + 1)).astype(np.int64),
+        day=pd.to_datetime(calls.column("date").to_pandas()).to_numpy("datetime64[D]").astype(np.int64),
+        offsets=np.searchsorted(keys[order, 0], [*call, call[-1] + 1]).astype(np.int64),
         text=text.column("text").combine_chunks().take(pa.array(order)),
         audio=np.stack([audio.column(name).to_numpy().astype(np.float32) for name in AUDIO_COLUMNS], axis=1)[order],
         series={
@@ -137,7 +147,7 @@ def _read_published(source: Path) -> Source:
             raise DataFormatError(
                 f"prepare: folder {folder.name} must be named <YYYYMMDD>_<ticker>, got another name."
             ) from None
-        # Sentences are lines; a few hold bytes that are not UTF-8, which must not stop the other 300,000.
+        # A sentence is a line. A byte that is not UTF-8 is replaced: it must not stop the other 300,000 sentences.
         lines = (folder / "text.txt").read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
         features = _read_features(folder / "features.csv")
         if len(lines) != len(features):

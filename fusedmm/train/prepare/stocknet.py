@@ -2,7 +2,7 @@
 
 The forecast is made at midnight UTC before the target day: the bar of the trading day before is complete, and only
 tweets that were sent before then are tokens (by ``created_at``; the source's own ``date`` is that of another time zone
-for 7 % of them). The paper keeps the days that moved by at most -0.5 % or more than 0.55 %, which nobody knows
+for 7 % of them). The paper keeps the days that moved by less than -0.5 % or above 0.55 %, which nobody knows
 beforehand; ``all_days`` keeps every day and asks for the sign.
 """
 
@@ -38,7 +38,7 @@ from fusedmm.train.prepare.bars import (
 )
 from fusedmm.train.prepare.tables import read_columns, read_csv
 
-DOWN, UP = -0.005, 0.0055  # movement <= DOWN: class 0; > UP: class 1 (section 5.1 of the paper)
+DOWN, UP = -0.005, 0.0055  # movement < DOWN: class 0; > UP: class 1; others are dropped (the paper, 5.1)
 FIRST_DAY, LAST_DAY = (int(np.datetime64(day, "D").astype(np.int64)) for day in ("2014-01-01", "2015-12-31"))
 PRICE_BARS = 30
 HISTORY = 33  # bars before the target's: 32 of the chart, and one more for the first return
@@ -82,10 +82,10 @@ def _convert(series_of: dict[str, BarSeries], tweets_of: dict[str, Tweets], out:
     text: list[str] = []
     count = short = 0
     for symbol, series in sorted(series_of.items()):
-        movement = np.round(series.returns(), 6)  # as published: one day of CHL lies on the threshold
+        movement = np.round(series.returns(), 6)  # as published: one day of CHL is on the threshold
         chosen = (series.day >= FIRST_DAY) & (series.day <= LAST_DAY) & np.isfinite(movement)
         if not all_days:
-            chosen &= (movement <= DOWN) | (movement > UP)
+            chosen &= (movement < DOWN) | (movement > UP)
         bars = np.flatnonzero(chosen)
         short += int((bars < HISTORY).sum())
         bars = bars[bars >= HISTORY]
