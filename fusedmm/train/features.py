@@ -186,7 +186,8 @@ class Featurizer:
             else:
                 assert table.values is not None
                 values = self.scalers[name].transform(table.values)
-            tokens[name] = FeatureTable(time=table.time, values=values, offsets=table.offsets)
+            # Copied: torch wants memory that it may write to, which pandas and pyarrow do not give.
+            tokens[name] = FeatureTable(time=table.time.copy(), values=values, offsets=table.offsets)
         classification = dataset.info.task == "classification"
         targets = dataset.matrix("target_")
         return Features(

@@ -50,8 +50,12 @@ class HashingEncoder:
         weighted = weights.transform(counts)
         rank = min(dim, counts.shape[0], counts.shape[1] - 1)
         svd = TruncatedSVD(n_components=rank, n_iter=4, random_state=seed)
-        scores = svd.fit_transform(weighted)
-        spread = np.maximum(scores.std(axis=0), 1e-6 * max(1.0, float(np.abs(scores).max())))
+        with np.errstate(
+            invalid="ignore"
+        ):  # its share of explained variance, which is not used, is 0/0 for equal sentences
+            scores = svd.fit_transform(weighted)
+        deviation = scores.std(axis=0)
+        spread = np.where(deviation > 1e-6 * np.abs(scores).max(), deviation, 1.0)
         projection = np.zeros((buckets, dim), np.float32)
         projection[:, :rank] = svd.components_.T / spread
         center = np.zeros(dim, np.float32)
