@@ -49,6 +49,8 @@ class DataConfig:
         "", "name or path of a sentence-transformers model; empty: hashed words, weighted and projected"
     )
     text_cache: str = key("", "directory where the model's sentence vectors are kept")
+    pool_modalities: tuple[str, ...] = key((), "modalities whose consecutive tokens are merged before featurising")
+    pool_tokens: int = key(32, "tokens of them that become one", low=2)
     max_tokens: int = key(64, "tokens kept of each modality of a sample, the latest; 0: all", low=0)
 
 
@@ -111,6 +113,7 @@ class RunConfig:
 
     out: str = key("runs/demo", "directory of logs, checkpoints and the report")
     device: str = key("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
+    threads: int = key(1, "CPU threads of a rank; models as small as these lose time with more", low=1)
     shard: int = key(0, "ranks over which weights are sharded; the rest replicate (HSDP). 0: all", low=0)
     resume: bool = key(True, "continue from checkpoints of the same recipe in out; false: start over")
     checkpoint_every: int = key(

@@ -1,8 +1,8 @@
 """Ranks, mesh and sharding: one process or many take the same path.
 
-A run without torchrun is a group of one rank, so that FSDP2, checkpoints and reductions have no second code path.
-Collectives on CPU tensors go through gloo even where the model is on GPUs (NCCL): a flag or a float that the host needs
-never waits for the GPU's stream.
+A run without torchrun is a group of one rank, so that checkpoints and evaluation have no second code path; its model is
+left whole unless it needs FSDP2's mixed precision. Collectives on CPU tensors go through gloo even where the model is
+on GPUs (NCCL): a flag or a float that the host needs never waits for the GPU's stream.
 """
 
 import os
@@ -37,7 +37,8 @@ class World:
 
     def total(self, values: Tensor) -> Tensor:
         """Sum over the ranks, in place, on the tensor's device."""
-        dist.all_reduce(values)
+        if self.size > 1:
+            dist.all_reduce(values)
         return values
 
     def gather(self, values: Tensor) -> Tensor:
@@ -100,8 +101,11 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], world: World, dtype: 
     """Shard each block, then what is left, with gradients *summed* over ranks (the loss is already divided by the
     global count).
 
-    Weights and optimiser state stay float32; ``dtype`` is that of forward and backward, reductions are float32.
+    One rank that computes in float32 has nothing to shard: its model is returned as it is. Else weights and optimiser
+        state stay float32; ``dtype`` is that of forward and backward, reductions are float32.
     """
+    if world.size == 1 and dtype == torch.float32:
+        return model
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = world.mesh if world.mesh.size(0) > 1 else world.mesh["shard"]
     for module in [*blocks, model]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fusedmm.train.batches import BatchSampler
 from fusedmm.train.config import Recipe, RecipeError, VariantConfig
@@ -37,6 +38,7 @@ def run_recipe(recipe: Recipe) -> bool:
     """
     if recipe.run.tensorboard:
         require_tensorboard()
+    torch.set_num_threads(recipe.run.threads)
     with open_world(recipe.run.device, recipe.run.shard) as world:
         try:
             task = load_task(recipe)

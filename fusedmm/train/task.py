@@ -17,6 +17,7 @@ from fusedmm.train.config import Recipe, RecipeError, VariantConfig
 from fusedmm.train.features import FeatureConfig, Features, Featurizer
 from fusedmm.train.format import Dataset, read_dataset, write_dataset
 from fusedmm.train.model import Sizes
+from fusedmm.train.pool import pool_dataset
 from fusedmm.train.simulate import MarketConfig, simulate
 from fusedmm.train.splits import Split, split_by_date
 
@@ -93,6 +94,7 @@ def load_task(recipe: Recipe) -> Task:
             write_dataset(Path(directory), *simulate(market))
             dataset = read_dataset(Path(directory))
     _check_variants(recipe, dataset.info.modalities)
+    dataset = pool_dataset(dataset, data.pool_modalities, data.pool_tokens)
     rows = split_by_date(
         dataset.samples,
         train_end=data.train_end or None,
