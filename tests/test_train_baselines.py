@@ -1,6 +1,5 @@
 """Baselines and intervals: numbers that can be worked out by hand, and those known for MAEC."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import matthews_corrcoef
 
-from fusedmm.train.baselines import Forecast, baseline_forecasts, format_table, score_forecasts
+from fusedmm.train.baselines import Forecast, baseline_forecasts, format_table, main, score_forecasts
 from fusedmm.train.bootstrap import correlation_interval, matthews_correlation, mean_interval, paired_interval
 from fusedmm.train.format import Dataset, DatasetInfo, write_dataset
 from fusedmm.train.prepare.maec import prepare_maec
@@ -159,16 +158,12 @@ def test_intervals_refuse_what_does_not_fit() -> None:
         mean_interval([], [])
 
 
-def test_command(tmp_path: Path) -> None:
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     write_dataset(tmp_path, *simulate(MarketConfig(days=60, entities=3)))
-    command = [sys.executable, "-m", "fusedmm.train.baselines", str(tmp_path), "--train-end", "2020-02-05"]
-    done = subprocess.run(
-        [*command, "--dev", "2020-02-06", "2020-02-12", "--test", "2020-02-13", "2020-02-29"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    lines = done.stdout.splitlines()
+    dates = ["--train-end", "2020-02-05", "--dev", "2020-02-06", "2020-02-12", "--test", "2020-02-13", "2020-02-29"]
+    monkeypatch.setattr(sys, "argv", ["baselines", str(tmp_path), *dates])
+    main()
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("train 99, dev 12, test 51 samples on 17 days")
     assert [line.split("|")[1].strip() for line in lines[3:]] == ["train mean", "ridge", "oracle"]
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 
 from fusedmm.train.chart import BARS, PRICE_ROWS, cut_patches, draw_candles
 from fusedmm.train.format import DataFormatError, Dataset, read_dataset
+from fusedmm.train.prepare.__main__ import main
 from fusedmm.train.prepare.bars import BarSeries, momentum_table, price_table, trailing_log_volatility, volatility_table
 from fusedmm.train.prepare.maec import INTENSITY, clean_audio, prepare_maec
 from fusedmm.train.prepare.maec_source import AUDIO, AUDIO_COLUMNS
@@ -395,13 +395,31 @@ def test_no_prepared_token_is_later_than_its_forecast(tmp_path: Path) -> None:
         assert (made - table.time < 120 * 86_400).all()
 
 
-def test_command(tmp_path: Path) -> None:
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["prepare", *map(str, arguments)])
+    main()
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    published_maec(tmp_path / "maec", walk())
+    published_stocknet(tmp_path / "stocknet", walk(), TWEETS)
+    run(monkeypatch, "maec", tmp_path / "maec", tmp_path / "out")
+    assert capsys.readouterr().out.startswith("1 of 1 calls")
+    run(monkeypatch, "stocknet", tmp_path / "stocknet", tmp_path / "out", "--all-days")
+    assert capsys.readouterr().out.startswith("87 days of 1 stocks (32 have fewer than 33 bars before)")
+    assert read_dataset(tmp_path / "out").info.name == "stocknet-all-days"
+
+
+def test_command_says_in_one_line_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     published_maec(tmp_path / "source", walk())
-    command = [sys.executable, "-m", "fusedmm.train.prepare", "maec", str(tmp_path / "source")]
-    done = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("1 of 1 calls")
-    (tmp_path / "source" / "prices" / "ab-c.us.txt").unlink()
-    failed = subprocess.run([*command, str(tmp_path / "no")], capture_output=True, text=True, check=False)
-    assert failed.returncode == 1
-    assert failed.stderr.startswith("prepare: calls must have bars")
-    assert failed.stderr.count("\n") == 1
+    (tmp_path / "source" / "prices" / PRICES).unlink()
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "maec", tmp_path / "source", tmp_path / "out")
+    assert isinstance(stop.value.code, str)
+    assert stop.value.code.startswith("prepare: calls must have bars")
+    assert "\n" not in stop.value.code
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "maec", tmp_path / "source", tmp_path / "out", "--all-days")
+    assert "--all-days is for stocknet, got it with maec." in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """The simulated market: what it says of itself is true, so a report can be checked against it."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +9,17 @@ from sklearn.linear_model import Ridge
 
 from fusedmm.train.features import Features, Featurizer
 from fusedmm.train.format import Dataset, read_dataset, write_dataset
-from fusedmm.train.simulate import GRADED, INFORMATIVE, NOISE, REGIMES, TARGET_NOISE, WEIGHTS, MarketConfig, simulate
+from fusedmm.train.simulate import (
+    GRADED,
+    INFORMATIVE,
+    NOISE,
+    REGIMES,
+    TARGET_NOISE,
+    WEIGHTS,
+    MarketConfig,
+    main,
+    simulate,
+)
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +144,8 @@ def test_config_must_have_a_day_and_an_entity() -> None:
         MarketConfig(days=0, entities=3)
 
 
-def test_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fusedmm.train.simulate", str(tmp_path), "--days", "30", "--entities", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "60 samples" in done.stdout
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["simulate", str(tmp_path), "--days", "30", "--entities", "2"])
+    main()
+    assert "60 samples" in capsys.readouterr().out
     assert len(read_dataset(tmp_path).samples) == 60
