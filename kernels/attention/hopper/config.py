@@ -1,0 +1,69 @@
+"""Tiles of the Hopper kernels and what they support: pure functions over one table.
+
+Registers: 65,536 a CTA. Two consumers of 4 warps take 240 a thread, the producer's warp 24 (it is allotted four), and
+168 is what the launch reserves for each of the 12.
+"""
+
+from collections.abc import Collection
+
+import torch
+
+from fusedmm.kernels.attention.config import head_block
+from fusedmm.kernels.launch import LaunchConfig
+
+# pass -> {BLOCK_D: (rows of a streamed tile, slots of the ring)}
+_TABLE = {
+    "forward": {64: (128, 3), 128: (128, 2), 256: (64, 2)},
+    "key_value": {64: (64, 3), 128: (64, 2)},
+    "query": {64: (128, 2), 128: (64, 2)},
+}
+_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def hopper_config(which: str, head_dim: int) -> tuple[int, LaunchConfig]:
+    """Rows of a streamed tile, and the launch, of one pass.
+
+    Args:
+        which: "forward", "key_value" or "query".
+        head_dim: D.
+    """
+    block, stages = _TABLE[which][max(64, head_block(head_dim))]
+    blocks = {"STAGES": stages, "CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24}
+    return block, LaunchConfig(blocks=blocks, num_warps=4, num_stages=1, max_registers=168)
+
+
+def hopper_reasons(
+    which: str,
+    arch: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    softmax: str,
+    features: Collection[str],
+    triton_version: str,
+) -> list[str]:
+    """Why the Hopper kernels cannot do one pass; empty if they can.
+
+    Args:
+        which: "forward", "key_value" or "query".
+        arch: such as "sm_90".
+        head_dim: D.
+        dtype: of query, key and value.
+        softmax: "joint", "per_modality" or "partials".
+        features: the optional arguments in use: any of "log_prior", "gate", "output_gate", "active", "visible",
+            "dropout".
+        triton_version: such as "3.6.0".
+    """
+    version = tuple(int(part) for part in triton_version.split(".")[:2])
+    conditions = {
+        f"architecture {arch} (sm_90 only)": arch == "sm_90",
+        f"Triton {triton_version} (3.6 and later have the Gluon they are written in)": version >= (3, 6),
+        f"dtype {str(dtype).removeprefix('torch.')} (float16 and bfloat16 only)": dtype in _DTYPES,
+        f"head dim {head_dim} (a multiple of 8, at most {max(_TABLE[which])})": head_dim % 8 == 0
+        and head_dim <= max(_TABLE[which]),
+        "dropout": "dropout" not in features,
+        f"softmax {softmax} in the forward (joint only)": which != "forward" or softmax == "joint",
+        "an output gate at head dim over 128 (registers)": which != "forward"
+        or head_dim <= 128
+        or "output_gate" not in features,
+    }
+    return [reason for reason, holds in conditions.items() if not holds]
