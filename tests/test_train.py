@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -231,3 +232,25 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for key in ("simulate_days", "softmax", "weight_decay", "checkpoint_async", "modalities"):
         assert f"  {key} = " in text
+
+
+def test_classes_are_scored_by_accuracy_and_correlation(recipe: Path, tmp_path: Path) -> None:
+    from fusedmm.train.format import write_dataset
+    from fusedmm.train.simulate import MarketConfig, simulate
+
+    info, samples, tokens = simulate(MarketConfig(days=80, entities=5))
+    samples["target_up"] = (samples.pop("target_near") > 0).astype("int64")
+    truth = ("importance_", "oracle_", "target_far")
+    samples = samples[[name for name in samples.columns if not name.startswith(truth)]]
+    write_dataset(tmp_path / "data", replace(info, task="classification", classes=2), samples, tokens)
+    out = tmp_path / "out"
+    assert main([str(recipe), f"run.out={out}", NO_EVENTS, f"data.path={tmp_path / 'data'}"]) == 0
+    report = json.loads((out / "report.json").read_text())
+    scores = {score["name"]: score for score in report["scores"]}
+    assert list(scores) == ["majority", "logistic", "gated"]
+    predicted = result(out)["test"].argmax(axis=1)
+    test = samples.tail(len(predicted))
+    np.testing.assert_allclose(scores["gated"]["headline"][0], (predicted == test["target_up"]).mean())
+    assert -1 <= scores["gated"]["correlation"][0] <= 1
+    assert report["checks"] == []
+    assert report["modalities"]["gated"][0]["known"] is None

@@ -138,7 +138,10 @@ def _draw_scores(axes: Any, report: "Report", networks: set[str], accuracy: bool
         value, low, high = score.headline
         axes.plot([low, high], [height, height], color=color, linewidth=2.2, solid_capstyle="round", alpha=0.55)
         axes.plot([value], [height], "o", color=color, markersize=6)
-        axes.annotate(f"{value:.3f}", (value, height), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        label = axes.annotate(
+            f"{value:.3f}", (value, height), (0, 6), textcoords="offset points", ha="center", fontsize=8
+        )
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85})
         if score.name == report.reference:
             axes.axvline(value, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), zorder=0)
     axes.set_yticks(range(len(scores)), [score.name for score in scores])

@@ -102,7 +102,7 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], world: World, dtype: 
     global count).
 
     One rank that computes in float32 has nothing to shard: its model is returned as it is. Else weights and optimiser
-        state stay float32; ``dtype`` is that of forward and backward, reductions are float32.
+    state stay float32; ``dtype`` is that of forward and backward, reductions are float32.
     """
     if world.size == 1 and dtype == torch.float32:
         return model
