@@ -1,0 +1,363 @@
+"""The attention launchers alone, below the operator: every argument, layout, stride and tile size against float64."""
+
+import random
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedmm.layout import ModalityLayout
+from fusedmm.reference import attention as reference
+from fusedmm.testing import over_budget
+
+pytest.importorskip("triton")
+
+from fusedmm.kernels.attention import backward as backward_module  # noqa: E402
+from fusedmm.kernels.attention import config as config_module  # noqa: E402
+from fusedmm.kernels.attention import forward as forward_module  # noqa: E402
+from fusedmm.kernels.launch import LaunchConfig  # noqa: E402
+
+SOFTMAXES = ("joint", "per_modality", "partials")
+LEAVES = ("query", "key", "value", "log_prior", "gate", "output_gate")
+
+
+@dataclass
+class Problem:
+    """Arguments of both launchers and the upstream gradients."""
+
+    layout: ModalityLayout
+    softmax: str
+    tensors: dict[str, Tensor]  # query, key, value; log_prior, gate and output_gate where in use
+    scale: float
+    active: Tensor | None = None
+    seed: Tensor | None = None
+    dropout_p: float = 0.0
+    grads: dict[str, Tensor] = field(default_factory=dict)  # output; mass or lse where it has one
+
+    def arguments(self) -> dict[str, Any]:
+        layout = self.layout
+        return {
+            "cu_seqlens_q": layout.cu_seqlens_q,
+            "cu_seqlens_k": layout.cu_seqlens_k,
+            "query_tiles": layout.query_tiles,
+            "key_tiles": layout.key_tiles,
+            "visible": None if layout.visibility is None else layout.visibility.ranges,
+            "active": self.active,
+            "seed": self.seed,
+            "dropout_p": self.dropout_p,
+            "softmax": self.softmax,
+            "scale": self.scale,
+            **{name: self.tensors.get(name) for name in ("log_prior", "gate", "output_gate")},
+        }
+
+
+def draw_problem(
+    seed: int,
+    softmax: str,
+    q_lengths: list[int],
+    k_lengths: list[list[int]],
+    *,
+    features: tuple[str, ...] = (),
+    heads: int = 2,
+    kv_heads: int = 1,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, as_type: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(as_type).to(device)
+
+    layout = ModalityLayout.from_lengths(torch.tensor(q_lengths), torch.tensor(k_lengths))
+    total_q, total_k, batch, modalities = layout.total_q, layout.total_k, layout.batch_size, layout.num_modalities
+    times = None
+    if "times" in features:
+        query_time = torch.randint(0, 60, (total_q,), generator=generator)  # in any order
+        key_time = torch.randint(0, 60, (total_k,), generator=generator)
+        order = torch.argsort(layout.key_segments() * 60 + key_time)
+        times = (query_time.to(device), key_time[order].to(device), 20 if "lookback" in features else None)
+    layout = ModalityLayout.from_lengths(torch.tensor(q_lengths).to(device), torch.tensor(k_lengths).to(device))
+    layout = layout if times is None else layout.at_times(*times)
+    tensors = {
+        "query": draw(total_q, heads, head_dim, as_type=dtype),
+        "key": draw(total_k, kv_heads, head_dim, as_type=dtype),
+        "value": draw(total_k, kv_heads, head_dim, as_type=dtype),
+    }
+    if "log_prior" in features and softmax == "joint":
+        tensors["log_prior"] = draw(total_q, heads, modalities)
+        tensors["log_prior"][::3, :, 0] = -torch.inf
+    if softmax != "partials":
+        if "gate" in features:
+            tensors["gate"] = draw(heads, modalities).expand(total_q, heads, modalities)
+        if "output_gate" in features:
+            tensors["output_gate"] = draw(total_q, heads, head_dim, as_type=dtype)
+    problem = Problem(layout, softmax, tensors, scale=head_dim**-0.5)
+    if "active" in features:
+        problem.active = (torch.rand(batch, heads, modalities, generator=generator) < 0.6).to(device)
+    if "dropout" in features and softmax != "partials":
+        problem.seed, problem.dropout_p = torch.tensor([2**40 + seed], device=device), 0.3
+    shape = (total_q, heads, modalities, head_dim) if softmax == "partials" else (total_q, heads, head_dim)
+    problem.grads["output"] = draw(*shape, as_type=dtype)
+    if softmax != "per_modality":
+        problem.grads["mass" if softmax == "joint" else "lse"] = draw(total_q, heads, modalities)
+    return problem
+
+
+def launch(problem: Problem) -> dict[str, Tensor]:
+    """Outputs and gradients of the kernels, by name."""
+    tensors, grads = problem.tensors, problem.grads
+    inputs = (tensors["query"], tensors["key"], tensors["value"])
+    arguments = problem.arguments()
+    output, mass, lse = forward_module.attention_forward(*inputs, **arguments)
+    gradients = backward_module.attention_backward(
+        grads["output"],
+        grads.get("mass"),
+        grads.get("lse"),
+        *inputs,
+        output,
+        mass,
+        lse,
+        **arguments,
+        needs_log_prior="log_prior" in tensors,
+        needs_gate="gate" in tensors,
+    )
+    results = {"output": output, "mass": mass, "lse": lse}
+    results |= {f"grad_{name}": x for name, x in zip(LEAVES, gradients, strict=True) if x is not None}
+    assert {name for name in results if name.startswith("grad_")} == {f"grad_{name}" for name in tensors}
+    return results
+
+
+def expect(problem: Problem, compute: torch.dtype) -> dict[str, Tensor]:
+    """The same from the reference, which computes in ``compute``."""
+    widen = torch.float64 if compute == torch.float64 else torch.float32
+    packed = ("query", "key", "value", "output_gate")
+    leaves = {
+        name: x.detach().to(compute if name in packed else widen).requires_grad_()
+        for name, x in problem.tensors.items()
+    }
+    common = {"active": problem.active, "scale": problem.scale}
+    inputs = (leaves["query"], leaves["key"], leaves["value"], problem.layout)
+    if problem.softmax == "partials":
+        output, lse = reference.modality_partials(*inputs, **common)
+        mass = torch.isfinite(lse).to(output.dtype)
+    else:
+        others = {name: leaves.get(name) for name in ("log_prior", "gate", "output_gate")}
+        output, mass, lse = reference.gated_multimodal_attention(
+            *inputs,
+            softmax=problem.softmax,
+            seed=problem.seed,
+            dropout_p=problem.dropout_p,
+            compute_dtype=compute,
+            **others,
+            **common,
+        )
+    loss = (output * problem.grads["output"]).sum()
+    if "mass" in problem.grads:
+        loss = loss + (mass * problem.grads["mass"]).sum()
+    if "lse" in problem.grads:
+        loss = loss + (torch.where(torch.isfinite(lse), lse, 0.0) * problem.grads["lse"]).sum()
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    results = {"output": output.detach(), "mass": mass.detach(), "lse": lse.detach()}
+    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        results[f"grad_{name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    return results
+
+
+def complaints(problem: Problem, results: dict[str, Tensor] | None = None) -> list[str]:
+    results = launch(problem) if results is None else results
+    truth = expect(problem, torch.float64)
+    plain = expect(problem, problem.tensors["query"].dtype)
+    terms = {}
+    if "log_prior" in problem.tensors:  # a difference that may cancel: its parts are what rounding is relative to
+        terms["grad_log_prior"] = (problem.grads["output"] * truth["output"]).abs().sum(-1)
+    return over_budget(results, truth, plain, terms=terms)
+
+
+def set_blocks(monkeypatch: pytest.MonkeyPatch, block_q: int, block_k: int, tail: int, carry: bool) -> None:
+    """Small tiles, so that small problems walk many of them."""
+
+    def config(head_dim: int, *_: object) -> LaunchConfig:
+        block_d = config_module.head_block(head_dim)
+        return LaunchConfig({"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_D": block_d}, num_warps=4, num_stages=2)
+
+    def with_tail(head_dim: int, *_: object) -> LaunchConfig:
+        return LaunchConfig({**config(head_dim).blocks, "BLOCK_TAIL": tail}, num_warps=4, num_stages=2)
+
+    def with_carry(head_dim: int, *_: object) -> LaunchConfig:
+        blocks = {**with_tail(head_dim).blocks, "CARRY_SCORES": carry}
+        return LaunchConfig(blocks, num_warps=4, num_stages=2)
+
+    monkeypatch.setattr(forward_module, "_attention_forward_config", with_carry)
+    monkeypatch.setattr(backward_module, "_attention_backward_query_config", with_tail)
+    monkeypatch.setattr(backward_module, "_attention_backward_key_value_config", config)
+
+
+FEATURES = ("log_prior", "gate", "output_gate", "active", "times", "lookback", "dropout")
+
+
+@pytest.mark.parametrize("softmax", SOFTMAXES)
+@pytest.mark.parametrize("seed", range(8))
+def test_fuzzed_batches_with_small_tiles(
+    softmax: str, seed: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(1000 + seed)
+    set_blocks(monkeypatch, *draw.choice([(32, 16, 16, False), (32, 32, 16, True), (16, 32, 16, True)]))
+    batch, modalities = draw.randint(1, 3), draw.choice([1, 2, 3])
+    q_lengths = [draw.choice([0, 1, 15, 33, 50]) for _ in range(batch)]
+    k_lengths = [[draw.choice([0, 1, 5, 32, 70]) for _ in range(modalities)] for _ in range(batch)]
+    kv_heads = draw.choice([1, 2])
+    problem = draw_problem(
+        seed,
+        softmax,
+        q_lengths,
+        k_lengths,
+        features=tuple(name for name in FEATURES if draw.random() < 0.5),
+        heads=kv_heads * draw.choice([1, 2]),
+        kv_heads=kv_heads,
+        head_dim=draw.choice([16, 17, 24, 32]),
+        dtype=draw.choice([torch.float32, torch.float16]),
+        device=device,
+    )
+    assert complaints(problem) == []
+
+
+@pytest.mark.parametrize("softmax", SOFTMAXES)
+@pytest.mark.parametrize(("head_dim", "dtype"), [(72, torch.float16), (40, torch.float32)])
+def test_tiles_of_the_table(softmax: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """One problem with several whole tiles, tails and short segments at the sizes that run on a GPU."""
+    features = ("log_prior", "gate", "output_gate")
+    lengths = ([3, 60], [[5, 0], [150, 33]])
+    sizes = {"heads": 1, "head_dim": head_dim, "dtype": dtype}
+    problem = draw_problem(7, softmax, *lengths, features=features, device=device, **sizes)
+    assert complaints(problem) == []
+
+
+@pytest.mark.parametrize("softmax", SOFTMAXES)
+def test_everything_is_bitwise_reproducible(softmax: str, device: torch.device) -> None:
+    features = ("log_prior", "gate", "output_gate", "times", "dropout")
+    problem = draw_problem(3, softmax, [9, 2], [[40, 3], [0, 5]], features=features, device=device)
+    first, second = launch(problem), launch(problem)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("softmax", SOFTMAXES)
+def test_empty_batches(softmax: str, device: torch.device) -> None:
+    """No query, no key, or neither, in a sample or in all."""
+    for q_lengths, k_lengths in (([0, 0], [[0], [0]]), ([0, 2], [[4], [0]])):
+        problem = draw_problem(1, softmax, q_lengths, k_lengths, features=("gate", "output_gate"), device=device)
+        results = launch(problem)
+        assert complaints(problem, results) == []
+        assert torch.equal(results["output"], torch.zeros_like(results["output"]))
+
+
+@pytest.mark.parametrize("softmax", SOFTMAXES)
+def test_queries_that_see_nothing_are_zero(softmax: str, device: torch.device) -> None:
+    problem = draw_problem(2, softmax, [9], [[20, 3]], features=("times", "gate", "output_gate"), device=device)
+    assert problem.layout.visibility is not None
+    problem.layout.visibility.ranges[4] = problem.layout.visibility.ranges[4, :, :1]  # empty, wherever it starts
+    results = launch(problem)
+    for name in ("output", "mass", "grad_query"):
+        assert torch.equal(results[name][4], torch.zeros_like(results[name][4])), name
+    assert torch.isneginf(results["lse"][4]).all()
+    assert all(torch.isfinite(x).all() for name, x in results.items() if name != "lse")
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # NumPy, beneath the interpreter
+@pytest.mark.parametrize("softmax", SOFTMAXES)
+def test_nan_stays_where_it_is(softmax: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in a sample's keys, and in an inactive segment of another, changes nothing elsewhere, bit for bit."""
+    set_blocks(monkeypatch, 16, 16, 16, True)
+    problem = draw_problem(5, softmax, [7, 21, 3], [[19, 7], [18, 5], [3, 5]], features=("gate",), device=device)
+    problem.active = torch.tensor([[1, 1], [1, 0], [1, 1]], dtype=torch.bool, device=device)[:, None].expand(3, 2, 2)
+    clean = launch(problem)
+    bounds = problem.layout.cu_seqlens_k.tolist()
+    for name in ("key", "value", "query"):
+        problem.tensors[name] = problem.tensors[name].clone()
+    for name in ("key", "value"):
+        problem.tensors[name][bounds[3] : bounds[4]] = torch.nan  # the inactive segment of the second sample
+        problem.tensors[name][bounds[4] :] = torch.nan  # all of the third
+    problem.tensors["query"][28:] = torch.nan
+    dirty = launch(problem)
+    for name in ("output", "mass", "lse", "grad_query", "grad_gate"):
+        if name in clean:
+            assert torch.equal(dirty[name][:28], clean[name][:28]), name
+    for name in ("grad_key", "grad_value"):
+        assert torch.equal(dirty[name][: bounds[4]], clean[name][: bounds[4]]), name
+        assert not dirty[name][bounds[3] : bounds[4]].any()  # exact 0
+
+
+def test_keys_in_the_future_of_all_queries_are_not_read(device: torch.device) -> None:
+    problem = draw_problem(6, "joint", [5], [[40]], features=("times",), device=device)
+    assert problem.layout.visibility is not None
+    problem.layout.visibility.ranges[..., 1].clamp_(max=23)
+    clean = launch(problem)
+    for name in ("key", "value"):
+        problem.tensors[name] = problem.tensors[name].clone()
+        problem.tensors[name][23:] = torch.nan
+    dirty = launch(problem)
+    assert all(torch.equal(dirty[name], clean[name]) for name in clean)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 0.5])
+def test_any_scale(scale: float, device: torch.device) -> None:
+    problem = draw_problem(8, "joint", [7], [[33, 5]], features=("log_prior",), device=device)
+    problem.scale = scale
+    assert complaints(problem) == []
+
+
+def test_far_apart_priors_neither_overflow_nor_vanish(device: torch.device) -> None:
+    problem = draw_problem(9, "joint", [6], [[5, 40]], device=device)
+    prior = torch.tensor([[-300.0, -310.0], [300.0, 290.0], [-1e4, -1e4], [0.0, 30.0], [30.0, 0.0], [-torch.inf, 1.0]])
+    problem.tensors["log_prior"] = prior[:, None].expand(6, 2, 2).to(device)
+    results = launch(problem)
+    truth = expect(problem, torch.float64)
+    assert all(torch.isfinite(x).all() for name, x in results.items() if name != "lse")
+    torch.testing.assert_close(results["mass"].double(), truth["mass"], rtol=1e-4, atol=1e-30)
+
+
+@pytest.mark.parametrize("softmax", SOFTMAXES)
+def test_strides(softmax: str, device: torch.device) -> None:
+    """Packed query/key/value, head-major keys, broadcast gradients, last strides other than 1: the same results."""
+    features = ("log_prior", "gate", "output_gate")
+    problem = draw_problem(10, softmax, [11], [[20, 3]], features=features, heads=2, kv_heads=2, device=device)
+    expected = launch(problem)
+    tensors = problem.tensors
+    total = tensors["key"].shape[0]
+    tensors["key"], tensors["value"] = torch.stack((tensors["key"], tensors["value"]), 1).unbind(1)
+    tensors["query"] = tensors["query"].transpose(0, 1).contiguous().transpose(0, 1)
+    for name in ("log_prior", "output_gate"):
+        if name in tensors:
+            tensors[name] = tensors[name].permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert tensors["key"].stride(0) == 2 * tensors["value"].numel() // total
+    results = launch(problem)
+    assert all(torch.equal(results[name], expected[name]) for name in expected)
+    problem.grads["output"] = torch.ones((), dtype=torch.float32, device=device).expand(problem.grads["output"].shape)
+    assert complaints(problem) == []
+
+
+def test_addresses_past_32_bits() -> None:
+    """A head stride over 2^31 elements, in a sparse file of which only the pages in use exist."""
+    total_k, head_dim, far = 9, 16, 2**31 + 64
+    plain = draw_problem(11, "joint", [4], [[5, 4]], heads=2, kv_heads=2)
+    with tempfile.NamedTemporaryFile() as file:
+        sparse = torch.from_file(file.name, shared=True, size=far + total_k * head_dim, dtype=torch.float32)
+        wide = sparse.as_strided((total_k, 2, head_dim), (head_dim, far, 1))
+        wide.copy_(plain.tensors["key"])
+        expected = launch(plain)
+        plain.tensors["key"] = wide
+        results = launch(plain)
+    assert all(torch.equal(results[name], expected[name]) for name in expected)
+
+
+def test_dropout_depends_on_seed_query_head_and_key_only(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = draw_problem(12, "joint", [30], [[50, 7]], features=("dropout",), device=device)
+    expected = launch(problem)
+    set_blocks(monkeypatch, 16, 32, 16, False)
+    other_tiles = launch(problem)
+    torch.testing.assert_close(other_tiles["output"], expected["output"], rtol=1e-5, atol=1e-5)
+    problem.seed = problem.seed + 1
+    assert not torch.allclose(launch(problem)["output"], expected["output"], rtol=1e-2, atol=1e-2)
