@@ -269,6 +269,28 @@ def test_stocknet_movement_threshold_and_tweets(tmp_path: Path) -> None:
     assert after == ["early", "$ xy up", "too late"]
 
 
+def test_stocknet_later_bars_change_no_input(tmp_path: Path) -> None:
+    """From bar 70 on all prices are others: samples up to that day keep their inputs, and its own label changes."""
+    prices = walk()
+    published_stocknet(tmp_path / "one", prices, TWEETS)
+    prices.loc[70:, ["open", "high", "low", "close"]] *= 1.37
+    prices.loc[70:, "volume"] += 77
+    published_stocknet(tmp_path / "two", prices, TWEETS)
+    both = []
+    for name in ("one", "two"):
+        prepare_stocknet(tmp_path / name, tmp_path / f"{name}_out", all_days=True)
+        both.append(read_dataset(tmp_path / f"{name}_out"))
+    one, two = both
+    row = 70 - 33  # the sample whose target is bar 70
+    np.testing.assert_array_equal(one.matrix("past_")[: row + 1], two.matrix("past_")[: row + 1])
+    assert (one.matrix("past_")[row + 1] != two.matrix("past_")[row + 1]).any()
+    for name in ("price", "chart"):
+        stop = one.tokens[name].offsets[row + 1]
+        np.testing.assert_array_equal(one.tokens[name].values[:stop], two.tokens[name].values[:stop])
+        assert not np.array_equal(one.tokens[name].values[stop:], two.tokens[name].values[stop:])
+    assert two.samples["target_up"][row] == 1
+
+
 def test_stocknet_returns_come_from_adjusted_prices(tmp_path: Path) -> None:
     prices = walk()
     published_stocknet(tmp_path / "source", prices, TWEETS)

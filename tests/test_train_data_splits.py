@@ -16,7 +16,7 @@ def market(days: int = 100, entities: int = 3, label_days: int = 5, seed: int = 
     """Samples of every day in a random order."""
     day = np.repeat(FIRST + np.arange(days), entities)
     day = np.random.default_rng(seed).permutation(day)
-    time = day * SECONDS + 3600
+    time = day * SECONDS  # midnight: a label that ends as the next part starts is on the edge
     return pd.DataFrame(
         {"sample": np.arange(len(day)), "day": day, "time": time, "label_end": time + label_days * SECONDS}
     )
