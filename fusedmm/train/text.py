@@ -63,7 +63,7 @@ class HashingEncoder:
         return cls(hasher, weights, projection, center)
 
     def transform(self, sentences: Sequence[str]) -> Float32Array:
-        """[T] strings to [T, dim] float32, about 30,000 sentences a second on one core."""
+        """[T] strings to [T, dim] float32, about 100,000 short sentences a second on one core."""
         encoded = np.empty((len(sentences), self.projection.shape[1]), np.float32)
         for start in range(0, len(sentences), CHUNK_SENTENCES):
             chunk = sentences[start : start + CHUNK_SENTENCES]
