@@ -21,8 +21,8 @@ from fusedmm.train.bootstrap import Interval, correlation_interval, mean_interva
 from fusedmm.train.format import Dataset, Float64Array, read_dataset
 from fusedmm.train.splits import Split, split_by_date
 
-# Against collinear columns. A hundred times more shrinks to the train mean, which a short dev part can mistake for skill:
-# MAEC's 206 dev calls choose 1,000, and ridge falls from .296 to .32 on the test. This grid makes the stronger baseline.
+# Against collinear columns. A hundred times more shrinks to the train mean, which a short dev part can take for skill:
+# MAEC's 206 dev calls choose 1,000, and ridge falls from .296 to .32 on the test. This grid is the stronger baseline.
 PENALTIES = (0.01, 0.1, 1.0, 10.0)
 
 
