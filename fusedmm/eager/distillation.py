@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from fusedmm.eager.shard import Shard
-from fusedmm.eager.waves import FINITE_MINIMUM, HeadGradient, compute_dtype, convert_small, pair_logits, wave_logits, waves
+from fusedmm.eager.waves import (
+    FINITE_MINIMUM,
+    HeadGradient,
+    compute_dtype,
+    convert_small,
+    pair_logits,
+    wave_logits,
+    waves,
+)
 from fusedmm.heads import Head, LinearHead, Teacher, TopKLogProbs
 
 EXP_LIMIT = 60.0  # of a ratio in an exponential: its probability no longer counts long before, and nothing overflows
@@ -109,7 +117,13 @@ def wave_loss(
             assert teacher_logits is not None
             student_log = shard.log_softmax(tempered(student_logits, temperature))
             teacher_log = shard.log_softmax(tempered(teacher_logits, temperature))
-            rows, grad_logits = divergence(student_log, teacher_log, objective.beta, shard, None if grad_rows is None else grad_rows * (alpha * temperature))
+            rows, grad_logits = divergence(
+                student_log,
+                teacher_log,
+                objective.beta,
+                shard,
+                None if grad_rows is None else grad_rows * (alpha * temperature),
+            )
         rows = rows * (alpha * temperature * temperature)
     if alpha != 1.0:
         assert labels is not None
@@ -144,7 +158,9 @@ def tempered(z: Tensor, temperature: float | Tensor) -> Tensor:
     return z if temperature == 1.0 else z / temperature
 
 
-def divergence(student_log: Tensor, teacher_log: Tensor, beta: float, shard: Shard, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def divergence(
+    student_log: Tensor, teacher_log: Tensor, beta: float, shard: Shard, scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Generalised Jensen-Shannon divergence of log-probabilities [rows, V], and `scale` [rows] times its gradient in the student's (tempered) logits.
 
     With p and t the probabilities and mix the mixture::
@@ -167,7 +183,9 @@ def divergence(student_log: Tensor, teacher_log: Tensor, beta: float, shard: Sha
     teacher_ratio = torch.log1p(ratio.neg_().clamp_(max=EXP_LIMIT).expm1_().mul_(1 - beta)).neg_()  # log(t / mix)
     parts = shard.sum(torch.stack([(p * student_ratio).sum(-1), (teacher_log.exp() * teacher_ratio).sum(-1)]))
     rows = (1 - beta) * (parts[0] + at_top) + beta * parts[1]
-    return rows, None if scale is None else student_ratio.sub_(parts[0][:, None]).mul_(p).mul_((scale * (1 - beta))[:, None])
+    return rows, None if scale is None else student_ratio.sub_(parts[0][:, None]).mul_(p).mul_(
+        (scale * (1 - beta))[:, None]
+    )
 
 
 def _mixture_ratio(student_log: Tensor, ratio: Tensor, beta: float, shard: Shard) -> tuple[Tensor, Tensor]:
@@ -188,7 +206,9 @@ def _mixture_ratio(student_log: Tensor, ratio: Tensor, beta: float, shard: Shard
     return torch.where(distance.abs_() < 1.0, near, far), at_top
 
 
-def with_bucket(student_logits: Tensor, indices: Tensor, log_probs: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def with_bucket(
+    student_logits: Tensor, indices: Tensor, log_probs: Tensor, temperature: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of the top-k classes and of the rest as one bucket: student and teacher [rows, K+1], and each class's log share of the rest [rows, V].
 
     The student's rest is a log-sum-exp over the other classes, not 1 minus the sum, which would cancel for a confident student. With K = V there is no bucket.
@@ -199,12 +219,25 @@ def with_bucket(student_logits: Tensor, indices: Tensor, log_probs: Tensor, temp
     if indices.shape[1] == z.shape[1]:
         return torch.log_softmax(top, -1), log_probs, others
     rest = others.logsumexp(-1, keepdim=True)
-    teacher_rest = torch.log1p(-log_probs.double().exp().sum(-1, keepdim=True).clamp(max=1.0)).to(z.dtype).clamp_min(FINITE_MINIMUM)
-    return torch.log_softmax(torch.cat([top, rest], -1), -1), torch.cat([log_probs, teacher_rest], -1), others.sub_(rest)
+    teacher_rest = (
+        torch.log1p(-log_probs.double().exp().sum(-1, keepdim=True).clamp(max=1.0))
+        .to(z.dtype)
+        .clamp_min(FINITE_MINIMUM)
+    )
+    return (
+        torch.log_softmax(torch.cat([top, rest], -1), -1),
+        torch.cat([log_probs, teacher_rest], -1),
+        others.sub_(rest),
+    )
 
 
 def _top_divergence(
-    student_logits: Tensor, indices: Tensor, log_probs: Tensor, temperature: float | Tensor, objective: Objective, grad_rows: Tensor | None
+    student_logits: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    temperature: float | Tensor,
+    objective: Objective,
+    grad_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """`divergence` against a top-k teacher: the gradient of the bucket is spread over its classes by their shares."""
     student_log, teacher_log, share = with_bucket(student_logits, indices, log_probs, temperature)
@@ -219,7 +252,9 @@ def _top_divergence(
     return rows, share.exp_().mul_(coarse[:, top:]).scatter_(1, indices, coarse[:, :top])
 
 
-def _cross_entropy(log_probs: Tensor, labels: Tensor, valid: Tensor, objective: Objective, grad_rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _cross_entropy(
+    log_probs: Tensor, labels: Tensor, valid: Tensor, objective: Objective, grad_rows: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Cross entropy with label smoothing [rows] of log-probabilities, and ``(1 - alpha) * grad_rows`` times its gradient in the logits."""
     shard, smoothing = objective.shard, objective.label_smoothing
     target, mine = shard.local_labels(labels, valid)

@@ -25,7 +25,12 @@ FIELDS = PAIR_FIELDS + LABEL_FIELDS + SECOND_PASS_FIELDS
 
 
 def scores(
-    student: Head, teacher: Teacher, labels: Tensor | None, temperature: Tensor | None, objective: Objective, second_pass: bool
+    student: Head,
+    teacher: Teacher,
+    labels: Tensor | None,
+    temperature: Tensor | None,
+    objective: Objective,
+    second_pass: bool,
 ) -> Tensor:
     """All fields [len(FIELDS), N] in the compute dtype; those that do not apply are 0.
 
@@ -46,7 +51,9 @@ def scores(
         fields: dict[str, Tensor]
         if isinstance(teacher, TopKLogProbs):
             student_logits, teacher_logits = wave_logits(student, rows, count), None
-            fields = _top_fields(student_logits, teacher.indices[rows], teacher.log_probs[rows], wave_temperature, objective, second_pass)
+            fields = _top_fields(
+                student_logits, teacher.indices[rows], teacher.log_probs[rows], wave_temperature, objective, second_pass
+            )
         else:
             student_logits, teacher_logits = pair_logits(student, teacher, rows, count)
             fields = _pair_fields(student_logits, teacher_logits, wave_temperature, objective, second_pass)
@@ -60,7 +67,9 @@ def scores(
     return result if labels is None else result.masked_fill_(labels == objective.ignore_index, 0.0)
 
 
-def _pair_fields(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor, objective: Objective, second_pass: bool) -> dict[str, Tensor]:
+def _pair_fields(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor, objective: Objective, second_pass: bool
+) -> dict[str, Tensor]:
     shard = objective.shard
     student_log = shard.log_softmax(tempered(student_logits, temperature))
     teacher_log = shard.log_softmax(tempered(teacher_logits, temperature))
@@ -72,7 +81,10 @@ def _pair_fields(student_logits: Tensor, teacher_logits: Tensor, temperature: fl
             [
                 (t * ratio).sum(-1),
                 -(p * ratio).sum(-1),
-                0.5 * ((0.5 * student_log).exp() - (0.5 * teacher_log).exp()).square().sum(-1),  # 1 - sum sqrt(p t), without cancellation
+                0.5
+                * ((0.5 * student_log).exp() - (0.5 * teacher_log).exp())
+                .square()
+                .sum(-1),  # 1 - sum sqrt(p t), without cancellation
                 -(p * student_log).sum(-1),
                 -(t * teacher_log).sum(-1),
                 difference.square().sum(-1),
@@ -100,7 +112,12 @@ def _pair_fields(student_logits: Tensor, teacher_logits: Tensor, temperature: fl
 
 
 def _top_fields(
-    student_logits: Tensor, indices: Tensor, log_probs: Tensor, temperature: float | Tensor, objective: Objective, second_pass: bool
+    student_logits: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    temperature: float | Tensor,
+    objective: Objective,
+    second_pass: bool,
 ) -> dict[str, Tensor]:
     """Comparisons over the top-k classes and the bucket; what concerns the student alone over all classes."""
     whole, top = Shard(student_logits.shape[1], 0, student_logits.shape[1]), indices.shape[1]
@@ -108,7 +125,9 @@ def _top_fields(
     student_log, teacher_log, share = with_bucket(student_logits, indices, log_probs, temperature)
     p, t = student_log.exp(), teacher_log.exp()
     difference = p - t
-    spread = share.exp().square().sum(-1) if top < share.shape[1] else 0.0  # the bucket's gradient lies on its classes by their shares
+    spread = (
+        share.exp().square().sum(-1) if top < share.shape[1] else 0.0
+    )  # the bucket's gradient lies on its classes by their shares
     best = log_probs.argmax(-1)
     fields = {
         "forward_kl": divergence(student_log, teacher_log, 0.0, whole, None)[0],
@@ -127,7 +146,9 @@ def _top_fields(
     return fields
 
 
-def _label_fields(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, valid: Tensor, shard: Shard) -> dict[str, Tensor]:
+def _label_fields(
+    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, valid: Tensor, shard: Shard
+) -> dict[str, Tensor]:
     """What needs the labels, all at temperature 1; el2n from the other classes' probabilities, whose sum is 1 - p_y without cancellation."""
     target, mine = shard.local_labels(labels, valid)
     at = target[:, None]
@@ -135,7 +156,12 @@ def _label_fields(student_logits: Tensor, teacher_logits: Tensor | None, labels:
     p = student_log.exp()
     label_share = torch.where(mine, p.gather(1, at)[:, 0], 0.0)
     p.scatter_add_(1, at, -label_share[:, None])
-    parts = [p.sum(-1), p.square_().sum(-1), -torch.where(mine, student_log.gather(1, at)[:, 0], 0.0), torch.where(mine, student_logits.gather(1, at)[:, 0], 0.0)]
+    parts = [
+        p.sum(-1),
+        p.square_().sum(-1),
+        -torch.where(mine, student_log.gather(1, at)[:, 0], 0.0),
+        torch.where(mine, student_logits.gather(1, at)[:, 0], 0.0),
+    ]
     if teacher_logits is not None:
         parts.append(-torch.where(mine, shard.log_softmax(teacher_logits).gather(1, at)[:, 0], 0.0))
     others, others_square, student_nll, label_logit, *rest = shard.sum(torch.stack(parts))

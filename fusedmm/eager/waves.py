@@ -16,7 +16,9 @@ from fusedmm.heads import Head, LinearHead
 WAVE_ELEMENTS = 1 << 18
 WHOLE_ELEMENTS = 1 << 16
 MIN_WAVE_ROWS = 64
-CONVERTED_ELEMENTS = 1 << 22  # a half-precision weight up to this size is converted once a call, a larger one in blocks, once a wave
+CONVERTED_ELEMENTS = (
+    1 << 22
+)  # a half-precision weight up to this size is converted once a call, a larger one in blocks, once a wave
 FINITE_MINIMUM = -1e30  # stands for -inf, so that a forbidden class gives 0 * 1e30 and not 0 * inf
 
 
@@ -94,13 +96,19 @@ def shares_weight(student: Head, teacher: Head) -> bool:
     """Whether the two heads are one: the same weight, bias and soft-cap, applied to two hidden states."""
     if not (isinstance(student, LinearHead) and isinstance(teacher, LinearHead)):
         return False
-    return _is_same(student.weight, teacher.weight) and _is_same(student.bias, teacher.bias) and student.softcap == teacher.softcap
+    return (
+        _is_same(student.weight, teacher.weight)
+        and _is_same(student.bias, teacher.bias)
+        and student.softcap == teacher.softcap
+    )
 
 
 def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
-    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype)
+    return a is b or (
+        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    )
 
 
 class HeadGradient:
@@ -114,7 +122,11 @@ class HeadGradient:
         self.needs_input, self.needs_weight, self.needs_bias = needs
         source = head.hidden if isinstance(head, LinearHead) else head.values
         self.dtype = compute_dtype(source)
-        self.input = torch.empty_like(source, memory_format=torch.contiguous_format) if self.needs_input else source.new_empty((0,))
+        self.input = (
+            torch.empty_like(source, memory_format=torch.contiguous_format)
+            if self.needs_input
+            else source.new_empty((0,))
+        )
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
@@ -143,7 +155,11 @@ class HeadGradient:
 
     def result(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients in the dtypes and shapes of the inputs; an empty tensor stands for one that nobody asked for."""
-        return self.input, _padded(self.weight, weight, self.needs_weight, self.input), _padded(self.bias, bias, self.needs_bias, self.input)
+        return (
+            self.input,
+            _padded(self.weight, weight, self.needs_weight, self.input),
+            _padded(self.bias, bias, self.needs_bias, self.input),
+        )
 
 
 def _grad_hidden(grad_logits: Tensor, weight: Tensor) -> Tensor:

@@ -30,28 +30,47 @@ ROUNDED_SUMS = 8  # a bfloat16 weight gradient may be rounded once a wave for as
 FLOAT16_SCALE = 64.0  # keeps gradients of probabilities near 1e-6 out of float16's subnormals
 
 
-def scores(student: Head, teacher: Teacher, labels: Tensor | None, temperature: Tensor | None, objective: Objective, second_pass: bool) -> Tensor:
+def scores(
+    student: Head,
+    teacher: Teacher,
+    labels: Tensor | None,
+    temperature: Tensor | None,
+    objective: Objective,
+    second_pass: bool,
+) -> Tensor:
     """All fields of `fusedmm.eager.distillation_scores.FIELDS` [fields, N] float32; those that do not apply hold no meaning."""
     heads = _tensors(student, teacher, objective)
     saved, fields = _statistics(*heads, labels, temperature, objective, for_scores=True)
     if isinstance(student, LinearHead):
         size = torch.linalg.vector_norm(student.hidden, dim=-1, dtype=torch.float32)
-        fields[PAIR_FIELDS.index("grad_norm")].mul_(size).div_(objective.temperature if temperature is None else temperature)
+        fields[PAIR_FIELDS.index("grad_norm")].mul_(size).div_(
+            objective.temperature if temperature is None else temperature
+        )
     if second_pass:
         values, sums = _mixture(*heads, saved, temperature, objective)
         for name, field in (("divergence", values), ("total_variation", sums[2])):
-            fields[FIELDS.index(name)] = field if labels is None else torch.where(labels == objective.ignore_index, 0.0, field)
+            fields[FIELDS.index(name)] = (
+                field if labels is None else torch.where(labels == objective.ignore_index, 0.0, field)
+            )
     return fields
 
 
-def rows(student: Head, teacher: Teacher, labels: Tensor | None, temperature: Tensor | None, objective: Objective) -> tuple[Tensor, Tensor]:
+def rows(
+    student: Head, teacher: Teacher, labels: Tensor | None, temperature: Tensor | None, objective: Objective
+) -> tuple[Tensor, Tensor]:
     """Loss of every row [N], 0 where it is ignored, and the statistics that `backward` needs [16, N]."""
     heads = _tensors(student, teacher, objective)
     return _loss_rows(*heads, labels, temperature, objective)
 
 
 def fast(
-    student: Head, teacher: Teacher, labels: Tensor | None, temperature: Tensor | None, objective: Objective, grad_rows: Tensor, needs: Needs
+    student: Head,
+    teacher: Teacher,
+    labels: Tensor | None,
+    temperature: Tensor | None,
+    objective: Objective,
+    grad_rows: Tensor,
+    needs: Needs,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Loss of every row, and the gradient of ``(grad_rows * loss).sum()`` in the student's input, weight and bias; empty where not needed."""
     from fusedmm.kernels.distillation.tiles import HeadTensors
@@ -59,19 +78,35 @@ def fast(
     student_head, teacher_head = _tensors(student, teacher, objective)
     num_rows, classes = student_head.source.shape[0], objective.shard.count
     wave_rows = min(max(num_rows, 1), max(128, FAST_ELEMENTS // classes // 128 * 128))
-    gradient = _Gradient(student_head, objective, needs, is_split=(wave_rows < num_rows, False), waves=-(-num_rows // wave_rows))
+    gradient = _Gradient(
+        student_head, objective, needs, is_split=(wave_rows < num_rows, False), waves=-(-num_rows // wave_rows)
+    )
     result = student_head.source.new_empty((num_rows,), dtype=torch.float32)
     for first in range(0, num_rows, wave_rows):
         wave = slice(first, min(first + wave_rows, num_rows))
-        logits = [HeadTensors(values, None, head.bias, head.softcap) for head, values in zip((student_head, teacher_head), _wave_logits(student_head, teacher_head, wave), strict=True)]
+        logits = [
+            HeadTensors(values, None, head.bias, head.softcap)
+            for head, values in zip(
+                (student_head, teacher_head), _wave_logits(student_head, teacher_head, wave), strict=True
+            )
+        ]
         wave_labels, wave_temperature = _of(labels, wave), _of(temperature, wave)
         result[wave], saved = _loss_rows(logits[0], logits[1], wave_labels, wave_temperature, objective)
-        gradient.add(wave, slice(0, classes), logits[0], logits[1], saved, grad_rows[wave], wave_labels, wave_temperature)
+        gradient.add(
+            wave, slice(0, classes), logits[0], logits[1], saved, grad_rows[wave], wave_labels, wave_temperature
+        )
     return result, gradient.result(student)
 
 
 def backward(
-    student: Head, teacher: Teacher, labels: Tensor | None, temperature: Tensor | None, objective: Objective, grad_rows: Tensor, statistics: Tensor, needs: Needs
+    student: Head,
+    teacher: Teacher,
+    labels: Tensor | None,
+    temperature: Tensor | None,
+    objective: Objective,
+    grad_rows: Tensor,
+    statistics: Tensor,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of ``(grad_rows * loss).sum()`` in the student's input, weight and bias from saved statistics; the logits are formed again, tile by tile."""
     student_head, teacher_head = _tensors(student, teacher, objective)
@@ -80,12 +115,20 @@ def backward(
     columns = min(classes, max(128, RANGE_ELEMENTS // max(range_rows, 1) // 128 * 128))
     if columns == classes and range_rows == num_rows and num_rows * classes > WHOLE_ELEMENTS:
         range_rows = (num_rows + 1) // 2
-    gradient = _Gradient(student_head, objective, needs, is_split=(range_rows < num_rows, columns < classes), waves=-(-num_rows // max(range_rows, 1)))
+    gradient = _Gradient(
+        student_head,
+        objective,
+        needs,
+        is_split=(range_rows < num_rows, columns < classes),
+        waves=-(-num_rows // max(range_rows, 1)),
+    )
     for wave in _slices(num_rows, range_rows):
         heads = [head._replace(source=head.source[wave]) for head in (student_head, teacher_head)]
         saved = statistics[:, wave].contiguous()
         for block in _slices(classes, columns):
-            gradient.add(wave, block, heads[0], heads[1], saved, grad_rows[wave], _of(labels, wave), _of(temperature, wave))
+            gradient.add(
+                wave, block, heads[0], heads[1], saved, grad_rows[wave], _of(labels, wave), _of(temperature, wave)
+            )
     return gradient.result(student)
 
 
@@ -105,7 +148,9 @@ def _tensors(student: Head, teacher: Teacher, objective: Objective) -> "tuple[He
     if objective.alpha == 0.0:
         teacher = student
     student_head, teacher_head = (
-        HeadTensors(head.hidden, head.weight, head.bias, head.softcap) if isinstance(head, LinearHead) else HeadTensors(head.values, None, None, head.softcap)
+        HeadTensors(head.hidden, head.weight, head.bias, head.softcap)
+        if isinstance(head, LinearHead)
+        else HeadTensors(head.values, None, None, head.softcap)
         for head in (student, teacher)
     )
     return student_head, teacher_head
@@ -113,15 +158,28 @@ def _tensors(student: Head, teacher: Teacher, objective: Objective) -> "tuple[He
 
 def _wave_logits(student: "HeadTensors", teacher: "HeadTensors", wave: slice) -> tuple[Tensor, Tensor]:
     """float32 logits of a wave before bias and soft-cap, one matmul where the heads share their weight; logits that exist are passed on."""
-    if student.weight is not None and teacher.weight is not None and shares_weight(LinearHead(student.source, student.weight), LinearHead(teacher.source, teacher.weight)):
+    if (
+        student.weight is not None
+        and teacher.weight is not None
+        and shares_weight(LinearHead(student.source, student.weight), LinearHead(teacher.source, teacher.weight))
+    ):
         both = matmul(torch.cat([student.source[wave], teacher.source[wave]]), student.weight.t())
         return both[: both.shape[0] // 2], both[both.shape[0] // 2 :]
-    student_logits, teacher_logits = (head.source[wave] if head.weight is None else matmul(head.source[wave], head.weight.t()) for head in (student, teacher))
+    student_logits, teacher_logits = (
+        head.source[wave] if head.weight is None else matmul(head.source[wave], head.weight.t())
+        for head in (student, teacher)
+    )
     return student_logits, teacher_logits
 
 
 def _statistics(
-    student: "HeadTensors", teacher: "HeadTensors", labels: Tensor | None, temperature: Tensor | None, objective: Objective, *, for_scores: bool
+    student: "HeadTensors",
+    teacher: "HeadTensors",
+    labels: Tensor | None,
+    temperature: Tensor | None,
+    objective: Objective,
+    *,
+    for_scores: bool,
 ) -> tuple[Tensor, Tensor]:
     """Saved statistics [16, N], and scores or losses, of all ranks' classes."""
     from fusedmm.kernels.distillation.statistics import merge_statistics, statistics
@@ -155,13 +213,23 @@ def _statistics(
     )
 
 
-def _mixture(student: "HeadTensors", teacher: "HeadTensors", saved: Tensor, temperature: Tensor | None, objective: Objective) -> tuple[Tensor, Tensor]:
+def _mixture(
+    student: "HeadTensors", teacher: "HeadTensors", saved: Tensor, temperature: Tensor | None, objective: Objective
+) -> tuple[Tensor, Tensor]:
     """Divergence against the mixture [N], and the sums of the second pass; the mean log-ratios go into `saved`."""
     from fusedmm.kernels.distillation.mixture import mixture_sums
 
     beta, odds = objective.beta, objective.beta / (1 - objective.beta)
     sums = objective.shard.sum(
-        mixture_sums(student, teacher, saved, row_temperature=temperature, temperature=objective.temperature, beta=beta, num_classes=objective.shard.count)
+        mixture_sums(
+            student,
+            teacher,
+            saved,
+            row_temperature=temperature,
+            temperature=objective.temperature,
+            beta=beta,
+            num_classes=objective.shard.count,
+        )
     )
     student_top = -math.log1p(-beta) - torch.log1p(odds * torch.exp2((saved[8] - saved[15]).clamp(max=86.0)))
     teacher_top = -math.log(beta) - torch.log1p(torch.exp2((saved[15] - saved[9]).clamp(max=86.0)) / odds)
@@ -170,7 +238,11 @@ def _mixture(student: "HeadTensors", teacher: "HeadTensors", saved: Tensor, temp
 
 
 def _loss_rows(
-    student: "HeadTensors", teacher: "HeadTensors", labels: Tensor | None, temperature: Tensor | None, objective: Objective
+    student: "HeadTensors",
+    teacher: "HeadTensors",
+    labels: Tensor | None,
+    temperature: Tensor | None,
+    objective: Objective,
 ) -> tuple[Tensor, Tensor]:
     """Loss of every row and its saved statistics."""
     saved, losses = _statistics(student, teacher, labels, temperature, objective, for_scores=False)
@@ -192,13 +264,17 @@ class _Gradient:
     kept in float32 and rounded at the end, except a bfloat16 weight gradient of at most `ROUNDED_SUMS` parts, which would double the memory of the largest tensor.
     """
 
-    def __init__(self, head: "HeadTensors", objective: Objective, needs: Needs, *, is_split: tuple[bool, bool], waves: int) -> None:
+    def __init__(
+        self, head: "HeadTensors", objective: Objective, needs: Needs, *, is_split: tuple[bool, bool], waves: int
+    ) -> None:
         self.head, self.objective, self.needs = head, objective, needs
         source, weight = head.source, head.weight
         self.scale = FLOAT16_SCALE if source.dtype == torch.float16 and weight is not None else 1.0
         exact = source.dtype == torch.float32 or source.dtype == torch.bfloat16
         self.buffer = source.new_empty((0,))
-        self.input = self._zeros(source, needs[0], torch.float32 if weight is not None and (is_split[1] or not exact) else source.dtype)
+        self.input = self._zeros(
+            source, needs[0], torch.float32 if weight is not None and (is_split[1] or not exact) else source.dtype
+        )
         in_float32 = not exact or (is_split[0] and waves > ROUNDED_SUMS)
         self.weight = self._zeros(weight, needs[1], torch.float32 if in_float32 else source.dtype)
         self.bias = self._zeros(head.bias, needs[2], torch.float32)

@@ -35,7 +35,9 @@ def divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     return beta * (t * (teacher - mixture)).sum(-1) + (1 - beta) * (p * (student - mixture)).sum(-1)
 
 
-def log_probs(student: LinearHead | Logits, teacher: Teacher, temperature: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+def log_probs(
+    student: LinearHead | Logits, teacher: Teacher, temperature: Tensor, num_classes: int
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities of student and teacher over what both can tell apart: [N, V] classes, or [N, K+1] with the bucket of a top-k teacher last."""
     full = torch.log_softmax(logits(student, num_classes) / temperature[:, None], -1)
     if not isinstance(teacher, TopKLogProbs):
@@ -46,7 +48,9 @@ def log_probs(student: LinearHead | Logits, teacher: Teacher, temperature: Tenso
     rest = torch.ones_like(full, dtype=torch.bool).scatter(1, teacher.indices, False)
     student_rest = full.masked_fill(~rest, FINITE_MINIMUM).logsumexp(-1, keepdim=True)
     teacher_rest = torch.log1p(-top.exp().sum(-1, keepdim=True).clamp_max(1.0))
-    return torch.cat([full.gather(1, teacher.indices), student_rest], -1), torch.cat([top, teacher_rest.clamp_min(FINITE_MINIMUM)], -1)
+    return torch.cat([full.gather(1, teacher.indices), student_rest], -1), torch.cat(
+        [top, teacher_rest.clamp_min(FINITE_MINIMUM)], -1
+    )
 
 
 def loss(
@@ -68,7 +72,9 @@ def loss(
     if alpha != 1.0:
         assert labels is not None
         z = logits(student, num_classes)
-        cross_entropy = torch.nn.functional.cross_entropy(z, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
+        cross_entropy = torch.nn.functional.cross_entropy(
+            z, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
+        )
         rows = rows + (1 - alpha) * cross_entropy
     return rows if labels is None else rows.masked_fill(labels == ignore_index, 0.0)
 

@@ -12,18 +12,24 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 ROW_TILE = 4096
 
 
-def tile_config(arch: str, num_classes: int, has_matmul: bool, is_float32: bool) -> LaunchConfig:
-    """Tiles of the statistics, mixture and gradient kernels."""
+def tile_config(
+    arch: str, num_classes: int, has_matmul: bool, is_float32: bool, *, is_narrow: bool = False
+) -> LaunchConfig:
+    """Tiles of the statistics, mixture and gradient kernels; narrow where they keep so many numbers a row that wider tiles spill."""
     if not has_matmul:
         block_v = min(1024, max(16, triton.next_power_of_2(num_classes)))
-        return LaunchConfig({"BLOCK_N": ROW_TILE // block_v, "BLOCK_V": block_v, "BLOCK_D": 16}, num_warps=8, num_stages=2)
+        return LaunchConfig(
+            {"BLOCK_N": ROW_TILE // block_v, "BLOCK_V": block_v, "BLOCK_D": 16, "SLABS": 1}, num_warps=8, num_stages=2
+        )
     if is_float32:
-        return LaunchConfig({"BLOCK_N": 32, "BLOCK_V": 32, "BLOCK_D": 32}, num_warps=4, num_stages=2)
+        return LaunchConfig({"BLOCK_N": 32, "BLOCK_V": 32, "BLOCK_D": 32, "SLABS": 1}, num_warps=4, num_stages=2)
     if arch == "sm_80":
-        return LaunchConfig({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 64}, num_warps=4, num_stages=3)
+        return LaunchConfig({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 64, "SLABS": 2}, num_warps=4, num_stages=3)
     if arch == "gfx942":
-        return LaunchConfig({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 64}, num_warps=4, num_stages=2)
-    return LaunchConfig({"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=8, num_stages=3)
+        return LaunchConfig({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 64, "SLABS": 2}, num_warps=4, num_stages=2)
+    return LaunchConfig(
+        {"BLOCK_N": 128, "BLOCK_V": 64 if is_narrow else 128, "BLOCK_D": 64, "SLABS": 4}, num_warps=8, num_stages=3
+    )
 
 
 def vocabulary_splits(arch: str, num_rows: int, num_classes: int, config: LaunchConfig) -> int:

@@ -16,7 +16,7 @@ import triton.language as tl
 from fusedmm.kernels.distillation.config import tile_config
 from fusedmm.kernels.distillation.mixture import mixture_ratio
 from fusedmm.kernels.distillation.statistics import shares_weight
-from fusedmm.kernels.distillation.tiles import HeadTensors, pair_tiles
+from fusedmm.kernels.distillation.tiles import HeadTensors, finish, pair_tiles, slabs
 from fusedmm.kernels.launch import device_arch
 from fusedmm.kernels.softmax import LN_2
 
@@ -60,55 +60,83 @@ def _gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SLABS: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = rows < num_rows
     offs_n = tl.minimum(rows, num_rows - 1)
-    columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    offs_v = first_column + columns
     inverse = tl.full([BLOCK_N], 1.0, tl.float32) * inverse_temperature
     if row_temperature_ptr is not None:
         inverse = 1.0 / tl.load(row_temperature_ptr + offs_n)
+    first_tile = tl.program_id(1) * BLOCK_V
     student, teacher = pair_tiles(
-        student_ptr, student_weight_ptr, student_bias_ptr, student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
-        teacher_ptr, teacher_weight_ptr, teacher_bias_ptr, teacher_stride_n, teacher_weight_stride_v, teacher_size_d, teacher_softcap,
-        offs_n, offs_v, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D,
+        student_ptr, student_weight_ptr, student_stride_n, student_weight_stride_v, student_size_d,
+        teacher_ptr, teacher_weight_ptr, teacher_stride_n, teacher_weight_stride_v, teacher_size_d,
+        offs_n, first_column + first_tile + tl.arange(0, BLOCK_V), num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D,
     )  # fmt: skip
     row_stride = tl.full([], 1, tl.int64) * num_rows
     saved_ptrs = saved_ptr + offs_n
-    classes = (first_class + offs_v)[None, :]
-    is_top = classes == tl.load(saved_ptrs + 4 * row_stride).to(tl.int32)[:, None]
-    s = student * inverse[:, None]
-    t = teacher * inverse[:, None]
-    p = tl.exp2((s - tl.load(saved_ptrs)[:, None]) - tl.load(saved_ptrs + 2 * row_stride)[:, None])
-    if KIND == 0:
-        g = p - tl.exp2((t - tl.load(saved_ptrs + row_stride)[:, None]) - tl.load(saved_ptrs + 3 * row_stride)[:, None])
-        both_top = is_top & (classes == tl.load(saved_ptrs + 5 * row_stride).to(tl.int32)[:, None])
-        g = tl.where(both_top, (tl.load(saved_ptrs + 7 * row_stride) - tl.load(saved_ptrs + 6 * row_stride))[:, None], g)
-    elif KIND == 1:
-        u_top = tl.load(saved_ptrs + 8 * row_stride)
-        g = p * (tl.load(saved_ptrs + 10 * row_stride)[:, None] - ((t - s) - u_top[:, None])) * LN_2
-    else:
-        gap = tl.load(saved_ptrs + 15 * row_stride)
-        ratio = mixture_ratio((t - s) - gap[:, None], tl.load(saved_ptrs + 8 * row_stride) - gap, beta / (1.0 - beta))
-        g = (1.0 - beta) * p * (ratio + tl.load(saved_ptrs + 10 * row_stride)[:, None])
-    g *= (alpha / inverse)[:, None]
     grad_rows = tl.load(grad_rows_ptr + offs_n) * grad_scale
+    labels = tl.full([BLOCK_N], -1, tl.int64)
     if labels_ptr is not None:
         labels = tl.load(labels_ptr + offs_n)
         grad_rows = tl.where(labels == ignore_index, 0.0, grad_rows)
-        unit = tl.exp2((student - tl.load(saved_ptrs + 12 * row_stride)[:, None]) - tl.load(saved_ptrs + 13 * row_stride)[:, None])
-        is_label = classes == labels[:, None]
-        at_label = tl.where(is_top, label_smoothing - tl.load(saved_ptrs + 14 * row_stride)[:, None], unit - (1.0 - label_smoothing))
-        g += (1.0 - alpha) * (tl.where(is_label, at_label, unit) - label_smoothing / total_classes)
-    g *= grad_rows[:, None]
-    if student_softcap is not None:
-        share = student * LN_2 / student_softcap
-        g *= 1.0 - share * share
-    if grad_logits_ptr.dtype.element_ty == tl.float16:
-        g = tl.minimum(tl.maximum(g, -65504.0), 65504.0)
-    grad_ptrs = grad_logits_ptr + rows[:, None] * grad_stride_n + columns[None, :]
-    tl.store(grad_ptrs, g.to(grad_logits_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_v < last_column)[None, :])
+    student_arg = tl.load(saved_ptrs + 4 * row_stride).to(tl.int32)
+    students = slabs(student, SLABS)
+    teachers = slabs(teacher, SLABS)
+    width: tl.constexpr = BLOCK_V // SLABS
+    for i in tl.static_range(SLABS):
+        columns = first_tile + i * width + tl.arange(0, width)
+        offs_v = first_column + columns
+        classes = (first_class + offs_v)[None, :]
+        x = finish(students[i], student_bias_ptr, student_softcap, offs_v, num_classes)
+        y = finish(teachers[i], teacher_bias_ptr, teacher_softcap, offs_v, num_classes)
+        is_top = classes == student_arg[:, None]
+        g = (
+            _divergence_gradient(
+                x * inverse[:, None], y * inverse[:, None], is_top, classes, saved_ptrs, row_stride, beta, KIND
+            )
+            * (alpha / inverse)[:, None]
+        )
+        if labels_ptr is not None:
+            unit = tl.exp2(
+                (x - tl.load(saved_ptrs + 12 * row_stride)[:, None]) - tl.load(saved_ptrs + 13 * row_stride)[:, None]
+            )
+            at_label = tl.where(
+                is_top, label_smoothing - tl.load(saved_ptrs + 14 * row_stride)[:, None], unit - (1.0 - label_smoothing)
+            )
+            g += (1.0 - alpha) * (
+                tl.where(classes == labels[:, None], at_label, unit) - label_smoothing / total_classes
+            )
+        g *= grad_rows[:, None]
+        if student_softcap is not None:
+            share = x * LN_2 / student_softcap
+            g *= 1.0 - share * share
+        if grad_logits_ptr.dtype.element_ty == tl.float16:
+            g = tl.minimum(tl.maximum(g, -65504.0), 65504.0)
+        grad_ptrs = grad_logits_ptr + rows[:, None] * grad_stride_n + columns[None, :]
+        tl.store(
+            grad_ptrs, g.to(grad_logits_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_v < last_column)[None, :]
+        )
+
+
+@triton.jit
+def _divergence_gradient(s, t, is_top, classes, saved_ptrs, row_stride, beta, KIND: tl.constexpr):
+    """Gradient of the divergence in the tempered logits s and t (base 2), natural, [BLOCK_N, width]."""
+    p = tl.exp2((s - tl.load(saved_ptrs)[:, None]) - tl.load(saved_ptrs + 2 * row_stride)[:, None])
+    if KIND == 0:
+        q = tl.exp2((t - tl.load(saved_ptrs + row_stride)[:, None]) - tl.load(saved_ptrs + 3 * row_stride)[:, None])
+        both_top = is_top & (classes == tl.load(saved_ptrs + 5 * row_stride).to(tl.int32)[:, None])
+        return tl.where(
+            both_top, (tl.load(saved_ptrs + 7 * row_stride) - tl.load(saved_ptrs + 6 * row_stride))[:, None], p - q
+        )
+    elif KIND == 1:
+        ratio = tl.load(saved_ptrs + 8 * row_stride)[:, None] - (t - s)
+        return p * (ratio + tl.load(saved_ptrs + 10 * row_stride)[:, None]) * LN_2
+    else:
+        gap = tl.load(saved_ptrs + 15 * row_stride)
+        ratio = mixture_ratio((t - s) - gap[:, None], tl.load(saved_ptrs + 8 * row_stride) - gap, beta / (1.0 - beta))
+        return (1.0 - beta) * p * (ratio + tl.load(saved_ptrs + 10 * row_stride)[:, None])
 
 
 def gradient_logits(
@@ -135,7 +163,7 @@ def gradient_logits(
     arch = device_arch(student.source.device)
     num_rows, width = out.shape
     has_matmul = student.weight is not None or teacher.weight is not None
-    config = tile_config(arch, width, has_matmul, torch.float32 in (student.source.dtype, teacher.source.dtype) and has_matmul)
+    config = tile_config(arch, width, has_matmul, torch.float32 in (student.source.dtype, teacher.source.dtype))
     if num_rows == 0:
         return out
     _gradient_kernel[(triton.cdiv(num_rows, config.blocks["BLOCK_N"]), triton.cdiv(width, config.blocks["BLOCK_V"]))](

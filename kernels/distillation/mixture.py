@@ -14,7 +14,7 @@ import triton.language as tl
 
 from fusedmm.kernels.distillation.config import tile_config, vocabulary_splits
 from fusedmm.kernels.distillation.statistics import shares_weight
-from fusedmm.kernels.distillation.tiles import HeadTensors, pair_tiles
+from fusedmm.kernels.distillation.tiles import HeadTensors, finish, pair_tiles, slabs
 from fusedmm.kernels.launch import device_arch
 
 SUMS = 3  # mean log-ratio of the student, of the teacher, total variation
@@ -75,6 +75,7 @@ def _mixture_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SLABS: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = rows < num_rows
@@ -96,21 +97,25 @@ def _mixture_kernel(
     student_mean = tl.zeros([BLOCK_N], tl.float32)
     teacher_mean = tl.zeros([BLOCK_N], tl.float32)
     variation = tl.zeros([BLOCK_N], tl.float32)
+    width: tl.constexpr = BLOCK_V // SLABS
     for first_v in range(first, tl.minimum(first + tiles_per_split * BLOCK_V, num_classes), BLOCK_V):
-        offs_v = first_v + tl.arange(0, BLOCK_V)
         student, teacher = pair_tiles(
-            student_ptr, student_weight_ptr, student_bias_ptr, student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
-            teacher_ptr, teacher_weight_ptr, teacher_bias_ptr, teacher_stride_n, teacher_weight_stride_v, teacher_size_d, teacher_softcap,
-            offs_n, offs_v, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D,
+            student_ptr, student_weight_ptr, student_stride_n, student_weight_stride_v, student_size_d,
+            teacher_ptr, teacher_weight_ptr, teacher_stride_n, teacher_weight_stride_v, teacher_size_d,
+            offs_n, first_v + tl.arange(0, BLOCK_V), num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
-        s = student * inverse[:, None]
-        t = teacher * inverse[:, None]
-        p = tl.exp2((s - student_shift[:, None]) - student_log[:, None])
-        q = tl.exp2((t - teacher_shift[:, None]) - teacher_log[:, None])
-        ratio = (t - s) - gap[:, None]
-        student_mean += tl.sum(p * mixture_ratio(ratio, student_top, odds), 1)
-        teacher_mean += tl.sum(q * mixture_ratio(-ratio, teacher_top, 1.0 / odds), 1)
-        variation += 0.5 * tl.sum(tl.abs(p - q), 1)
+        students = slabs(student, SLABS)
+        teachers = slabs(teacher, SLABS)
+        for i in tl.static_range(SLABS):
+            offs_v = first_v + i * width + tl.arange(0, width)
+            s = finish(students[i], student_bias_ptr, student_softcap, offs_v, num_classes) * inverse[:, None]
+            t = finish(teachers[i], teacher_bias_ptr, teacher_softcap, offs_v, num_classes) * inverse[:, None]
+            p = tl.exp2((s - student_shift[:, None]) - student_log[:, None])
+            q = tl.exp2((t - teacher_shift[:, None]) - teacher_log[:, None])
+            ratio = (t - s) - gap[:, None]
+            student_mean += tl.sum(p * mixture_ratio(ratio, student_top, odds), 1)
+            teacher_mean += tl.sum(q * mixture_ratio(-ratio, teacher_top, 1.0 / odds), 1)
+            variation += 0.5 * tl.sum(tl.abs(p - q), 1)
     sums_ptrs = sums_ptr + split * SUMS_SIZE * row_stride + rows
     tl.store(sums_ptrs, student_mean, mask=mask_n)
     tl.store(sums_ptrs + row_stride, teacher_mean, mask=mask_n)
@@ -134,12 +139,15 @@ def mixture_sums(
     arch = device_arch(student.source.device)
     num_rows = student.source.shape[0]
     has_matmul = student.weight is not None or teacher.weight is not None
-    config = tile_config(arch, num_classes, has_matmul, torch.float32 in (student.source.dtype, teacher.source.dtype) and has_matmul)
+    config = tile_config(
+        arch, num_classes, has_matmul, torch.float32 in (student.source.dtype, teacher.source.dtype), is_narrow=True
+    )
     splits = vocabulary_splits(arch, num_rows, num_classes, config)
     sums = saved.new_empty((splits, SUMS, num_rows))
     if num_rows == 0:
         return sums.sum(0)
-    _mixture_kernel[(triton.cdiv(num_rows, config.blocks["BLOCK_N"]), splits)](
+    grid = (triton.cdiv(num_rows, config.blocks["BLOCK_N"]), splits)
+    _mixture_kernel[grid](
         **student.arguments("student"),
         **teacher.arguments("teacher"),
         row_temperature_ptr=row_temperature,

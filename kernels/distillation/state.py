@@ -37,62 +37,65 @@ def empty_state(BLOCK_N: tl.constexpr, IS_SCORES: tl.constexpr):
 
 @triton.jit
 def _head_state(x, scaled, u, offs_v):
-    """Peak and the rest of one head's tile, and the tile of its exponentials."""
+    """Peak and the rest of one head's tile."""
     peak = tl.max(x, 1)
     arg = tl.min(tl.where(x == peak[:, None], offs_v[None, :], NO_CLASS), 1)
     is_peak = offs_v[None, :] == arg[:, None]
     a = tl.exp2(scaled - tl.max(scaled, 1)[:, None])
     ratio = tl.sum(tl.where(is_peak, u, 0.0), 1)
-    return peak, arg.to(tl.float32), tl.sum(tl.where(is_peak, 0.0, a), 1), tl.sum(a * (u - ratio[:, None]), 1), ratio, a, is_peak
+    return peak, arg.to(tl.float32), tl.sum(tl.where(is_peak, 0.0, a), 1), tl.sum(a * (u - ratio[:, None]), 1), ratio
 
 
 @triton.jit
-def tile_state(x, y, inverse_temperature, offs_v, labels, mask_v, IS_SCORES: tl.constexpr, IS_UNIT: tl.constexpr, HAS_LABELS: tl.constexpr):
-    """State of one tile: x the student's and y the teacher's logits in base 2 [BLOCK_N, BLOCK_V]; offs_v are classes over all ranks."""
+def loss_state(x, y, inverse_temperature, offs_v, labels, mask_v, IS_UNIT: tl.constexpr, HAS_LABELS: tl.constexpr):
+    """Base and loss numbers of one tile: x the student's and y the teacher's logits in base 2 [BLOCK_N, BLOCK_V]; offs_v are classes over all ranks."""
     s = x * inverse_temperature[:, None]
     t = y * inverse_temperature[:, None]
     u = t - s
-    student_peak, student_arg, student_others, student_slope, student_ratio, a, is_peak = _head_state(x, s, u, offs_v)
-    teacher_peak, teacher_arg, teacher_others, teacher_slope, teacher_ratio, b, is_teacher_peak = _head_state(y, t, u, offs_v)
-    zero = tl.zeros_like(student_peak)
-    unit = a
-    unit_teacher = b
+    student_peak, student_arg, student_others, student_slope, student_ratio = _head_state(x, s, u, offs_v)
+    teacher_peak, teacher_arg, teacher_others, teacher_slope, teacher_ratio = _head_state(y, t, u, offs_v)
     unit_others = student_others
-    unit_teacher_others = teacher_others
-    if not IS_UNIT and HAS_LABELS:
-        unit = tl.exp2(x - student_peak[:, None])
-        unit_others = tl.sum(tl.where(is_peak, 0.0, unit), 1)
-        if IS_SCORES:
-            unit_teacher = tl.exp2(y - teacher_peak[:, None])
-            unit_teacher_others = tl.sum(tl.where(is_teacher_peak, 0.0, unit_teacher), 1)
-    is_label = offs_v[None, :] == labels[:, None]
-    label_logit = zero
+    label_logit = tl.zeros_like(student_peak)
+    total = label_logit
     if HAS_LABELS:
-        label_logit = tl.sum(tl.where(is_label, x, 0.0), 1)
-    base = (
+        label_logit = tl.sum(tl.where(offs_v[None, :] == labels[:, None], x, 0.0), 1)
+        total = tl.sum(tl.where(mask_v[None, :], x, 0.0), 1)
+        if not IS_UNIT:
+            is_peak = offs_v[None, :] == student_arg.to(tl.int32)[:, None]
+            unit_others = tl.sum(tl.where(is_peak, 0.0, tl.exp2(x - student_peak[:, None])), 1)
+    return (
         student_peak, student_arg, student_others, student_slope, student_ratio,
-        teacher_peak, teacher_arg, teacher_others, teacher_slope, teacher_ratio, unit_others,
+        teacher_peak, teacher_arg, teacher_others, teacher_slope, teacher_ratio, unit_others, label_logit, total,
     )  # fmt: skip
-    if IS_SCORES:
-        difference = a - b
-        teacher_label_logit = zero
-        runner_up = zero
-        squares = zero
-        if HAS_LABELS:
-            teacher_label_logit = tl.sum(tl.where(is_label, y, 0.0), 1)
-            runner_up = tl.max(tl.where(is_label, NOTHING, x), 1)
-            squares = tl.sum(tl.where(is_peak, 0.0, unit * unit), 1)
-        s -= tl.max(s, 1)[:, None]
-        t -= tl.max(t, 1)[:, None]
-        return base + (
-            label_logit, teacher_label_logit, runner_up, squares, unit_teacher_others, tl.sum(a * s, 1), tl.sum(b * t, 1),
-            tl.sum(tl.exp2(0.5 * (s + t)), 1), tl.sum(difference * difference, 1), tl.sum(difference * b, 1), tl.sum(b * b, 1),
-        )  # fmt: skip
-    else:
-        total = zero
-        if HAS_LABELS:
-            total = tl.sum(tl.where(mask_v[None, :], x, 0.0), 1)
-        return base + (label_logit, total)
+
+
+@triton.jit
+def score_sums(x, y, base, inverse_temperature, offs_v, labels, IS_UNIT: tl.constexpr, HAS_LABELS: tl.constexpr):
+    """Numbers 12 to 21 of a state for scores of a tile whose loss state is `base`."""
+    s = (x - base[0][:, None]) * inverse_temperature[:, None]
+    t = (y - base[5][:, None]) * inverse_temperature[:, None]
+    a = tl.exp2(s)
+    b = tl.exp2(t)
+    zero = tl.zeros_like(base[0])
+    teacher_label_logit = zero
+    runner_up = zero
+    squares = zero
+    teacher_unit_others = zero
+    if HAS_LABELS:
+        is_label = offs_v[None, :] == labels[:, None]
+        teacher_label_logit = tl.sum(tl.where(is_label, y, 0.0), 1)
+        runner_up = tl.max(tl.where(is_label, NOTHING, x), 1)
+        unit = a
+        if not IS_UNIT:
+            unit = tl.exp2(x - base[0][:, None])
+            is_teacher_peak = offs_v[None, :] == base[6].to(tl.int32)[:, None]
+            teacher_unit_others = tl.sum(tl.where(is_teacher_peak, 0.0, tl.exp2(y - base[5][:, None])), 1)
+        squares = tl.sum(tl.where(offs_v[None, :] == base[1].to(tl.int32)[:, None], 0.0, unit * unit), 1)
+    difference = a - b
+    return (
+        teacher_label_logit, runner_up, squares, teacher_unit_others, tl.sum(a * s, 1), tl.sum(b * t, 1),
+        tl.sum(tl.exp2(0.5 * (s + t)), 1), tl.sum(difference * difference, 1), tl.sum(difference * b, 1), tl.sum(b * b, 1),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -104,7 +107,11 @@ def _merge_head(peak1, arg1, others1, slope1, ratio1, peak2, arg2, others2, slop
     peak = tl.where(first, peak1, peak2)
     others = tl.where(first, others1 + shrink2 * (1.0 + others2), others2 + shrink1 * (1.0 + others1))
     jump = ratio2 - ratio1
-    slope = tl.where(first, slope1 + shrink2 * (slope2 + jump * (1.0 + others2)), slope2 + shrink1 * (slope1 - jump * (1.0 + others1)))
+    slope = tl.where(
+        first,
+        slope1 + shrink2 * (slope2 + jump * (1.0 + others2)),
+        slope2 + shrink1 * (slope1 - jump * (1.0 + others1)),
+    )
     return peak, tl.where(first, arg1, arg2), others, slope, tl.where(first, ratio1, ratio2), shrink1, shrink2
 
 
@@ -140,14 +147,19 @@ def merge_states(one, two, inverse_temperature, IS_SCORES: tl.constexpr):
         squares = tl.where(first, one[14] + unit2 * unit2 * (1.0 + two[14]), two[14] + unit1 * unit1 * (1.0 + one[14]))
         teacher1 = tl.exp2(tl.minimum(one[5] - two[5], 0.0))
         teacher2 = tl.exp2(tl.minimum(two[5] - one[5], 0.0))
-        unit_teacher_others = tl.where(one[5] >= two[5], one[15] + teacher2 * (1.0 + two[15]), two[15] + teacher1 * (1.0 + one[15]))
+        unit_teacher_others = tl.where(
+            one[5] >= two[5], one[15] + teacher2 * (1.0 + two[15]), two[15] + teacher1 * (1.0 + one[15])
+        )
         student_drop1 = tl.minimum((one[0] - two[0]) * inverse_temperature, 0.0)
         student_drop2 = tl.minimum((two[0] - one[0]) * inverse_temperature, 0.0)
         teacher_drop1 = tl.minimum((one[5] - two[5]) * inverse_temperature, 0.0)
         teacher_drop2 = tl.minimum((two[5] - one[5]) * inverse_temperature, 0.0)
         student_logs = a1 * (one[16] + student_drop1 * (1.0 + one[2])) + a2 * (two[16] + student_drop2 * (1.0 + two[2]))
         teacher_logs = b1 * (one[17] + teacher_drop1 * (1.0 + one[7])) + b2 * (two[17] + teacher_drop2 * (1.0 + two[7]))
-        overlap = tl.exp2(0.5 * (student_drop1 + teacher_drop1)) * one[18] + tl.exp2(0.5 * (student_drop2 + teacher_drop2)) * two[18]
+        overlap = (
+            tl.exp2(0.5 * (student_drop1 + teacher_drop1)) * one[18]
+            + tl.exp2(0.5 * (student_drop2 + teacher_drop2)) * two[18]
+        )
         difference1, cross1, square1 = _merge_squares(one[19], one[20], one[21], a1, b1)
         difference2, cross2, square2 = _merge_squares(two[19], two[20], two[21], a2, b2)
         return base + (

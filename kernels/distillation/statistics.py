@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from fusedmm.kernels.distillation.config import tile_config, vocabulary_splits
-from fusedmm.kernels.distillation.state import SIZE_LOSS, SIZE_SCORES, empty_state, merge_states, tile_state
-from fusedmm.kernels.distillation.tiles import HeadTensors, pair_tiles
+from fusedmm.kernels.distillation.state import SIZE_LOSS, SIZE_SCORES, empty_state, loss_state, merge_states, score_sums
+from fusedmm.kernels.distillation.tiles import HeadTensors, finish, pair_tiles, slabs
 from fusedmm.kernels.launch import device_arch
 from fusedmm.kernels.softmax import LN_2
 
@@ -54,6 +54,7 @@ def _statistics_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SLABS: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = rows < num_rows
@@ -66,21 +67,46 @@ def _statistics_kernel(
         labels = tl.load(labels_ptr + offs_n)
     split = tl.program_id(1)
     first = split * tiles_per_split * BLOCK_V
-    state = empty_state(BLOCK_N, IS_SCORES)
-    for first_v in range(first, tl.minimum(first + tiles_per_split * BLOCK_V, num_classes), BLOCK_V):
-        offs_v = first_v + tl.arange(0, BLOCK_V)
-        student, teacher = pair_tiles(
-            student_ptr, student_weight_ptr, student_bias_ptr, student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
-            teacher_ptr, teacher_weight_ptr, teacher_bias_ptr, teacher_stride_n, teacher_weight_stride_v, teacher_size_d, teacher_softcap,
-            offs_n, offs_v, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D,
-        )  # fmt: skip
-        tile = tile_state(student, teacher, inverse, first_class + offs_v, labels, offs_v < num_classes, IS_SCORES, IS_UNIT, labels_ptr is not None)
-        state = merge_states(state, tile, inverse, IS_SCORES)
-    size: tl.constexpr = len(state)
     row_stride = tl.full([], 1, tl.int64) * num_rows
-    state_ptrs = state_ptr + split * size * row_stride + rows
-    for i in tl.static_range(size):
+    state = empty_state(BLOCK_N, IS_SCORES)
+    size: tl.constexpr = len(state)
+    width: tl.constexpr = BLOCK_V // SLABS
+    for first_v in range(first, tl.minimum(first + tiles_per_split * BLOCK_V, num_classes), BLOCK_V):
+        student, teacher = pair_tiles(
+            student_ptr, student_weight_ptr, student_stride_n, student_weight_stride_v, student_size_d,
+            teacher_ptr, teacher_weight_ptr, teacher_stride_n, teacher_weight_stride_v, teacher_size_d,
+            offs_n, first_v + tl.arange(0, BLOCK_V), num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+        teachers = slabs(teacher, SLABS)
+        students = slabs(student, SLABS)
+        for i in tl.static_range(SLABS):
+            offs_v = first_v + i * width + tl.arange(0, width)
+            x = finish(students[i], student_bias_ptr, student_softcap, offs_v, num_classes)
+            y = finish(teachers[i], teacher_bias_ptr, teacher_softcap, offs_v, num_classes)
+            slab = loss_state(
+                x, y, inverse, first_class + offs_v, labels, offs_v < num_classes, IS_UNIT, labels_ptr is not None
+            )
+            if IS_SCORES:
+                slab = slab[:12] + score_sums(
+                    x, y, slab, inverse, first_class + offs_v, labels, IS_UNIT, labels_ptr is not None
+                )
+            state = merge_states(state, slab, inverse, IS_SCORES)
+    _store_state(state, state_ptr + split * size * row_stride + rows, row_stride, mask_n)
+
+
+@triton.jit
+def _store_state(state, state_ptrs, row_stride, mask_n):
+    for i in tl.static_range(len(state)):
         tl.store(state_ptrs + i * row_stride, state[i], mask=mask_n)
+
+
+@triton.jit
+def _load_state(state_ptrs, row_stride, mask_n, SIZE: tl.constexpr):
+    first = (tl.load(state_ptrs, mask=mask_n, other=0.0),)
+    if SIZE == 1:
+        return first
+    else:
+        return first + _load_state(state_ptrs + row_stride, row_stride, mask_n, SIZE - 1)
 
 
 @triton.jit
@@ -110,8 +136,7 @@ def _merge_statistics_kernel(
     state = empty_state(BLOCK_N, IS_SCORES)
     for split in range(0, num_splits):
         state_ptrs = state_ptr + split * SIZE * row_stride + rows
-        part = tuple([tl.load(state_ptrs + i * row_stride, mask=mask_n, other=0.0) for i in tl.static_range(SIZE)])
-        state = merge_states(state, part, inverse, IS_SCORES)
+        state = merge_states(state, _load_state(state_ptrs, row_stride, mask_n, SIZE), inverse, IS_SCORES)
     counts = tl.full([BLOCK_N], 1, tl.int1)
     if labels_ptr is not None:
         counts = tl.load(labels_ptr + rows, mask=mask_n, other=0) != ignore_index
@@ -142,7 +167,9 @@ def _merge_statistics_kernel(
         is_peak = state[11] == state[0]
         label_share = tl.exp2(state[11] - state[0]) / unit_sum
         others = tl.where(is_peak, unit_others / unit_sum, 1.0 - label_share)
-        squares = tl.where(is_peak, state[14], 1.0 + state[14]) / (unit_sum * unit_sum) - tl.where(is_peak, 0.0, label_share * label_share)
+        squares = tl.where(is_peak, state[14], 1.0 + state[14]) / (unit_sum * unit_sum) - tl.where(
+            is_peak, 0.0, label_share * label_share
+        )
         fields = (
             forward_kl, reverse_kl, 1.0 - state[18] / tl.sqrt(student_sum * teacher_sum),
             (tl.log2(student_sum) - state[16] / student_sum) * LN_2, (tl.log2(teacher_sum) - state[17] / teacher_sum) * LN_2,
@@ -155,11 +182,37 @@ def _merge_statistics_kernel(
         fields = (forward_kl, reverse_kl, cross_entropy)
     for i in tl.static_range(len(fields)):
         tl.store(fields_ptr + i * row_stride + rows, tl.where(counts, fields[i], 0.0), mask=mask_n)
-    _save(state, student_shift, teacher_shift, student_sum, teacher_sum, student_slope, teacher_slope, unit_others, gap, saved_ptr + rows, row_stride, mask_n)
+    _save(
+        state,
+        student_shift,
+        teacher_shift,
+        student_sum,
+        teacher_sum,
+        student_slope,
+        teacher_slope,
+        unit_others,
+        gap,
+        saved_ptr + rows,
+        row_stride,
+        mask_n,
+    )
 
 
 @triton.jit
-def _save(state, student_shift, teacher_shift, student_sum, teacher_sum, student_slope, teacher_slope, unit_others, gap, saved_ptrs, row_stride, mask_n):
+def _save(
+    state,
+    student_shift,
+    teacher_shift,
+    student_sum,
+    teacher_sum,
+    student_slope,
+    teacher_slope,
+    unit_others,
+    gap,
+    saved_ptrs,
+    row_stride,
+    mask_n,
+):
     """What gradients need, in pairs of student and teacher (base 2): shift, log of the sum, arg, 1 - p_k, u_k, mean log-ratio at k minus that of all; then peak and others at T = 1, c."""
     saved = (
         student_shift, teacher_shift, tl.log2(student_sum), tl.log2(teacher_sum), state[1], state[6],
@@ -186,9 +239,17 @@ def statistics(
     arch = device_arch(student.source.device)
     num_rows = student.source.shape[0]
     has_matmul = student.weight is not None or teacher.weight is not None
-    config = tile_config(arch, num_classes, has_matmul, torch.float32 in (student.source.dtype, teacher.source.dtype) and has_matmul)
+    config = tile_config(
+        arch,
+        num_classes,
+        has_matmul,
+        torch.float32 in (student.source.dtype, teacher.source.dtype),
+        is_narrow=for_scores,
+    )
     splits = vocabulary_splits(arch, num_rows, num_classes if split_classes is None else split_classes, config)
-    state = student.source.new_empty((splits, (SIZE_SCORES if for_scores else SIZE_LOSS).value, num_rows), dtype=torch.float32)
+    state = student.source.new_empty(
+        (splits, (SIZE_SCORES if for_scores else SIZE_LOSS).value, num_rows), dtype=torch.float32
+    )
     grid = (triton.cdiv(num_rows, config.blocks["BLOCK_N"]), splits)
     if num_rows == 0:
         return state
@@ -255,4 +316,6 @@ def shares_weight(student: HeadTensors, teacher: HeadTensors) -> bool:
     a, b = student.weight, teacher.weight
     if a is None or b is None:
         return False
-    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype)
+    return a is b or (
+        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    )

@@ -49,18 +49,14 @@ class HeadTensors(NamedTuple):
 def pair_tiles(
     student_ptr,
     student_weight_ptr,
-    student_bias_ptr,
     student_stride_n,
     student_weight_stride_v,
     student_size_d,
-    student_softcap,
     teacher_ptr,
     teacher_weight_ptr,
-    teacher_bias_ptr,
     teacher_stride_n,
     teacher_weight_stride_v,
     teacher_size_d,
-    teacher_softcap,
     offs_n,
     offs_v,
     num_classes,
@@ -69,23 +65,61 @@ def pair_tiles(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Tiles of student and teacher for rows `offs_n` and classes `offs_v`; rows must exist, classes may lie beyond `num_classes`."""
+    """Tiles of student and teacher before `finish`, for rows `offs_n` and classes `offs_v`; rows must exist, classes may lie beyond `num_classes`."""
     if IS_SHARED:
         student, teacher = _shared_matmul(
             student_ptr, teacher_ptr, student_weight_ptr, student_stride_n, teacher_stride_n, student_weight_stride_v, student_size_d, offs_n, offs_v, num_classes,
             BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
     else:
-        student = _head_tile(student_ptr, student_weight_ptr, student_stride_n, student_weight_stride_v, student_size_d, offs_n, offs_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D)
-        teacher = _head_tile(teacher_ptr, teacher_weight_ptr, teacher_stride_n, teacher_weight_stride_v, teacher_size_d, offs_n, offs_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D)
-    return _finish(student, student_bias_ptr, student_softcap, offs_v, num_classes), _finish(teacher, teacher_bias_ptr, teacher_softcap, offs_v, num_classes)
+        student = _head_tile(
+            student_ptr,
+            student_weight_ptr,
+            student_stride_n,
+            student_weight_stride_v,
+            student_size_d,
+            offs_n,
+            offs_v,
+            num_classes,
+            BLOCK_N,
+            BLOCK_V,
+            BLOCK_D,
+        )
+        teacher = _head_tile(
+            teacher_ptr,
+            teacher_weight_ptr,
+            teacher_stride_n,
+            teacher_weight_stride_v,
+            teacher_size_d,
+            offs_n,
+            offs_v,
+            num_classes,
+            BLOCK_N,
+            BLOCK_V,
+            BLOCK_D,
+        )
+    return student, teacher
 
 
 @triton.jit
-def _head_tile(source_ptr, weight_ptr, stride_n, weight_stride_v, size_d, offs_n, offs_v, num_classes, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+def _head_tile(
+    source_ptr,
+    weight_ptr,
+    stride_n,
+    weight_stride_v,
+    size_d,
+    offs_n,
+    offs_v,
+    num_classes,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     if weight_ptr is None:
         mask = (offs_v < num_classes)[None, :]
-        return tl.load(source_ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_v[None, :], mask=mask, other=0.0).to(tl.float32)
+        return tl.load(source_ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_v[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
     else:
         offs_d = tl.arange(0, BLOCK_D)
         safe_v = tl.minimum(offs_v, num_classes - 1).to(tl.int64)
@@ -118,8 +152,12 @@ def _shared_matmul(
     for first in range(0, size_d, BLOCK_D):
         mask_d = first + offs_d < size_d
         weight = tl.load(weight_ptrs, mask=mask_d[:, None], other=0.0)  # [BLOCK_D, BLOCK_V]
-        student_acc = tl.dot(tl.load(student_ptrs, mask=mask_d[None, :], other=0.0), weight, student_acc, input_precision="ieee")
-        teacher_acc = tl.dot(tl.load(teacher_ptrs, mask=mask_d[None, :], other=0.0), weight, teacher_acc, input_precision="ieee")
+        student_acc = tl.dot(
+            tl.load(student_ptrs, mask=mask_d[None, :], other=0.0), weight, student_acc, input_precision="ieee"
+        )
+        teacher_acc = tl.dot(
+            tl.load(teacher_ptrs, mask=mask_d[None, :], other=0.0), weight, teacher_acc, input_precision="ieee"
+        )
         student_ptrs += BLOCK_D
         teacher_ptrs += BLOCK_D
         weight_ptrs += BLOCK_D
@@ -127,7 +165,17 @@ def _shared_matmul(
 
 
 @triton.jit
-def _finish(z, bias_ptr, softcap, offs_v, num_classes):
+def slabs(x, SLABS: tl.constexpr):
+    """Tuple of `SLABS` neighbouring parts of a tile's columns: registers are only renamed, and what is computed from one part is gone before the next."""
+    if SLABS == 1:
+        return (x,)
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
+        return slabs(left, SLABS // 2) + slabs(right, SLABS // 2)
+
+
+@triton.jit
+def finish(z, bias_ptr, softcap, offs_v, num_classes):
     """Bias, soft-cap, base 2 and the classes that do not exist; a NaN stays one."""
     mask_v = offs_v < num_classes
     if bias_ptr is not None:

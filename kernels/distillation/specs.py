@@ -1,0 +1,161 @@
+"""Every distillation kernel in every configuration the table chooses, for ahead-of-time compilation.
+
+The variants are those that differ in code: scores or losses, heads with weights, with a shared weight or logits that exist, with and without bias and soft-cap, a temperature a row
+or 1, labels or none, and the kind of divergence. Not every combination is listed, but every option is.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from fusedmm.kernels.distillation.config import tile_config
+from fusedmm.kernels.distillation.gradient import _gradient_kernel
+from fusedmm.kernels.distillation.mixture import _mixture_kernel
+from fusedmm.kernels.distillation.state import SIZE_LOSS, SIZE_SCORES
+from fusedmm.kernels.distillation.statistics import _merge_statistics_kernel, _statistics_kernel
+from fusedmm.kernels.launch import KernelSpec, LaunchConfig
+
+ELEMENTS = ("bf16", "fp16", "fp32")
+CLASSES = {"large": 128256, "small": 64}  # a vocabulary, and classes that fit one tile
+INPUTS = (
+    "student_ptr",
+    "student_weight_ptr",
+    "student_bias_ptr",
+    "teacher_ptr",
+    "teacher_weight_ptr",
+    "teacher_bias_ptr",
+)
+WEIGHTS = ("student_weight_ptr", "teacher_weight_ptr")
+OPTIONAL = (
+    "student_bias_ptr",
+    "teacher_bias_ptr",
+    "student_softcap",
+    "teacher_softcap",
+    "labels_ptr",
+    "row_temperature_ptr",
+)
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "labels": ("labels_ptr",),
+    "everything": OPTIONAL,
+}
+FLOATS = frozenset(
+    (
+        "student_softcap",
+        "teacher_softcap",
+        "inverse_temperature",
+        "beta",
+        "odds",
+        "alpha",
+        "label_smoothing",
+        "grad_scale",
+    )
+)
+STRIDES = frozenset(
+    (
+        "student_stride_n",
+        "student_weight_stride_v",
+        "student_size_d",
+        "teacher_stride_n",
+        "teacher_weight_stride_v",
+        "teacher_size_d",
+        "grad_stride_n",
+    )
+)
+
+
+def _argument_type(name: str, element: str) -> str:
+    if name == "labels_ptr":
+        return "*i64"
+    if name in INPUTS or name == "grad_logits_ptr":
+        return f"*{element}"
+    if name.endswith("_ptr"):
+        return "*fp32"
+    return "fp32" if name in FLOATS else "i32"
+
+
+def _spec(
+    kernel: Any, name: str, config: LaunchConfig, arch: str, element: str, absent: frozenset[str], **constexprs: Any
+) -> KernelSpec:
+    parameters = inspect.signature(kernel.fn).parameters
+    values = {key: value for key, value in constexprs.items() if key in parameters} | {
+        key: None for key in parameters if key in absent
+    }
+    fixed = {*values, *config.blocks}
+    signature = {argument: _argument_type(argument, element) for argument in parameters if argument not in fixed}
+    return KernelSpec(
+        name=name,
+        kernel=kernel,
+        signature=signature,
+        constexprs=values,
+        config=config,
+        arch=arch,
+        divisible_by_16=tuple(argument for argument in signature if argument in STRIDES),
+        main_loop_flops=0
+        if "student_weight_ptr" in absent
+        else 2 * config.blocks["BLOCK_N"] * config.blocks["BLOCK_V"] * config.blocks["BLOCK_D"],
+    )
+
+
+def kernel_specs(arch: str) -> Iterator[KernelSpec]:
+    """All distillation kernels that run on ``arch``."""
+    for element in ELEMENTS:
+        for variant, present in VARIANTS.items():
+            absent = frozenset(OPTIONAL) - set(present)
+            unit = "row_temperature_ptr" in absent
+            for kind in ("heads", "shared"):
+                configs = [
+                    tile_config(arch, CLASSES["large"], True, element == "fp32", is_narrow=narrow)
+                    for narrow in (False, True)
+                ]
+                yield from _specs(f"{kind},{variant},{element}", configs, arch, element, absent, unit, kind == "shared")
+            for size, classes in CLASSES.items():
+                configs = [tile_config(arch, classes, False, element == "fp32")] * 2
+                yield from _specs(
+                    f"logits,{size},{variant},{element}", configs, arch, element, absent | set(WEIGHTS), unit, False
+                )
+    for is_scores, unit in ((True, True), (True, False), (False, True), (False, False)):
+        yield _spec(
+            _merge_statistics_kernel,
+            f"distillation_merge_statistics[{'scores' if is_scores else 'loss'},{'unit' if unit else 'tempered'}]",
+            LaunchConfig({"BLOCK_N": 32}, num_warps=1, num_stages=2),
+            arch,
+            "fp32",
+            frozenset(("student_weight_ptr", "row_temperature_ptr") if unit else ("student_weight_ptr",)),
+            IS_SCORES=is_scores,
+            IS_UNIT=unit,
+            SIZE=(SIZE_SCORES if is_scores else SIZE_LOSS).value,
+        )
+
+
+def _specs(
+    label: str, configs: list[LaunchConfig], arch: str, element: str, absent: frozenset[str], unit: bool, shared: bool
+) -> Iterator[KernelSpec]:
+    """The kernels over tiles of logits in one variant; `configs` for few and for many live values."""
+    for is_scores in (True, False):
+        name = f"distillation_statistics[{'scores' if is_scores else 'loss'},{label}]"
+        yield _spec(
+            _statistics_kernel,
+            name,
+            configs[is_scores],
+            arch,
+            element,
+            absent,
+            IS_SCORES=is_scores,
+            IS_UNIT=unit,
+            IS_SHARED=shared,
+        )
+    yield _spec(
+        _mixture_kernel, f"distillation_mixture[{label}]", configs[True], arch, element, absent, IS_SHARED=shared
+    )
+    for kind, name in ((0, "forward_kl"), (1, "reverse_kl"), (2, "mixture")):
+        yield _spec(
+            _gradient_kernel,
+            f"distillation_gradient[{name},{label}]",
+            configs[False],
+            arch,
+            element,
+            absent,
+            KIND=kind,
+            IS_SHARED=shared,
+        )
