@@ -86,7 +86,8 @@ def compile_spec(spec: KernelSpec) -> Any:
     """
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise RuntimeError(
-            "compile_spec: TRITON_INTERPRET must be unset, got a process in which kernels are interpreted. Use a subprocess."
+            "compile_spec: TRITON_INTERPRET must be unset, got a process in which kernels are interpreted. "
+            "Use a subprocess."
         )
     import triton
     from triton.backends.compiler import GPUTarget

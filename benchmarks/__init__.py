@@ -1,0 +1,3 @@
+"""Benchmarks: one definition of each case, measured beside what people would use instead; `python -m benchmarks
+--help`.
+"""

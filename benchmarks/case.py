@@ -1,0 +1,110 @@
+"""What a benchmark case is: one task, everyone who can do all of it, and what it costs at least.
+
+A case asks every variant for the same outputs and gradients; who computes less has a case of its own. The same
+definition serves `python -m benchmarks`, `pytest benchmarks` and the correctness gate.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MODES = ("forward", "backward", "both")
+
+
+class Unavailable(Exception):
+    """A variant cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A variant bound to its inputs.
+
+    Attributes:
+        forward: computes the outputs, by name; differentiable in ``inputs``.
+        inputs: leaves, by name.
+        upstream: gradient of each output that has one, by name.
+    """
+
+    forward: Callable[[], dict[str, Tensor]]
+    inputs: Mapping[str, Tensor]
+    upstream: Mapping[str, Tensor]
+
+    def gradients(self, outputs: Mapping[str, Tensor], *, keep: bool = False) -> tuple[Tensor, ...]:
+        """Gradients of all inputs; ``keep`` the graph to take them again."""
+        wanted = [name for name in self.upstream if outputs[name].requires_grad]
+        return torch.autograd.grad(
+            [outputs[name] for name in wanted],
+            list(self.inputs.values()),
+            [self.upstream[name].to(outputs[name].dtype) for name in wanted],
+            retain_graph=keep,
+            allow_unused=True,
+        )
+
+    def results(self, *, gradients: bool) -> dict[str, Tensor]:
+        """Outputs, and gradients as ``grad_<input>``."""
+        outputs = self.forward()
+        found = {name: output.detach() for name, output in outputs.items()}
+        if gradients and self.upstream:
+            for (name, leaf), gradient in zip(self.inputs.items(), self.gradients(outputs), strict=True):
+                found[f"grad_{name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+        return found
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to do a case's task.
+
+    Attributes:
+        name: such as ``sdpa-loop``.
+        prepare: binds it to a problem; raises `Unavailable` where it cannot run.
+        modes: those it has; a merge of attention calls whose LSE has no gradient has only "forward".
+        ours: whether it is this project's: held to the strict budget, and what ratios are of.
+    """
+
+    name: str
+    prepare: Callable[[Any], Prepared]
+    modes: tuple[str, ...] = MODES
+    ours: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """One task at one size.
+
+    Attributes:
+        name: such as ``attention/dense-gated-d128-4k``.
+        devices: kinds it is meant for, "cuda" and "cpu".
+        sizes: what plots and tables show.
+        problem: makes the inputs on a device.
+        small: makes a twin with everything of the task in it, small enough for the float64 reference.
+        reference: binds the reference to a problem, computing in the dtype that is given.
+        variants: ours first.
+        flops: at least needed in each mode; only what is visible counts.
+        bytes: at least moved in each mode: inputs read once, outputs written once.
+        dtype: of the matrix products, for the ceiling.
+        quick: part of ``--quick``.
+        kernels: mode to the name in the static table of the kernel that does most of it.
+        terms: sizes of what cancels in a result, from the truth, for the gate (see `fusedmm.testing.over_budget`).
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    sizes: Mapping[str, int | float | str]
+    problem: Callable[[torch.device], Any]
+    small: Callable[[torch.device], Any]
+    reference: Callable[[Any, torch.dtype], Prepared]
+    variants: tuple[Variant, ...]
+    flops: Mapping[str, float]
+    bytes: Mapping[str, float]
+    dtype: torch.dtype
+    quick: bool = True
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    terms: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Modes that the case has."""
+        return tuple(mode for mode in MODES if mode in self.flops)

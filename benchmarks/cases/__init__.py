@@ -1,0 +1,13 @@
+"""The cases by name: built only when they are asked for."""
+
+from collections.abc import Callable
+
+from benchmarks.case import Case
+from benchmarks.cases import attention, distillation, modules
+
+Builder = Callable[[], Case]
+
+
+def builders(kind: str) -> dict[str, Builder]:
+    """Every case for a kind of device, "cuda" or "cpu", by name."""
+    return {**attention.builders(kind), **distillation.builders(kind), **modules.builders(kind)}

@@ -1,0 +1,143 @@
+"""Modules end to end: padded tokens with masks in, packing, projections, attention and MLP, gradients of all
+parameters.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.case import Case, Prepared, Variant
+from fusedmm.nn import FusionBlock
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch of padded tokens: how many of each modality at most, and how wide they are."""
+
+    batch: int
+    queries: int
+    tokens: Mapping[str, int]
+    widths: Mapping[str, int]
+    embed_dim: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs of one call, and how to make the module."""
+
+    shape: Shape
+    query: Tensor  # [B, Lq, E]
+    tokens: Mapping[str, Tensor]  # [B, Lm, Em]
+    masks: Mapping[str, Tensor]  # [B, Lm]
+    upstream: Tensor  # [B, Lq, E]
+
+    def module(self, impl: str, dtype: torch.dtype) -> nn.Module:
+        """The block, with the same parameters however it computes."""
+        torch.manual_seed(SEED)
+        block = FusionBlock(self.shape.embed_dim, self.shape.heads, self.shape.widths, impl=impl)
+        return block.to(self.query.device, dtype)
+
+
+def shapes(kind: str) -> dict[str, Shape]:
+    """Every shape of a kind of device, by name."""
+    call_widths = {"text": 384, "audio": 32, "bars": 16, "chart": 64}
+    if kind == "cpu":
+        return {"fusion-block": Shape(8, 16, {"text": 48, "audio": 48, "bars": 30, "chart": 49}, call_widths, 128, 4)}
+    calls = {"text": 140, "audio": 140, "bars": 60, "chart": 196}
+    return {
+        "fusion-block": Shape(128, 64, calls, call_widths, 1024, 16),
+        "fusion-block-tiny": Shape(4, 16, dict.fromkeys(calls, 64), call_widths, 256, 4),
+    }
+
+
+def builders(kind: str) -> dict[str, Callable[[], Case]]:
+    """Every module case for a kind of device."""
+    return {f"modules/{name}": partial(build, f"modules/{name}", kind, shape) for name, shape in shapes(kind).items()}
+
+
+def build(name: str, kind: str, shape: Shape) -> Case:
+    """Make a case. FLOPs are those of the projections, the attention and the MLP on real tokens."""
+    dtype = torch.bfloat16 if kind == "cuda" else torch.float32
+    example = draw(shape, dtype, torch.device("cpu"))
+    real = {modality: int(mask.sum()) for modality, mask in example.masks.items()}
+    pairs = sum(int(mask.sum()) for mask in example.masks.values()) * shape.queries
+    rows, width = shape.batch * shape.queries, shape.embed_dim
+    projections = sum(2 * 2 * real[modality] * shape.widths[modality] * width for modality in real)
+    forward = float(projections + rows * width * width * 2 * (2 + 8) + 4 * width * pairs)
+    parameters = sum(parameter.numel() for parameter in example.module("eager", torch.float32).parameters())
+    tokens = sum(count * shape.widths[modality] for modality, count in real.items())
+    moved = float((parameters + tokens + 2 * rows * width) * dtype.itemsize)
+    small = Shape(2, 5, dict.fromkeys(shape.tokens, 7), shape.widths, 64, 4)
+    return Case(
+        name=name,
+        devices=(kind,),
+        sizes={
+            "batch": shape.batch,
+            "total_q": rows,
+            "total_k": sum(real.values()),
+            "modalities": len(real),
+            "embed_dim": width,
+            "heads": shape.heads,
+            "dtype": str(dtype).removeprefix("torch."),
+        },
+        problem=partial(draw, shape, dtype),
+        small=partial(draw, small, dtype),
+        reference=lambda problem, wanted: prepare(problem, impl="reference", dtype=wanted),
+        variants=variants(kind),
+        flops={"forward": forward, "both": 3 * forward},
+        bytes={"forward": moved, "both": 3 * moved},
+        dtype=dtype,
+    )
+
+
+def variants(kind: str) -> tuple[Variant, ...]:
+    """The block with this project's attention, and with the definition in its place."""
+    found = [
+        Variant("fusedmm", prepare, ours=True),
+        Variant("reference-attention", partial(prepare, impl="reference")),
+    ]
+    if kind == "cuda":
+        found.append(Variant("fusedmm-compiled", partial(prepare, compiled=True)))
+    return tuple(found)
+
+
+def draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Random tokens, half to all of them real, one modality missing from every third sample."""
+    generator = torch.Generator().manual_seed(SEED)
+    tokens, masks = {}, {}
+    for place, (modality, length) in enumerate(shape.tokens.items()):
+        tokens[modality] = torch.randn(shape.batch, length, shape.widths[modality], generator=generator)
+        lengths = torch.randint(length // 2, length + 1, (shape.batch,), generator=generator)
+        lengths[place :: 3 * len(shape.tokens)] = 0
+        masks[modality] = torch.arange(length) < lengths[:, None]
+    query, upstream = (torch.randn(shape.batch, shape.queries, shape.embed_dim, generator=generator) for _ in range(2))
+    return Problem(
+        shape,
+        query.to(device, dtype),
+        {modality: x.to(device, dtype) for modality, x in tokens.items()},
+        {modality: mask.to(device) for modality, mask in masks.items()},
+        upstream.to(device, dtype),
+    )
+
+
+def prepare(
+    problem: Problem, *, impl: str = "auto", compiled: bool = False, dtype: torch.dtype | None = None
+) -> Prepared:
+    """Bind the block to a batch."""
+    wanted = dtype or problem.query.dtype
+    module = problem.module(impl, wanted)
+    run = torch.compile(module) if compiled else module
+    query = problem.query.detach().to(wanted).requires_grad_()
+    tokens = {modality: x.to(wanted) for modality, x in problem.tokens.items()}
+
+    def forward() -> dict[str, Tensor]:
+        return {"output": run(query, tokens, masks=problem.masks).output}
+
+    leaves = {"query": query, **dict(module.named_parameters())}
+    return Prepared(forward, leaves, {"output": problem.upstream.to(wanted)})

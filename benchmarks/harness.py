@@ -1,0 +1,176 @@
+"""Runs a case: gate, calls to warm up and to read memory, then interleaved timing; a result for every variant and mode.
+
+Nothing stops the run: a variant that is not installed, does not fit, or fails gets a row that says so.
+"""
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch._functorch import config as functorch
+
+from benchmarks.case import Case, Prepared, Unavailable, Variant
+from benchmarks.gate import Gate
+from benchmarks.memory import peak_bytes
+from benchmarks.results import TIMED, Result
+from benchmarks.roofline import Ceilings
+from benchmarks.telemetry import Telemetry
+from benchmarks.timing import Times, add_energy, comparable, interleave
+
+
+@dataclass(frozen=True)
+class Harness:
+    """How cases are run.
+
+    Attributes:
+        device: where.
+        ceilings: measured in this run.
+        telemetry: of the device.
+        run: id for the results.
+        seconds: timing budget of one case and mode, over all its variants.
+        energy: also measure energy, about a second a variant and mode more.
+        only: names of variants to run; empty: all.
+    """
+
+    device: torch.device
+    ceilings: Ceilings
+    telemetry: Telemetry
+    run: str
+    seconds: float = 2.0
+    energy: bool = False
+    only: Sequence[str] = field(default_factory=tuple)
+
+    def results(self, case: Case) -> list[Result]:
+        """Run one case."""
+        with functorch.patch(donated_buffer=False):  # or compiled graphs refuse a second backward
+            found = list(self._results(case))
+        gc.collect()
+        torch.compiler.reset()  # the next case compiles anew, not one shape more
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return found
+
+    def _results(self, case: Case) -> Iterator[Result]:
+        blank = Result(self.run, case.name, "", "", dict(case.sizes), status="")
+        ready: dict[str, tuple[Variant, Prepared, float]] = {}
+        gate = Gate(case, self.device)
+        problem = case.problem(self.device)
+        for variant in case.variants:
+            if self.only and variant.name not in self.only:
+                continue
+            status, reason, prepared, worst = self._prepare(case, variant, gate, problem)
+            if prepared is not None:
+                ready[variant.name] = variant, prepared, worst
+                continue
+            for mode in case.modes:
+                if mode in variant.modes:
+                    yield replace(blank, mode=mode, variant=variant.name, status=status, reason=reason)
+        for mode in case.modes:
+            yield from self._mode(case, mode, replace(blank, mode=mode), ready)
+
+    def _prepare(
+        self, case: Case, variant: Variant, gate: Gate, problem: object
+    ) -> tuple[str, str, Prepared | None, float]:
+        try:
+            with quiet():
+                verdict = gate.check(variant)
+                if verdict.complaints:
+                    return "wrong", "; ".join(verdict.complaints), None, verdict.worst_error
+                return "", "", variant.prepare(problem), verdict.worst_error
+        except Exception as error:
+            return *_why(error), None, 0.0
+
+    def _mode(
+        self, case: Case, mode: str, blank: Result, ready: Mapping[str, tuple[Variant, Prepared, float]]
+    ) -> Iterator[Result]:
+        calls: dict[str, Callable[[], object]] = {}
+        peaks: dict[str, float] = {}
+        for name, (variant, prepared, _) in ready.items():
+            if mode not in variant.modes:
+                continue
+            try:
+                with quiet():
+                    call = call_of(prepared, mode)
+                    call()
+                    peaks[name] = peak_bytes(call, self.device) / 2**20
+                    call()
+                calls[name] = call
+            except Exception as error:
+                status, reason = _why(error)
+                yield replace(blank, variant=name, status=status, reason=reason)
+        with quiet():
+            times = interleave(calls, self.device, self.seconds, self.telemetry)
+            if self.energy:
+                add_energy(calls, times, self.telemetry)
+        for name in calls:
+            variant, _, worst = ready[name]
+            yield self._timed(case, mode, replace(blank, variant=name), times[name], peaks[name], worst, variant.ours)
+
+    def _timed(
+        self, case: Case, mode: str, blank: Result, times: Times, peak_mib: float, error: float, ours: bool
+    ) -> Result:
+        median = times.quantile(0.5)
+        floor = self.ceilings.floor_ms(case.flops[mode], case.bytes[mode], case.dtype)
+        return replace(
+            blank,
+            status=TIMED,
+            median_ms=round(median, 5),
+            p20_ms=round(times.quantile(0.2), 5),
+            p80_ms=round(times.quantile(0.8), 5),
+            repeats=len(times.ms),
+            peak_mib=round(peak_mib, 2),
+            tflops=round(case.flops[mode] / median / 1e9, 4),
+            share=round(floor / median, 4),
+            worst_error=float(f"{error:.3g}"),
+            clock_mhz=times.clock_mhz,
+            power_w=times.power_w,
+            energy_mj=times.energy_mj,
+            throttled=times.throttled,
+            kernel=case.kernels.get(mode) if ours else None,
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Other people's warnings are not this benchmark's output."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def call_of(prepared: Prepared, mode: str) -> Callable[[], object]:
+    """What is timed in a mode. "backward" reuses one graph, so that it is the backward alone."""
+
+    def forward() -> object:
+        with torch.no_grad():
+            return prepared.forward()
+
+    def both() -> object:
+        return prepared.gradients(prepared.forward())
+
+    if mode == "forward":
+        return forward
+    if mode == "both":
+        return both
+    outputs = prepared.forward()
+    return lambda: prepared.gradients(outputs, keep=True)
+
+
+def _why(error: Exception) -> tuple[str, str]:
+    """Status and reason of a variant that did not come to be timed."""
+    if isinstance(error, Unavailable):
+        return "skipped", str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory", str(error).split(". ")[0]
+    lines = str(error).strip().splitlines() or [""]
+    return "failed", f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def ratio(ours: Result, other: Result) -> float | None:
+    """How many times as long the other takes; None where either has no time or their clocks differ by more than 5 %."""
+    if ours.median_ms is None or other.median_ms is None or not comparable([ours.clock_mhz, other.clock_mhz]):
+        return None
+    return other.median_ms / ours.median_ms

@@ -1,0 +1,66 @@
+"""Who is compared: the manifest `peers.toml`, what of it is installed here, and gathering the wheels for a machine
+offline.
+"""
+
+import importlib.metadata
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from benchmarks.case import Unavailable
+
+MANIFEST = Path(__file__).with_name("peers.toml")
+
+
+def manifest() -> dict[str, Any]:
+    """The manifest as it stands in the file."""
+    return tomllib.loads(MANIFEST.read_text())
+
+
+def missing(distribution: str) -> str | None:
+    """Why a peer cannot run: not installed, with the command that would change it; None where it is installed."""
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{distribution} is not installed (ci/wheels gathers it)"
+    return None
+
+
+def require(distribution: str) -> None:
+    """Raise `Unavailable` where a peer is not installed."""
+    if why := missing(distribution):
+        raise Unavailable(why)
+
+
+def versions() -> dict[str, str]:
+    """Version of every peer of the manifest that is installed here."""
+    names = [name for group in manifest()["group"].values() for name in group]
+    return {name: importlib.metadata.version(name) for name in names if missing(name) is None}
+
+
+def gather(group: str, out: Path) -> int:
+    """Download the wheels of one group for the target machine; 1 where they are more than one transfer may carry.
+
+    Raises:
+        ValueError: for a group that the manifest does not have.
+    """
+    facts = manifest()
+    if group not in facts["group"]:
+        raise ValueError(f"wheels: group must be one of {', '.join(facts['group'])}, got {group!r}.")
+    target = facts["target"]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--pre", "--only-binary=:all:"]
+    command += ["--implementation", "cp", "--python-version", target["python"], "--dest", str(out)]
+    command += [word for platform in target["platforms"] for word in ("--platform", platform)]
+    for name, version in facts["group"][group].items():
+        requirement = name if version == "*" else f"{name}=={version}"
+        print(f"wheels: {requirement}", flush=True)
+        subprocess.run([*command, requirement], check=True)
+    total = sum(wheel.stat().st_size for wheel in out.glob("*.whl")) / 1e6
+    limit = facts["limit"]["megabytes"]
+    verdict = (
+        "" if total <= limit else f", over the {limit} MB that one transfer may carry: take a folder for each group"
+    )
+    print(f"wheels: {total:.1f} MB in {out}{verdict}")
+    return 0 if total <= limit else 1

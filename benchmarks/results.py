@@ -1,0 +1,237 @@
+"""Result files: JSON lines, appended and never rewritten, each result beside the run that it came from.
+
+A file holds rows of two kinds: ``run`` (machine, versions, commit, measured ceilings) and ``result`` (one case, mode
+and variant of that run: timed, or with the reason why not).
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.peers import versions
+from fusedmm.kernels.launch import device_arch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+TIMED = "timed"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and with what a set of results was measured.
+
+    Attributes:
+        id: of the run, unique in its file.
+        device: name of the GPU, or of the processor.
+        kind: "cuda" or "cpu".
+        began: UTC.
+        commit: of this project, ``-dirty`` where the tree differed from it.
+        command: that was run.
+        versions: Python, torch, triton, driver, peers.
+        threads: CPU threads (0 for a GPU).
+        power_limit_w: the GPU's, watts; None where it cannot be read.
+        processors: multiprocessors of the GPU, cores of the processor.
+        copy_gb_s: measured ceiling of memory, bytes read and written.
+        matrix_tflops: measured ceiling of a large matrix product, by dtype.
+    """
+
+    id: str
+    device: str
+    kind: str
+    began: str
+    commit: str
+    command: str
+    versions: dict[str, str]
+    threads: int
+    power_limit_w: float | None
+    processors: int
+    copy_gb_s: float
+    matrix_tflops: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One variant of one case in one mode.
+
+    Attributes:
+        run: id of its `Run`.
+        case, mode, variant: which.
+        sizes: of the case, as `benchmarks.case.Case` has them.
+        status: "timed", "skipped", "wrong" (the gate is red), "out of memory" or "failed".
+        reason: why there is no time.
+        median_ms, p20_ms, p80_ms: of one call; None without a time.
+        repeats: calls that were timed.
+        peak_mib: most memory that the call held beyond its inputs.
+        tflops: on the FLOPs of the visible work, whoever does it.
+        share: of the measured ceiling that bounds this case, memory or matrix products.
+        worst_error: largest error over what the gate allows; at most 1 where it is green.
+        clock_mhz, power_w, energy_mj, throttled: of the GPU while this variant ran; None where they cannot be read.
+        kernel: name in the static table of the kernel that does the work, for the model's error.
+    """
+
+    run: str
+    case: str
+    mode: str
+    variant: str
+    sizes: dict[str, Any]
+    status: str
+    reason: str = ""
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    repeats: int = 0
+    peak_mib: float | None = None
+    tflops: float | None = None
+    share: float | None = None
+    worst_error: float | None = None
+    clock_mhz: float | None = None
+    power_w: float | None = None
+    energy_mj: float | None = None
+    throttled: str | None = None
+    kernel: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Case, mode and variant."""
+        return self.case, self.mode, self.variant
+
+
+def slug(device: str) -> str:
+    """A device's name as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def commit() -> str:
+    """The commit of this tree, ``-dirty`` where it differs, "unknown" without git."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=ROOT, capture_output=True, text=True
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def describe_run(
+    device: torch.device, copy_gb_s: float, matrix_tflops: dict[str, float], power_limit_w: float | None
+) -> Run:
+    """Everything that a result on this machine depends on."""
+    import triton
+
+    began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        **versions(),
+    }
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_properties(device)
+        name, processors, threads = facts.name, facts.multi_processor_count, 0
+        found["cuda"] = str(torch.version.cuda)
+        found["driver"] = _driver()
+        found["arch"] = device_arch(device)
+    else:
+        name, processors, threads = processor_name(), _cores(), torch.get_num_threads()
+    return Run(
+        id=f"{began}-{commit()}",
+        device=name,
+        kind=device.type,
+        began=began,
+        commit=commit(),
+        command="python -m benchmarks " + " ".join(sys.argv[1:]),
+        versions=found,
+        threads=threads,
+        power_limit_w=power_limit_w,
+        processors=processors,
+        copy_gb_s=round(copy_gb_s, 1),
+        matrix_tflops={name: round(rate, 2) for name, rate in matrix_tflops.items()},
+    )
+
+
+def processor_name() -> str:
+    """Name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found.group(1).strip() if found else platform.machine()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0].strip() or "unknown"
+    except FileNotFoundError:
+        return "unknown"
+
+
+def append(file: Path, rows: Sequence[Run | Result]) -> None:
+    """Append rows to a result file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as stream:
+        for row in rows:
+            facts = {name: value for name, value in asdict(row).items() if value is not None}
+            stream.write(json.dumps({"kind_of_row": type(row).__name__.lower(), **facts}) + "\n")
+
+
+def read(file: Path) -> tuple[dict[str, Run], list[Result]]:
+    """Runs by id, and results in the order they were measured.
+
+    Raises:
+        ValueError: for a line that is neither, with file and line.
+    """
+    runs: dict[str, Run] = {}
+    results: list[Result] = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        facts = json.loads(line)
+        match facts.pop("kind_of_row", None):
+            case "run":
+                row = Run(**{"power_limit_w": None, **facts})
+                runs[row.id] = row
+            case "result":
+                results.append(Result(**facts))
+            case other:
+                raise ValueError(f"benchmarks: {file}:{number} must be a run or a result, got {other!r}.")
+    return runs, results
+
+
+def committed(kind: str) -> Iterator[tuple[Run, list[Result]]]:
+    """Every committed run on a kind of device ("cuda" or "cpu") with its results, oldest first."""
+    for file in sorted(RESULTS.glob("*.jsonl")):
+        if file.name.startswith("static-"):
+            continue
+        runs, results = read(file)
+        for run in sorted(runs.values(), key=lambda run: run.began):
+            if run.kind == kind:
+                yield run, [result for result in results if result.run == run.id]
+
+
+def latest(kind: str) -> dict[tuple[str, str, str], tuple[Run, Result]]:
+    """The newest committed result of every case, mode and variant on a kind of device."""
+    found: dict[tuple[str, str, str], tuple[Run, Result]] = {}
+    for run, results in sorted(committed(kind), key=lambda pair: pair[0].began):
+        found.update({result.key: (run, result) for result in results})
+    return found
+
+
+def measured_shares() -> dict[tuple[str, str], float]:
+    """Measured share of the matrix peak at the clock that was read, by architecture and kernel name."""
+    from benchmarks.model import MATRIX_FLOPS
+
+    found = {}
+    for run, result in latest("cuda").values():
+        arch = run.versions.get("arch", "")
+        if result.kernel and result.tflops and result.clock_mhz and arch in MATRIX_FLOPS:
+            peak = MATRIX_FLOPS[arch] * run.processors * result.clock_mhz * 1e6 / 1e12
+            found[arch, result.kernel] = result.tflops / peak
+    return found

@@ -1,0 +1,100 @@
+"""Times the variants of a case side by side: every round calls each of them once, so that drift hits all alike.
+
+On a GPU a call lies between two events, and the L2 cache is flushed before it; the clock is read after each round. On a
+CPU it is wall time. Quantiles are over rounds.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks.telemetry import ENERGY_SECONDS, Telemetry
+
+L2_BYTES = 256 << 20  # more than any chip has
+MIN_ROUNDS = 5
+MAX_ROUNDS = 200
+
+
+@dataclass
+class Times:
+    """What was read of one variant: a time in milliseconds and a clock in MHz for each round."""
+
+    ms: list[float] = field(default_factory=list)
+    clocks: list[float] = field(default_factory=list)
+    power_w: float | None = None
+    energy_mj: float | None = None
+    throttled: str | None = None
+
+    def quantile(self, share: float) -> float:
+        """A quantile of the times, by rank."""
+        return sorted(self.ms)[min(len(self.ms) - 1, int(share * len(self.ms)))]
+
+    @property
+    def clock_mhz(self) -> float | None:
+        """Median clock."""
+        return sorted(self.clocks)[len(self.clocks) // 2] if self.clocks else None
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, budget_s: float, telemetry: Telemetry
+) -> dict[str, Times]:
+    """Time calls in interleaved rounds until the budget is spent.
+
+    Args:
+        calls: by variant; already run once, so that nothing compiles here.
+        device: where they run.
+        budget_s: for all of them together; at least `MIN_ROUNDS` rounds are made.
+        telemetry: of the device.
+    """
+    found = {name: Times() for name in calls}
+    flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+    deadline = time.monotonic() + budget_s
+    rounds = 0
+    while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.monotonic() < deadline):
+        for name, call in calls.items():
+            found[name].ms.append(_once(call, device, flush))
+            reading = telemetry.read()
+            if reading.clock_mhz is not None:
+                found[name].clocks.append(reading.clock_mhz)
+            found[name].throttled = reading.throttled
+        rounds += 1
+    return found
+
+
+def add_energy(calls: Mapping[str, Callable[[], object]], found: Mapping[str, Times], telemetry: Telemetry) -> None:
+    """Energy of one call and power under load, from a loop of `ENERGY_SECONDS` for each variant."""
+    if telemetry.missing is not None:
+        return
+    for name, call in calls.items():
+        repeats = max(1, int(ENERGY_SECONDS * 1e3 / found[name].quantile(0.5)))
+        torch.cuda.synchronize()
+        before = telemetry.read()
+        for _ in range(repeats):
+            call()
+        found[name].power_w = telemetry.read().power_w
+        torch.cuda.synchronize()
+        after = telemetry.read()
+        if before.energy_mj is not None and after.energy_mj is not None:
+            found[name].energy_mj = round((after.energy_mj - before.energy_mj) / repeats, 3)
+
+
+def comparable(clocks: Sequence[float | None], tolerance: float = 0.05) -> bool:
+    """Whether a ratio of times may be shown: all clocks were read and agree within the tolerance, or none exist."""
+    read = [clock for clock in clocks if clock is not None]
+    return len(read) in (0, len(clocks)) and (not read or max(read) <= (1 + tolerance) * min(read))
+
+
+def _once(call: Callable[[], object], device: torch.device, flush: torch.Tensor | None) -> float:
+    if flush is None:
+        began = time.perf_counter()
+        call()
+        return (time.perf_counter() - began) * 1e3
+    flush.zero_()
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    stop.record()
+    torch.cuda.synchronize(device)
+    return float(start.elapsed_time(stop))
