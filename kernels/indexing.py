@@ -1,7 +1,7 @@
 """Where a program works and what it loads: work lists, tiles of rows, key ranges, dropout counters.
 
-Addresses are int64 from the program index on: the head and the row that a tile starts with are widened before they meet a stride, and only offsets within a tile stay
-in 32 bits.
+Addresses are int64 from the program index on: the head and the row that a tile starts with are widened before they
+meet a stride, and only offsets within a tile stay in 32 bits.
 """
 
 import triton
@@ -14,7 +14,8 @@ TILE = tl.constexpr(128)  # rows of a tile of the work lists, fusedmm.layout.TIL
 def load_work(tiles_ptr, num_heads, BLOCK: tl.constexpr):
     """(run, first row, head) of this program; heads vary fastest, so that the longest tile of every head starts first.
 
-    An unused entry of the work list is run -1 at row 0, which lies past the end (0) that ``cu_seqlens[run + 1]`` gives for it.
+    An unused entry of the work list is run -1 at row 0, which lies past the end (0) that ``cu_seqlens[run + 1]``
+    gives for it.
     """
     program = tl.program_id(0)
     PARTS: tl.constexpr = TILE // BLOCK
@@ -37,7 +38,10 @@ def load_rows(
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """[BLOCK, BLOCK_D] rows of a matrix whose last stride is 1; columns past HEAD_DIM are 0 and, if MASKED, so are rows from ``row_stop`` on."""
+    """[BLOCK, BLOCK_D] rows of a matrix whose last stride is 1.
+
+    Columns past HEAD_DIM are 0 and, if MASKED, so are rows from ``row_stop`` on.
+    """
     offs = tl.arange(0, BLOCK)
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = base_ptr + tl.cast(first_row, tl.int64) * row_stride + offs[:, None] * row_stride + offs_d[None, :]
@@ -75,8 +79,9 @@ def load_visible(visible_ptr, offs_q, mask_q, modality, num_modalities):
 def split_range(start, stop, full_start, full_stop, BLOCK_K: tl.constexpr):
     """Cut the keys that some row of a tile sees, ``start : stop``, where every row sees ``full_start : full_stop``.
 
-    Returns (full_start, full_stop, wide_stop): ``start : full_start`` and ``full_stop : wide_stop`` are whole tiles that need a mask,
-    ``full_start : full_stop`` whole tiles that need none, and ``wide_stop : stop`` less than a tile.
+    Returns (full_start, full_stop, wide_stop): ``start : full_start`` and ``full_stop : wide_stop`` are whole tiles
+    that need a mask, ``full_start : full_stop`` whole tiles that need none, and ``wide_stop : stop`` less than a
+    tile.
     """
     full_start = start + (full_start - start + BLOCK_K - 1) // BLOCK_K * BLOCK_K
     full_keys = tl.maximum(full_stop - full_start, 0) // BLOCK_K * BLOCK_K
@@ -88,7 +93,7 @@ def split_range(start, stop, full_start, full_stop, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def visible_range(start, stop, low, high, mask_q):
-    """The part of segment ``start : stop`` that some row sees, and the part that all rows see, from each row's ``low : high``; rows may be in any order."""
+    """The part of ``start : stop`` that some row sees and the part that all see, for rows in any order."""
     sees = high > low
     none = stop == start
     some_start = tl.minimum(tl.min(tl.where(sees, low, 2147483647), 0), stop)
@@ -101,6 +106,6 @@ def visible_range(start, stop, low, high, mask_q):
 
 @triton.jit
 def keep_mask(seed, dropout_p, query, head, key):
-    """True where a probability survives dropout: Philox 4x32-10 at counters (key, query, head, 0); query and key broadcast."""
+    """True where a probability survives dropout: Philox 4x32-10 at counters (key, query, head, 0), broadcast."""
     word, _, _, _ = tl.philox(seed, key.to(tl.uint32), query.to(tl.uint32), head.to(tl.uint32), 0)
     return tl.uint_to_uniform_float(word) >= dropout_p

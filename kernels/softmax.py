@@ -1,7 +1,8 @@
 """Softmax in base 2 and in pieces: the device helpers every kernel with an online softmax shares.
 
-Kernels keep scores in base 2 (``exp2`` is one instruction); what they return is a natural logarithm. A running maximum of -inf means that nothing was seen yet, so the
-shift that is subtracted is 0 there and no ``-inf - -inf`` arises.
+Kernels keep scores in base 2 (``exp2`` is one instruction); what they return is a natural logarithm. A running
+maximum of -inf means that nothing was seen yet, so the shift that is subtracted is 0 there and no ``-inf - -inf``
+arises.
 """
 
 import triton

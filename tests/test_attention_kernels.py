@@ -15,10 +15,10 @@ from fusedmm.testing import over_budget
 
 pytest.importorskip("triton")
 
-from fusedmm.kernels.attention import backward as backward_module  # noqa: E402
-from fusedmm.kernels.attention import config as config_module  # noqa: E402
-from fusedmm.kernels.attention import forward as forward_module  # noqa: E402
-from fusedmm.kernels.launch import LaunchConfig  # noqa: E402
+from fusedmm.kernels.attention import backward as backward_module
+from fusedmm.kernels.attention import config as config_module
+from fusedmm.kernels.attention import forward as forward_module
+from fusedmm.kernels.launch import LaunchConfig
 
 SOFTMAXES = ("joint", "per_modality", "partials")
 LEAVES = ("query", "key", "value", "log_prior", "gate", "output_gate")

@@ -1,4 +1,4 @@
-"""What the attention launchers do to their arguments before a launch: no kernel here, and nothing that waits for the GPU."""
+"""What the attention launchers do to their arguments: no kernel here, and nothing that waits for the GPU."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ SoftmaxKind = Literal["joint", "per_modality", "partials"]
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of ``tl.dot``: float32 multiplies in full unless PyTorch's own switch for matrix products allows TF32."""
+    """``input_precision`` of ``tl.dot``: float32 multiplies in full unless PyTorch's own switch allows TF32."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 

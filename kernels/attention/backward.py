@@ -1,13 +1,14 @@
 """Backward of gated multimodal attention: three passes without atomics, four for the per-modality softmax.
 
-    rows       one number a query, head and modality: offset, shift, slope and gate; with an output gate its gradient and grad_output behind it
+    rows       one number a query, head and modality: offset, shift, slope and gate; the output gate
     (delta)    per_modality only: shift_m = -slope sum_{j in m} p_j R_j, the query pass without its third product
     key_value  dk, dv: a program owns keys
     query      dq, dgate, dlog_prior: a program owns queries
 
-The formulas stand in the modules of the passes. Recomputing scores in both costs 14 Hq D (visible pairs) FLOPs (18 with delta) against the forward's 4, and in exchange
-nothing is summed by two programs: gradients are bitwise reproducible. Besides the gradients it allocates 16 Hq M bytes a padded query row and, with an output gate, one
-tensor of the output's size.
+The formulas stand in the modules of the passes. Recomputing scores in both costs 14 Hq D (visible pairs) FLOPs (18
+with delta) against the forward's 4, and in exchange nothing is summed by two programs: gradients are bitwise
+reproducible. Besides the gradients it allocates 16 Hq M bytes a padded query row and, with an output gate, one tensor
+of the output's size.
 """
 
 import torch
@@ -88,7 +89,8 @@ def attention_backward(
         needs_gate: whether to return the gradient of gate.
 
     Returns:
-        Gradients of query, key, value, log_prior, gate (both [total_q, Hq, M] float32 or None) and output_gate (None without one).
+        Gradients of query, key, value, log_prior, gate (both [total_q, Hq, M] float32 or None) and output_gate (None
+        without one).
     """
     _, num_heads, head_dim = query.shape
     num_key_heads = key.shape[1]
@@ -179,7 +181,8 @@ def attention_backward(
             DELTA_ONLY=delta_only,
             **query_config.launch_options(),
         )
-    key_value_config = _attention_backward_key_value_config(head_dim, query.dtype, arch)
+    mean_segment = key.shape[0] // max(batch * num_modalities, 1)
+    key_value_config = _attention_backward_key_value_config(head_dim, query.dtype, arch, mean_segment)
     _attention_backward_key_value_kernel[
         (key_tiles.shape[0] * (TILE.value // key_value_config.blocks["BLOCK_K"]) * num_key_heads,)
     ](

@@ -5,11 +5,13 @@
 
 with offset, shift, slope and gate from `backward_rows`; dropout multiplies R and the p of dv by keep / (1 - dropout_p).
 
-A program owns BLOCK_K keys of one segment and one key head; it walks the query heads of the group and the queries of the sample, so nothing is added by two programs and no
-atomics are needed. The tiles are transposed, [BLOCK_K, BLOCK_Q], so that both products accumulate onto rows the program owns. Keys no head is active for are
-not read; their gradients are 0. With visible ranges the program first finds the queries that see any of its keys.
+A program owns BLOCK_K keys of one segment and one key head; it walks the query heads of the group and the queries of
+the sample, so nothing is added by two programs and no atomics are needed. The tiles are transposed, [BLOCK_K,
+BLOCK_Q], so that both products accumulate onto rows the program owns. Keys no head is active for are not read; their
+gradients are 0. With visible ranges the program first finds the queries that see any of its keys.
 
-Cost: 8 Hq D (visible pairs) FLOPs. p, dz in float32, rounded once to the inputs' dtype for the products; sums in float32. Bitwise reproducible.
+Cost: 8 Hq D (visible pairs) FLOPs. p, dz in float32, rounded once to the inputs' dtype for the products; sums in
+float32. Bitwise reproducible.
 """
 
 import triton
@@ -26,7 +28,7 @@ SCAN = tl.constexpr(512)  # queries looked at in one step when searching for tho
 def _queries_that_see(
     visible_ptr, query_start, query_stop, first_key, key_stop, modality, num_modalities, BLOCK_Q: tl.constexpr
 ):
-    """First and end of the queries that see a key of ``first_key : key_stop``, in whole blocks from query_start on; queries may be in any order."""
+    """First and end of the queries that see one of the keys, from query_start on in whole blocks; in any order."""
     first = query_stop
     last = query_start
     for scan in range(query_start, query_stop, SCAN):

@@ -6,10 +6,12 @@
 
 with offset, shift and slope from `backward_rows`; dropout multiplies R by keep / (1 - dropout_p).
 
-A program owns BLOCK_Q queries of one sample and one head and walks the segments in the same pieces as the forward. DELTA_ONLY is the pass before all others that the
-per-modality softmax needs: it takes only dgate, two of the three products, and writes shift = -slope dgate into ``row_terms``.
+A program owns BLOCK_Q queries of one sample and one head and walks the segments in the same pieces as the forward.
+DELTA_ONLY is the pass before all others that the per-modality softmax needs: it takes only dgate, two of the three
+products, and writes shift = -slope dgate into ``row_terms``.
 
-Cost: 6 Hq D (visible pairs) FLOPs, 4 with DELTA_ONLY. p, R and dz in float32, dz rounded once to key's dtype for its product; sums in float32. Bitwise reproducible.
+Cost: 6 Hq D (visible pairs) FLOPs, 4 with DELTA_ONLY. p, R and dz in float32, dz rounded once to key's dtype for its
+product; sums in float32. Bitwise reproducible.
 """
 
 import triton

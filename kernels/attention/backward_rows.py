@@ -12,21 +12,21 @@ The later passes need, for p = exp2(scale2 q.k + offset) and R = grad_output.v,
     per_modality:  offset = (log_prior - lse_m) log2 e
                    shift_m = -slope sum_{j in m} p_j R_j, from the query pass (DELTA_ONLY); mass has no gradient
 
-so one pair of kernels serves all three. ``delta`` holds for the gated output too, for sigmoid(g) grad . o = grad . sigmoid(g) o.
-With an output gate
+so one pair of kernels serves all three. ``delta`` holds for the gated output too, for sigmoid(g) grad . o = grad .
+sigmoid(g) o. With an output gate
 
     grad_output_gate = grad_output output (1 - sigmoid(output_gate))    grad_gated = grad_output sigmoid(output_gate)
 
-A softmax over a single key is constant: where a query sees just one, slope is 0 and shift is 0 (grad_lse_m for partials),
-so that the rounding of ``output`` does not show where dz is 0. Where nothing of a modality is visible all terms are those
-of padding, whatever gradient arrived there.
+A softmax over a single key is constant: where a query sees just one, slope is 0 and shift is 0 (grad_lse_m for
+partials), so that the rounding of ``output`` does not show where dz is 0. Where nothing of a modality is visible all
+terms are those of padding, whatever gradient arrived there.
 
-The terms are written as ``row_terms`` [4, Hq, M, rows] in the order offset, shift, slope, gate, padded for each sample to
-tiles of 128 rows (query i of sample b is row ``(cu_seqlens_q[b] // 128 + b) * 128 + i``). Padding has offset -inf and the
-others 0, so the later passes load them without masks and padded queries have p = dz = 0.
+The terms are written as ``row_terms`` [4, Hq, M, rows] in the order offset, shift, slope, gate, padded for each
+sample to tiles of 128 rows (query i of sample b is row ``(cu_seqlens_q[b] // 128 + b) * 128 + i``). Padding has
+offset -inf and the others 0, so the later passes load them without masks and padded queries have p = dz = 0.
 
-A program owns BLOCK_Q queries of one head. It streams 2 tensors of the output's size, 5 with an output gate, and 20 to 36
-bytes a query, head and modality. Sums in float32; no atomics, bitwise reproducible.
+A program owns BLOCK_Q queries of one head. It streams 2 tensors of the output's size, 5 with an output gate, and 20
+to 36 bytes a query, head and modality. Sums in float32; no atomics, bitwise reproducible.
 """
 
 import triton

@@ -1,47 +1,44 @@
 """Tile sizes of the attention kernels, from head size, dtype and architecture: pure functions over one table.
 
-Every entry compiles without register spills in its main loop on its architecture (tests/test_attention_kernels.py and ``python -m benchmarks static`` check it).
+Chosen by what the compiler makes of them, not by timings yet. No entry spills registers in a main loop or asks for more
+shared memory than its architecture has: `python -m benchmarks static` compiles them all and says so.
 """
 
 import torch
 
-from fusedmm.kernels.launch import LaunchConfig
+from fusedmm.kernels.launch import ARCHITECTURES, LaunchConfig
 
-# (pass, bytes of an element) -> {arch: {BLOCK_D: (BLOCK_Q, BLOCK_K, num_warps, num_stages)}}; see `_rows_for` for which BLOCK_D an architecture lists.
+# (pass, bytes of an element): {arch: {BLOCK_D: (BLOCK_Q, BLOCK_K, num_warps, num_stages)}}; a smaller head uses the 64.
 _TABLE = {
     ("forward", 2): {
         "sm_80": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
-        "sm_90": {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (128, 64, 8, 2)},
-        "sm_100": {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (128, 64, 8, 2)},
-        "gfx942": {64: (128, 64, 4, 1), 128: (128, 64, 4, 1), 256: (64, 32, 4, 1)},
+        "sm_90": {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
+        "sm_100": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
+        "gfx942": {64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 8, 1)},
     },
     ("key_value", 2): {
         "sm_80": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)},
-        "sm_90": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 64, 8, 1)},
-        "sm_100": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 64, 8, 1)},
-        "gfx942": {64: (64, 64, 4, 1), 128: (32, 64, 4, 1), 256: (16, 32, 4, 1)},
+        "sm_90": {64: (64, 64, 4, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 2)},
+        "sm_100": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
+        "gfx942": {64: (32, 64, 4, 1), 128: (32, 64, 4, 1), 256: (16, 64, 8, 1)},
     },
     ("query", 2): {
-        "sm_80": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
-        "sm_90": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        "sm_100": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        "gfx942": {64: (64, 64, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
+        "sm_80": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+        "sm_90": {64: (64, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "sm_100": {64: (64, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "gfx942": {64: (128, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 8, 1)},
     },
-    ("forward", 4): {
-        arch: {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)}
-        for arch in ("sm_80", "sm_90", "sm_100", "gfx942")
-    },
-    ("key_value", 4): {
-        arch: {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)}
-        for arch in ("sm_80", "sm_90", "sm_100", "gfx942")
-    },
-    ("query", 4): {
-        arch: {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)}
-        for arch in ("sm_80", "sm_90", "sm_100", "gfx942")
-    },
+    # Full float32 products run on the vector units: small tiles, for registers.
+    ("forward", 4): {arch: {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)} for arch in ARCHITECTURES},
+    ("key_value", 4): {arch: {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)} for arch in ARCHITECTURES},
+    ("query", 4): {arch: {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)} for arch in ARCHITECTURES},
 }
+# The order of products in the forward's main loop: on sm_90 at BLOCK_D 128 every exp2 then has a product in flight.
+# At 64 two programs of 4 warps fill a multiprocessor instead, and at 256 the second set of scores would spill.
+_CARRY_SCORES = {("sm_90", 128)}
 BLOCK_TAIL = 32  # keys of the tile that finishes a segment: a segment of 5 keys costs 32 columns, not BLOCK_K
-BLOCK_ROWS = 32  # rows of a program of the backward's first pass, which only streams
+BLOCK_ROWS = 32  # queries of a program of the backward's first pass, which only streams
+SHORT_SEGMENT = 32  # keys of the average segment up to which a key tile of that size serves the backward better
 
 
 def head_block(head_dim: int) -> int:
@@ -49,30 +46,38 @@ def head_block(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def _config(which: str, head_dim: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
+def _attention_forward_config(head_dim: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    """Tiles of the forward."""
     block_d = head_block(head_dim)
-    block_q, block_k, num_warps, num_stages = _TABLE[which, dtype.itemsize][arch][max(64, block_d)]
-    blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_D": block_d}
-    if which == "forward":
-        blocks["CARRY_SCORES"] = arch == "sm_90" and block_d == 128
-    if which != "key_value":
-        blocks["BLOCK_TAIL"] = min(BLOCK_TAIL, block_k)
+    block_q, block_k, num_warps, num_stages = _TABLE["forward", dtype.itemsize][arch][max(64, block_d)]
+    blocks = {
+        "BLOCK_Q": block_q,
+        "BLOCK_K": block_k,
+        "BLOCK_TAIL": BLOCK_TAIL,
+        "BLOCK_D": block_d,
+        "CARRY_SCORES": dtype.itemsize == 2 and (arch, block_d) in _CARRY_SCORES,
+    }
     return LaunchConfig(blocks=blocks, num_warps=num_warps, num_stages=num_stages)
 
 
-def _attention_forward_config(head_dim: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    """Tiles of the forward."""
-    return _config("forward", head_dim, dtype, arch)
-
-
-def _attention_backward_key_value_config(head_dim: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    """Tiles of the backward for keys and values."""
-    return _config("key_value", head_dim, dtype, arch)
+def _attention_backward_key_value_config(
+    head_dim: int, dtype: torch.dtype, arch: str, mean_segment: int
+) -> LaunchConfig:
+    """Tiles of the backward for keys and values, where a segment has ``mean_segment`` keys on average."""
+    block_d = head_block(head_dim)
+    block_q, block_k, num_warps, num_stages = _TABLE["key_value", dtype.itemsize][arch][max(64, block_d)]
+    if mean_segment <= SHORT_SEGMENT:
+        block_k, num_warps = min(block_k, SHORT_SEGMENT), 4 if block_d <= 128 else num_warps
+    blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_D": block_d}
+    return LaunchConfig(blocks=blocks, num_warps=num_warps, num_stages=num_stages)
 
 
 def _attention_backward_query_config(head_dim: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """Tiles of the backward for queries, gates and priors."""
-    return _config("query", head_dim, dtype, arch)
+    block_d = head_block(head_dim)
+    block_q, block_k, num_warps, num_stages = _TABLE["query", dtype.itemsize][arch][max(64, block_d)]
+    blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_TAIL": min(BLOCK_TAIL, block_k), "BLOCK_D": block_d}
+    return LaunchConfig(blocks=blocks, num_warps=num_warps, num_stages=num_stages)
 
 
 def _attention_backward_rows_config(head_dim: int) -> LaunchConfig:

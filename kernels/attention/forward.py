@@ -1,22 +1,29 @@
-"""Forward of gated multimodal attention: one online softmax over the segments of a sample, with everything about modalities in one pass.
+"""Forward of gated multimodal attention: one online softmax over the segments of a sample, with everything about
+modalities in one pass.
 
-    z_j   = scale q.k_j + log_prior[m(j)]
-    lse_m = log sum_{j in m} exp(z_j)
-    joint:         mass_m = exp(lse_m - logsumexp_m lse_m)    output = sigmoid(output_gate) sum_m gate_m sum_{j in m} exp(z_j - logsumexp_m lse_m) v_j
-    per_modality:  mass_m = 1                                 output = sigmoid(output_gate) sum_m gate_m sum_{j in m} exp(z_j - lse_m) v_j
-    partials:      mass_m = 1                                 output_m = sum_{j in m} exp(z_j - lse_m) v_j
-    (0 instead of 1 where nothing of m is visible)
+    z_j    = scale q.k_j + log_prior[m(j)]
+    lse_m  = log sum_{j in m} exp(z_j)
+    joint:         lse = logsumexp_m lse_m, mass_m = exp(lse_m - lse)
+                   output = sigmoid(output_gate) sum_m gate_m sum_{j in m} exp(z_j - lse) v_j
+    per_modality:  mass_m = 1
+                   output = sigmoid(output_gate) sum_m gate_m sum_{j in m} exp(z_j - lse_m) v_j
+    partials:      mass_m = 1
+                   output_m = sum_{j in m} exp(z_j - lse_m) v_j
+    (mass 0 where nothing of m is visible)
 
-A program owns BLOCK_Q queries of one sample and one head and walks the segments. A key tile lies in one segment, so prior and gate are one number a row: the prior enters the
-exponent's offset (no instruction), the gate costs one multiplication an element, mass and lse nothing inside the loop. Whole tiles run without a mask; what is left of a
-segment runs in narrow tiles, so that short segments do not pay for wide ones. Segments that are inactive, invisible to all rows of the tile, or hidden by a prior of -inf in
-all of them are not read.
+A program owns BLOCK_Q queries of one sample and one head and walks the segments. A key tile lies in one segment, so
+prior and gate are one number a row: the prior enters the exponent's offset (no instruction), the gate costs one
+multiplication an element, mass and lse nothing inside the loop. Whole tiles run without a mask; what is left of a
+segment runs in narrow tiles, so that short segments do not pay for wide ones. Segments that are inactive, invisible
+to all rows of the tile, or hidden by a prior of -inf in all of them are not read.
 
-Cost: 4 Hq D (visible query-key pairs) FLOPs; reads query, key and value once from memory if the cache holds a sample's keys, writes the output once: a floor of
-(2 total_q Hq + 2 total_k Hkv) D elements, and 8 total_q Hq M bytes of mass and lse.
-Precision: scores, softmax, mass, lse and both accumulators in float32; probabilities (times the gate) are rounded once to value's dtype for the second product; float32
-inputs multiply in full precision unless ``torch.backends.cuda.matmul.allow_tf32``. With the joint softmax a modality whose probability is under float32's range
-(1e-38) against modalities before it reports lse -inf, mass 0.
+Cost: 4 Hq D (visible query-key pairs) FLOPs; reads query, key and value once from memory if the cache holds a
+sample's keys, writes the output once: a floor of (2 total_q Hq + 2 total_k Hkv) D elements, and 8 total_q Hq M bytes
+of mass and lse.
+Precision: scores, softmax, mass, lse and both accumulators in float32; probabilities (times the gate) are rounded
+once to value's dtype for the second product; float32 inputs multiply in full precision unless
+``torch.backends.cuda.matmul.allow_tf32``. With the joint softmax a modality whose probability is under float32's
+range (1e-38) against modalities before it reports lse -inf, mass 0.
 Determinism: no atomics, fixed order: bitwise reproducible.
 Source: Dao 2023, "FlashAttention-2", algorithm 1; the split of the loop follows Triton's tutorial 06.
 """
@@ -28,15 +35,15 @@ from torch import Tensor
 
 from fusedmm.kernels.attention.arguments import (
     SoftmaxKind,
-    input_precision,
     find_key_ranges,
+    input_precision,
     strides_of,
     unit_last_stride,
 )
 from fusedmm.kernels.attention.config import _attention_forward_config
+from fusedmm.kernels.attention.forward_keys import attend_keys
 from fusedmm.kernels.indexing import (
     TILE,
-    keep_mask,
     load_rows,
     load_visible,
     load_work,
@@ -45,114 +52,7 @@ from fusedmm.kernels.indexing import (
     visible_range,
 )
 from fusedmm.kernels.launch import device_arch
-from fusedmm.kernels.softmax import LN_2, LOG2_E, finite_shift, natural_lse
-
-
-@triton.jit
-def _softmax_step(
-    scores,  # [BLOCK_Q, BLOCK_K]
-    running_max,  # [BLOCK_Q], base 2
-    running_sum,  # [BLOCK_Q]
-    scale2,
-    prior,  # [BLOCK_Q], base 2
-    gate,  # [BLOCK_Q] or None
-    offs_q,
-    offs_k,
-    head,
-    seed,  # or None
-    dropout_p,
-):
-    """One step of the online softmax: (gated and dropped probabilities, what older sums are multiplied by, new maximum, new sum)."""
-    new_max = tl.maximum(running_max, tl.max(scores, 1) * scale2 + prior)
-    shift = finite_shift(new_max)
-    # p = exp(z - max)
-    probs = tl.exp2(scores * scale2 + (prior - shift)[:, None])
-    rescale = tl.exp2(running_max - shift)
-    running_sum = running_sum * rescale + tl.sum(probs, 1)
-    if seed is not None:
-        probs = tl.where(keep_mask(seed, dropout_p, offs_q[:, None], head, offs_k[None, :]), probs, 0.0)
-    if gate is not None:
-        probs = probs * gate[:, None]
-    return probs, rescale, new_max, running_sum
-
-
-@triton.jit
-def _attend_keys(
-    acc,  # [BLOCK_Q, BLOCK_D]
-    running_max,  # [BLOCK_Q], base 2
-    running_sum,  # [BLOCK_Q]
-    query,  # [BLOCK_Q, BLOCK_D]
-    key_ptr,
-    value_ptr,
-    key_stride_k,
-    value_stride_k,
-    start,
-    stop,
-    skip_start,  # or None
-    skip_stop,
-    key_stop,
-    scale2,
-    prior,
-    gate,
-    low,  # [BLOCK_Q] or None
-    high,
-    offs_q,
-    head,
-    seed,
-    dropout_p,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    CARRY_SCORES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Attend to the tiles of ``start : stop`` without ``skip_start : skip_stop``.
-
-    With ``low : high`` only to the keys each row sees; if PARTIAL, only to those before ``key_stop``. CARRY_SCORES, for whole tiles that need no mask, issues the scores of
-    the next tile before the second product of this one: the order in which Hopper's asynchronous products run under the softmax.
-    """
-    BLOCK_D: tl.constexpr = query.shape[1]
-    skipped = 0
-    if skip_start is not None:
-        skipped = skip_stop - skip_start
-    last = stop - skipped
-    if CARRY_SCORES:
-        last = stop - BLOCK_K
-        # [BLOCK_K, BLOCK_D]
-        key = load_rows(key_ptr, key_stride_k, start, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, PARTIAL)
-        # [BLOCK_Q, BLOCK_K]
-        scores = tl.dot(query, key.T, input_precision=PRECISION)
-    for step in tl.range(start, last, BLOCK_K):
-        first_key = step
-        if skip_start is not None:
-            first_key = tl.where(step < skip_start, step, step + skipped)
-        offs_k = first_key + tl.arange(0, BLOCK_K)
-        if not CARRY_SCORES:
-            key = load_rows(key_ptr, key_stride_k, first_key, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, PARTIAL)
-            scores = tl.dot(query, key.T, input_precision=PRECISION)
-            if low is not None:
-                sees = (offs_k[None, :] >= low[:, None]) & (offs_k[None, :] < high[:, None])
-                scores = tl.where(sees, scores, -float("inf"))
-            elif PARTIAL:
-                scores = tl.where((offs_k < key_stop)[None, :], scores, -float("inf"))
-        probs, rescale, running_max, running_sum = _softmax_step(
-            scores, running_max, running_sum, scale2, prior, gate, offs_q, offs_k, head, seed, dropout_p
-        )
-        probs = probs.to(query.dtype)
-        if CARRY_SCORES:
-            key = load_rows(key_ptr, key_stride_k, first_key + BLOCK_K, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, PARTIAL)
-            scores = tl.dot(query, key.T, input_precision=PRECISION)
-        # [BLOCK_K, BLOCK_D]
-        value = load_rows(value_ptr, value_stride_k, first_key, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, PARTIAL)
-        acc = tl.dot(probs, value, acc * rescale[:, None], input_precision=PRECISION)
-    if CARRY_SCORES:
-        offs_k = last + tl.arange(0, BLOCK_K)
-        probs, rescale, running_max, running_sum = _softmax_step(
-            scores, running_max, running_sum, scale2, prior, gate, offs_q, offs_k, head, seed, dropout_p
-        )
-        value = load_rows(value_ptr, value_stride_k, last, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, PARTIAL)
-        acc = tl.dot(probs.to(query.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
-    return acc, running_max, running_sum
+from fusedmm.kernels.softmax import LOG2_E, finite_shift, natural_lse
 
 
 @triton.jit
@@ -252,6 +152,8 @@ def _attention_forward_kernel(
         segment_max = running_max
         segment_sum = tl.zeros([BLOCK_Q], tl.float32)
         if SOFTMAX == "joint":
+            # Through memory, where the segment before left it: carried in a register, Triton's layouts of the loops'
+            # row vectors conflict and every exp2 is done twice (697 instructions a 128 x 128 tile on sm_90, not 530).
             tl.debug_barrier()
             segment_max = tl.load(lse_ptr + offs_m - 1, mask=mask_q & (index > 0), other=-float("inf"))
             running_max = segment_max
@@ -269,9 +171,9 @@ def _attention_forward_kernel(
             stops = (wide_stop, full_stop, stop)
             for piece in tl.static_range(3):
                 # Piece 0, whole tiles before and after the full ones, exists only where rows differ in what they see.
-                if piece > 0 or visible_ptr is not None:
+                if piece > 0 or visible_ptr is not None:  # noqa: SIM102 (decided when compiled, the next when run)
                     if stops[piece] > starts[piece]:
-                        acc, segment_max, segment_sum = _attend_keys(
+                        acc, segment_max, segment_sum = attend_keys(
                             acc=acc,
                             running_max=segment_max,
                             running_sum=segment_sum,
@@ -312,10 +214,10 @@ def _attention_forward_kernel(
             tl.store(lse_ptr + offs_m, natural_lse(segment_max, segment_sum), mask=mask_q)
             weight = 1.0 / (tl.where(seen, segment_sum, 1.0) * kept)
             if SOFTMAX == "partials":
-                store_rows(
-                    output_ptr + (head * num_modalities + modality) * HEAD_DIM, num_heads * num_modalities * HEAD_DIM, first_query, query_stop,
-                    acc * weight[:, None], BLOCK_Q, HEAD_DIM, BLOCK_D,
-                )  # fmt: skip
+                output_m_ptr = output_ptr + (head * num_modalities + modality) * HEAD_DIM
+                row_stride = num_heads * num_modalities * HEAD_DIM
+                output = acc * weight[:, None]
+                store_rows(output_m_ptr, row_stride, first_query, query_stop, output, BLOCK_Q, HEAD_DIM, BLOCK_D)
             else:
                 if gate_ptr is not None:
                     weight = weight * tl.load(gate_ptrs, mask=mask_q, other=0.0)
@@ -380,29 +282,34 @@ def attention_forward(
     """Launch the forward.
 
     Args:
-        query: [total_q, Hq, D] float16, bfloat16 or float32; D 16 to 256, last stride 1 (copied otherwise), as for all tensors with D.
+        query: [total_q, Hq, D] float16, bfloat16 or float32; D 16 to 256, last stride 1 (copied otherwise), as for
+            all tensors with D.
         key: [total_k, Hkv, D], Hq a multiple of Hkv.
         value: [total_k, Hkv, D].
         cu_seqlens_q: [B+1] int32.
         cu_seqlens_k: [B*M+1] int32, sample-major, modality-minor.
-        query_tiles: [total_q // 128 + B, 2] int32, (sample, first query) of each tile of 128 rows, longest work first, unused ones (-1, 0).
+        query_tiles: [total_q // 128 + B, 2] int32, (sample, first query) of each tile of 128 rows, longest work
+            first, unused ones (-1, 0).
         key_tiles: [total_k // 128 + B*M, 2] int32, (segment, first key); only the backward needs it.
         log_prior: [total_q, Hq, M] float32, any strides, or None.
         gate: [total_q, Hq, M] float32, any strides, or None; refused by "partials".
         output_gate: [total_q, Hq, D] logits in query's dtype, or None.
         active: [B, Hq, M] bool, any strides, or None.
-        visible: [total_q, M, 2] int32, first key and end of what a query sees of a modality, within its segment; or None.
-        seed: [1] int64 or None; with it key j is kept by query r and head h iff philox(seed; j, r, h, 0) as a uniform number is at least dropout_p.
+        visible: [total_q, M, 2] int32, first key and end of what a query sees of a modality, within its segment; or
+            None.
+        seed: [1] int64 or None; with it key j is kept by query r and head h iff philox(seed; j, r, h, 0) as a uniform
+            number is at least dropout_p.
         dropout_p: in [0, 1).
         softmax: "joint", "per_modality" or "partials".
         scale: multiplies scores.
 
     Returns:
-        output [total_q, Hq, D] ([total_q, Hq, M, D] for partials) in query's dtype, mass and lse [total_q, Hq, M] float32.
+        output [total_q, Hq, D] ([total_q, Hq, M, D] for partials) in query's dtype, mass and lse [total_q, Hq, M]
+        float32.
     """
     total_q, num_heads, head_dim = query.shape
     num_modalities = (cu_seqlens_k.numel() - 1) // max(cu_seqlens_q.numel() - 1, 1)
-    # The kernel takes the maximum of the scores before it scales them, so a negative scale goes into the query; exact, as is a scale of 0.
+    # The kernel takes the maximum of the scores before it scales them: a negative scale, or 0, goes into the query.
     if scale <= 0.0:
         query, scale = (query * 0.0, 1.0) if scale == 0.0 else (-query, -scale)
     query, key, value = (unit_last_stride(x) for x in (query, key, value))

@@ -1,7 +1,8 @@
 """Every attention kernel in every configuration the table chooses, for ahead-of-time compilation.
 
-The variants are those that differ in code: dtype, head size, kind of softmax, and whether an optional tensor is there. Not every combination is listed, but every option
-is, at every size: plain, with everything about modalities, with times, with dropout.
+The variants are those that differ in code: dtype, head size, kind of softmax, and whether an optional tensor is
+there. Not every combination is listed, but every option is, at every size: plain, with everything about modalities,
+with times, with dropout.
 """
 
 import inspect
@@ -22,8 +23,9 @@ from fusedmm.kernels.attention.config import (
 from fusedmm.kernels.attention.forward import _attention_forward_kernel
 from fusedmm.kernels.launch import KernelSpec, LaunchConfig
 
-HEAD_DIMS = (64, 96, 128, 256)
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # float16 compiles to the code of bfloat16
+HEAD_DIMS = {torch.bfloat16: (64, 96, 128, 256), torch.float32: (64, 128, 256)}
+SEGMENTS = {"long": 1024, "short": 5}  # mean keys of a segment
 # Optional tensors present in each variant.
 VARIANTS = {
     "plain": (),
@@ -105,73 +107,43 @@ def _main_loop_flops(kernel: Any, config: LaunchConfig, constexprs: dict[str, An
 
 def kernel_specs(arch: str) -> Iterator[KernelSpec]:
     """All attention kernels that run on ``arch``."""
-    for dtype, element in DTYPES.items():
-        for head_dim in HEAD_DIMS:
-            sizes = {"HEAD_DIM": head_dim}
-            forward = _attention_forward_config(head_dim, dtype, arch)
-            query = _attention_backward_query_config(head_dim, dtype, arch)
-            key_value = _attention_backward_key_value_config(head_dim, dtype, arch)
-            rows = _attention_backward_rows_config(head_dim)
-            tag = f"d{head_dim},{element}"
-            for softmax in ("joint", "per_modality", "partials"):
-                for variant, present in VARIANTS.items():
-                    if softmax != "joint" and variant != "plain":
-                        continue
-                    label = f"[{softmax},{variant},{tag}]"
-                    yield _spec(
-                        _attention_forward_kernel,
-                        f"attention_forward{label}",
-                        forward,
-                        dtype,
-                        arch,
-                        present,
-                        SOFTMAX=softmax,
-                        **sizes,
-                    )
-                    yield _spec(
-                        _attention_backward_rows_kernel,
-                        f"attention_backward_rows{label}",
-                        rows,
-                        dtype,
-                        arch,
-                        present,
-                        SOFTMAX=softmax,
-                        **sizes,
-                    )
+    for dtype, head_dims in HEAD_DIMS.items():
+        for head_dim in head_dims:
             for variant, present in VARIANTS.items():
-                label = f"[{variant},{tag}]"
-                yield _spec(
-                    _attention_backward_key_value_kernel,
-                    f"attention_backward_key_value{label}",
-                    key_value,
-                    dtype,
-                    arch,
-                    present,
-                    HAS_GATE="gate_ptr" in present,
-                    **sizes,
-                )
-                if variant == "gated":
-                    continue  # the gate is in row_terms: the same code as plain
-                for name, delta_only in (("query", False), ("delta", True)):
-                    flags = {"DELTA_ONLY": delta_only, "IS_PARTIALS": False}
-                    yield _spec(
-                        _attention_backward_query_kernel,
-                        f"attention_backward_{name}{label}",
-                        query,
-                        dtype,
-                        arch,
-                        present,
-                        **flags,
-                        **sizes,
-                    )
-            flags = {"DELTA_ONLY": False, "IS_PARTIALS": True}
-            yield _spec(
-                _attention_backward_query_kernel,
-                f"attention_backward_query[partials,{tag}]",
-                query,
-                dtype,
-                arch,
-                (),
-                **flags,
-                **sizes,
-            )
+                if variant in ("plain", "gated") or dtype == torch.bfloat16:
+                    yield from _joint_specs(arch, dtype, head_dim, variant, present)
+            yield from _other_softmax_specs(arch, dtype, head_dim)
+
+
+def _joint_specs(
+    arch: str, dtype: torch.dtype, head_dim: int, variant: str, present: tuple[str, ...]
+) -> Iterator[KernelSpec]:
+    label = f"[joint,{variant},d{head_dim},{DTYPES[dtype]}]"
+    common = {"dtype": dtype, "arch": arch, "present": present, "HEAD_DIM": head_dim}
+    forward = _attention_forward_config(head_dim, dtype, arch)
+    yield _spec(_attention_forward_kernel, f"attention_forward{label}", forward, SOFTMAX="joint", **common)
+    for length, mean_segment in SEGMENTS.items():
+        if length == "long" or variant == "gated":
+            key_value = _attention_backward_key_value_config(head_dim, dtype, arch, mean_segment)
+            name = f"attention_backward_key_value[joint,{variant},{length},d{head_dim},{DTYPES[dtype]}]"
+            yield _spec(_attention_backward_key_value_kernel, name, key_value, HAS_GATE="gate_ptr" in present, **common)
+    if variant in ("plain", "gated"):  # times and dropout change nothing in it
+        rows = _attention_backward_rows_config(head_dim)
+        yield _spec(_attention_backward_rows_kernel, f"attention_backward_rows{label}", rows, SOFTMAX="joint", **common)
+    if variant != "gated":  # the gate is in row_terms: the same code as plain
+        query = _attention_backward_query_config(head_dim, dtype, arch)
+        flags = {"DELTA_ONLY": False, "IS_PARTIALS": False}
+        yield _spec(_attention_backward_query_kernel, f"attention_backward_query{label}", query, **flags, **common)
+
+
+def _other_softmax_specs(arch: str, dtype: torch.dtype, head_dim: int) -> Iterator[KernelSpec]:
+    common = {"dtype": dtype, "arch": arch, "present": (), "HEAD_DIM": head_dim}
+    forward = _attention_forward_config(head_dim, dtype, arch)
+    rows = _attention_backward_rows_config(head_dim)
+    query = _attention_backward_query_config(head_dim, dtype, arch)
+    for softmax in ("per_modality", "partials"):
+        label = f"[{softmax},plain,d{head_dim},{DTYPES[dtype]}]"
+        yield _spec(_attention_forward_kernel, f"attention_forward{label}", forward, SOFTMAX=softmax, **common)
+        yield _spec(_attention_backward_rows_kernel, f"attention_backward_rows{label}", rows, SOFTMAX=softmax, **common)
+        flags = {"DELTA_ONLY": softmax == "per_modality", "IS_PARTIALS": softmax == "partials"}
+        yield _spec(_attention_backward_query_kernel, f"attention_backward_query{label}", query, **flags, **common)
