@@ -188,6 +188,9 @@ class Shared:
         assert np.shares_memory(view, self.data)
         return Shared(view, self.dtype)
 
+    def slice(self, start: int, length: int) -> "Shared":
+        return Shared(self.data[start : start + length], self.dtype)
+
     def load(self, layout: None = None) -> Value:
         return Value(self.data.copy(), self.dtype)
 

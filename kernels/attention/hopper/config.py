@@ -15,19 +15,22 @@ from fusedmm.kernels.launch import LaunchConfig
 _TABLE = {
     "forward": {64: (128, 3), 128: (128, 2), 256: (64, 2)},
     "key_value": {64: (64, 3), 128: (64, 2)},
+    "key_value_visible": {64: (64, 3), 128: (32, 3)},  # at 128 the ranges of 64 queries do not fit the registers
     "query": {64: (128, 2), 128: (64, 2)},
 }
 _DTYPES = (torch.float16, torch.bfloat16)
 
 
-def hopper_config(which: str, head_dim: int) -> tuple[int, LaunchConfig]:
+def hopper_config(which: str, head_dim: int, *, visible: bool) -> tuple[int, LaunchConfig]:
     """Rows of a streamed tile, and the launch, of one pass.
 
     Args:
         which: "forward", "key_value" or "query".
         head_dim: D.
+        visible: whether there are time ranges.
     """
-    block, stages = _TABLE[which][max(64, head_block(head_dim))]
+    row = f"{which}_visible" if visible and f"{which}_visible" in _TABLE else which
+    block, stages = _TABLE[row][max(64, head_block(head_dim))]
     blocks = {"STAGES": stages, "CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24}
     return block, LaunchConfig(blocks=blocks, num_warps=4, num_stages=1, max_registers=168)
 

@@ -6,14 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fusedmm.kernels.attention.arguments import strides_of, unit_last_stride
 from fusedmm.kernels.attention.config import head_block
+from fusedmm.kernels.attention.hopper.backward_key_value import TERMS, _attention_backward_key_value_hopper_kernel
+from fusedmm.kernels.attention.hopper.backward_query import _attention_backward_query_hopper_kernel
 from fusedmm.kernels.attention.hopper.config import hopper_config
 from fusedmm.kernels.attention.hopper.forward import _attention_forward_hopper_kernel
 from fusedmm.kernels.attention.hopper.ragged import ragged_descriptor
 from fusedmm.kernels.attention.hopper.tiles import LOG2_E, ROWS
-from fusedmm.kernels.attention.hopper.work import query_work
+from fusedmm.kernels.attention.hopper.work import key_work, query_work
 
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
@@ -84,7 +87,7 @@ def forward_launch(
         programs: CTAs, at most one an SM.
     """
     _, query_heads, head_dim = query.shape
-    block_k, config = hopper_config("forward", head_dim)
+    block_k, config = hopper_config("forward", head_dim, visible=visible is not None)
     block_d = max(64, head_block(head_dim))
     work = query_work(
         query_tiles, cu_seqlens_q, cu_seqlens_k, active, visible, query_heads=query_heads, block_k=block_k
@@ -117,3 +120,162 @@ def forward_launch(
         "WORK_HEADS": work.shape[0],
     }
     return Launch(_attention_forward_hopper_kernel, (arguments["num_programs"],), arguments, config.launch_options())
+
+
+def query_launch(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_query: Tensor,
+    grad_log_prior: Tensor | None,
+    grad_gate: Tensor | None,
+    mass: Tensor,
+    row_terms: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    query_tiles: Tensor,
+    active: Tensor | None,
+    visible: Tensor | None,
+    scale: float,
+    delta_only: bool,
+) -> Launch:
+    """The backward for queries, gates and priors, or (``delta_only``) the shift of the per-modality softmax.
+
+    Args:
+        grad_output: [total_q, Hq, D] before the output gate; for partials [total_q, Hq, M, D].
+        query: this and what follows as given to the forward.
+        key: see query.
+        value: see query.
+        grad_query: contiguous [total_q, Hq, D], written unless ``delta_only``.
+        grad_log_prior: contiguous [total_q, Hq, M] float32 or None, likewise.
+        grad_gate: contiguous [total_q, Hq, M] float32 or None, likewise.
+        mass: contiguous [total_q, Hq, M] float32.
+        row_terms: [4, Hq, M, padded rows] float32; its second plane is written if ``delta_only``.
+        cu_seqlens_q: this and what follows as in `attention_backward`.
+        cu_seqlens_k: see `attention_backward`.
+        query_tiles: see `attention_backward`.
+        active: see `attention_backward`.
+        visible: see `attention_backward`.
+        scale: of the scores; any sign.
+        delta_only: which of the two.
+    """
+    _, query_heads, head_dim = query.shape
+    block_k, config = hopper_config("query", head_dim, visible=visible is not None)
+    block_d = max(64, head_block(head_dim))
+    work = query_work(
+        query_tiles, cu_seqlens_q, cu_seqlens_k, active, visible, query_heads=query_heads, block_k=block_k
+    )
+    dtype = GLUON_DTYPES[query.dtype]
+    arguments = {
+        "query_desc": ragged_descriptor(tma_operand(query), ROWS.value, block_d, dtype),
+        "grad_output_desc": ragged_descriptor(_by_head(grad_output), ROWS.value, block_d, dtype),
+        "key_desc": ragged_descriptor(tma_operand(key), block_k, block_d, dtype),
+        "value_desc": ragged_descriptor(tma_operand(value), block_k, block_d, dtype),
+        "grad_query_ptr": grad_query,
+        "grad_log_prior_ptr": grad_log_prior,
+        "grad_gate_ptr": grad_gate,
+        "mass_ptr": mass,
+        "row_terms_ptr": row_terms,
+        "visible_ptr": visible,
+        "work_ptr": work,
+        "scale": scale,
+        "scale2": scale * LOG2_E.value,
+        "num_tiles": query_tiles.shape[0],
+        "padded_rows": row_terms.shape[-1],
+        "HEAD_DIM": head_dim,
+        "QUERY_HEADS": query_heads,
+        "GROUP": query_heads // key.shape[1],
+        "MODALITIES": mass.shape[-1],
+        "WORK_HEADS": work.shape[0],
+        "IS_PARTIALS": grad_output.ndim == 4,
+        "DELTA_ONLY": delta_only,
+    }
+    grid = (query_tiles.shape[0] * query_heads,)
+    return Launch(_attention_backward_query_hopper_kernel, grid, arguments, config.launch_options())
+
+
+def key_value_launch(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    row_terms: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    key_tiles: Tensor,
+    active: Tensor | None,
+    visible: Tensor | None,
+    scale: float,
+    has_gate: bool,
+) -> Launch:
+    """The backward for keys and values.
+
+    Args:
+        grad_output: [total_q, Hq, D] before the output gate; for partials [total_q, Hq, M, D].
+        query: this and what follows as given to the forward.
+        key: see query.
+        value: see query.
+        grad_key: contiguous [total_k, Hkv, D], like grad_value.
+        grad_value: see grad_key.
+        row_terms: [4, Hq, M, padded rows] float32.
+        cu_seqlens_q: this and what follows as in `attention_backward`.
+        cu_seqlens_k: see `attention_backward`.
+        key_tiles: see `attention_backward`.
+        active: see `attention_backward`.
+        visible: see `attention_backward`.
+        scale: of the scores; any sign.
+        has_gate: whether there are gates; without, they are 1.
+    """
+    _, query_heads, head_dim = query.shape
+    key_heads = key.shape[1]
+    modalities = row_terms.shape[2]
+    block_q, config = hopper_config("key_value", head_dim, visible=visible is not None)
+    block_d = max(64, head_block(head_dim))
+    work = key_work(key_tiles, cu_seqlens_q, cu_seqlens_k, active, visible, query_heads=query_heads, block_q=block_q)
+    dtype = GLUON_DTYPES[query.dtype]
+    arguments = {
+        "query_desc": ragged_descriptor(tma_operand(query), block_q, block_d, dtype),
+        "grad_output_desc": ragged_descriptor(_by_head(grad_output), block_q, block_d, dtype),
+        "key_desc": ragged_descriptor(tma_operand(key), ROWS.value, block_d, dtype),
+        "value_desc": ragged_descriptor(tma_operand(value), ROWS.value, block_d, dtype),
+        "terms_desc": _terms_descriptor(row_terms, block_q),
+        "grad_key_ptr": grad_key,
+        "grad_value_ptr": grad_value,
+        "visible_ptr": visible,
+        "work_ptr": work,
+        "scale": scale,
+        "scale2": scale * LOG2_E.value,
+        "num_tiles": key_tiles.shape[0],
+        "HEAD_DIM": head_dim,
+        "KEY_HEADS": key_heads,
+        "GROUP": query_heads // key_heads,
+        "MODALITIES": modalities,
+        "WORK_HEADS": work.shape[0],
+        "IS_PARTIALS": grad_output.ndim == 4,
+        "HAS_GATE": has_gate,
+    }
+    grid = (key_tiles.shape[0] * key_heads,)
+    return Launch(_attention_backward_key_value_hopper_kernel, grid, arguments, config.launch_options())
+
+
+def _by_head(grad_output: Tensor) -> Tensor:
+    """[total_q, Hq, D], or for partials [total_q, Hq * M, D], as TMA reads it."""
+    return tma_operand(grad_output.flatten(1, -2))
+
+
+def _terms_descriptor(row_terms: Tensor, block_q: int) -> TensorDescriptor:
+    """Descriptor of the row terms: a box holds all four of ``block_q`` rows of one head and modality."""
+    terms, heads, modalities, padded_rows = row_terms.shape
+    block_shape = [TERMS.value, 1, block_q]
+    return TensorDescriptor(
+        base=row_terms,
+        shape=[terms, heads * modalities, padded_rows],
+        strides=[heads * modalities * padded_rows, padded_rows, 1],
+        block_shape=block_shape,
+        layout=gl.NVMMASharedLayout.get_default_for(block_shape, gl.float32),
+    )

@@ -6,7 +6,7 @@ tile that every row sees whole is told apart from one that needs a mask.
 
 Query work, int32 [Hw, query tiles, 2 + M, 8] (Hw is Hq if `active` differs by head, else 1; the last entry may be read,
 but is never used):
-    [.., 0, :] = first query, end query, segments listed, key tiles in them
+    [.., 0, :] = first query, end query, segments listed, key tiles in them, padded row of the first query
     [.., 1+e, :] = modality, first visible key, first key that all rows see, end of those, end of the visible keys     for e < segments listed
 Key work, int32 [Hw, key tiles, 8]:
     first key, end key, modality, shift from a query's row to its padded row, first and end query to visit, first and end query of those that see the whole tile
@@ -49,6 +49,7 @@ def _attention_query_work_kernel(
     used = sample >= 0
     sample = tl.maximum(sample, 0)
     first = tl.load(query_tiles_ptr + 2 * tile + 1)
+    sample_start = tl.load(cu_seqlens_q_ptr + sample)
     end = tl.minimum(first + TILE_ROWS, tl.load(cu_seqlens_q_ptr + sample + 1))
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = (offs_m < num_modalities) & used
@@ -88,6 +89,7 @@ def _attention_query_work_kernel(
     tl.store(row_ptr + 1, tl.where(used, end, first))
     tl.store(row_ptr + 2, tl.sum(listed.to(tl.int32), 0))
     tl.store(row_ptr + 3, tl.sum(tl.where(listed, (high - low + BLOCK_K - 1) // BLOCK_K, 0), 0))
+    tl.store(row_ptr + 4, (sample_start // TILE_ROWS + sample) * TILE_ROWS + first - sample_start)
 
 
 @triton.jit
@@ -152,6 +154,7 @@ def _attention_key_work_kernel(
         full_high = tl.where(full_rows == full_high - full_low, full_high, full_low)
         low = sample_start + (low - sample_start) // BLOCK_Q * BLOCK_Q
         high = tl.minimum(sample_start + (high - sample_start + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q, sample_end)
+        high = tl.maximum(high, low)
     tl.store(row_ptr, first_key)
     tl.store(row_ptr + 1, end_key)
     tl.store(row_ptr + 2, modality)
