@@ -254,3 +254,30 @@ def test_classes_are_scored_by_accuracy_and_correlation(recipe: Path, tmp_path: 
     assert -1 <= scores["gated"]["correlation"][0] <= 1
     assert report["checks"] == []
     assert report["modalities"]["gated"][0]["known"] is None
+
+
+def test_data_option_takes_the_recipe_of_that_name(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fusedmm.train.format import write_dataset
+    from fusedmm.train.simulate import MarketConfig, simulate
+
+    write_dataset(tmp_path / "data", *simulate(MarketConfig(days=80, entities=5)))
+    mine, theirs = tmp_path / "mine.toml", tmp_path / "simulated-market.toml"
+    mine.write_text(RECIPE)
+    theirs.write_text(RECIPE + "[[variant]]\nfusion = 'nothing'\n")
+    arguments = [str(mine), "--data", str(tmp_path / "data"), f"run.out={tmp_path / 'out'}", NO_EVENTS]
+    assert main(arguments) == 1
+    assert "simulated-market.toml" in capsys.readouterr().err
+    theirs.unlink()
+    assert main(arguments) in DONE
+    assert json.loads((tmp_path / "out" / "recipe.json").read_text())["data"]["path"] == str(tmp_path / "data")
+
+
+@pytest.mark.parametrize(("name", "words"), [("absent", "which is not there"), ("empty", "with nothing. Convert")])
+def test_data_option_refuses(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, words: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main([str(recipe), "--data", str(tmp_path / name)]) == 1
+    assert words in capsys.readouterr().err

@@ -3,16 +3,22 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from fusedmm.train.config import RecipeError, describe_keys, load_recipe
+from fusedmm.train.format import DataFormatError
 from fusedmm.train.runner import run_recipe
+from fusedmm.train.source import prepared
 from fusedmm.train.trainer import Interrupted, TrainingError
 
 EPILOG = """
-The demo, a simulated market with known truth:   python -m fusedmm.train recipes/demo.toml
-Earnings calls, after
-`python -m fusedmm.train.prepare maec SOURCE DIR`: python -m fusedmm.train recipes/maec.toml data.path=DIR
-On two processes:                                torchrun --nproc-per-node 2 -m fusedmm.train recipes/demo.toml
+The demo, a simulated market with known truth:  python -m fusedmm.train recipes/demo.toml
+MAEC or StockNet, in one go:                    python -m fusedmm.train recipes/demo.toml --data SOURCE
+The same in two steps:                          python -m fusedmm.train.prepare maec SOURCE DIR
+                                                python -m fusedmm.train recipes/maec.toml data.path=DIR
+On two processes:                               torchrun --nproc-per-node 2 -m fusedmm.train recipes/demo.toml
+
+With --data, a recipe named after the data set and lying beside RECIPE is used instead of RECIPE.
 
 Keys of a recipe, with their defaults:
 
@@ -20,9 +26,10 @@ Keys of a recipe, with their defaults:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a recipe; returns the exit status: 0 done, 1 refused or failed, 2 done but a check against the
-    known truth failed, 143 stopped by a signal with a checkpoint
-    written.
+    """Run a recipe and return the exit status.
+
+    0: done. 1: refused or failed. 2: done, but a check against the known truth failed. 143: stopped by a signal, with a
+    checkpoint written.
     """
     parser = argparse.ArgumentParser(
         prog="python -m fusedmm.train",
@@ -30,15 +37,19 @@ def main(arguments: list[str] | None = None) -> int:
         epilog=EPILOG + describe_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", help="TOML file; see recipes/")
+    parser.add_argument("recipe", type=Path, help="TOML file; see recipes/")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="prepared data, or MAEC or StockNet, which is prepared"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the recipe")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
-        passed = run_recipe(load_recipe(options.recipe, options.overrides))
+        data, recipe = prepared(options.data, options.recipe)
+        passed = run_recipe(load_recipe(recipe, [*data, *options.overrides]))
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 143
-    except (RecipeError, FileNotFoundError, TrainingError) as error:
+    except (RecipeError, DataFormatError, FileNotFoundError, TrainingError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 1

@@ -63,7 +63,7 @@ class ModelConfig:
     layers: int = key(2, "fusion blocks", low=1, high=64)
     latents: int = key(2, "learned latent queries of a sample", low=1, high=8)
     mlp_ratio: float = key(2.0, "hidden width of a block's MLP over dim", low=0.25, high=16.0)
-    dropout: float = key(0.0, "dropout after the encoders, in the attention and before the head", low=0.0, high=0.9)
+    dropout: float = key(0.0, "dropout after the encoders and before the head", low=0.0, high=0.9)
     softmax: str = key("joint", "softmax of the gated fusion", choices=("joint", "per_modality"))
     output_gate: bool = key(False, "sigmoid output gate in the gated fusion")
     skip: str = key(

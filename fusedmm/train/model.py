@@ -65,6 +65,8 @@ class TokenEncoder(nn.Module):
 class GatedBlock(nn.Module):
     """This project's `fusedmm.nn.FusionBlock`; the outputs are copied because FSDP2 wants no views from what it
     shards.
+
+    With one softmax a modality every mass is 1 or 0: what is returned then is the gates' share.
     """
 
     def __init__(self, dim: int, heads: int, modalities: tuple[str, ...], config: ModelConfig) -> None:
@@ -76,12 +78,15 @@ class GatedBlock(nn.Module):
             mlp_ratio=config.mlp_ratio,
             softmax=config.softmax,
             output_gate=config.output_gate,
-            dropout=config.dropout,
         )
 
     def forward(self, query: Tensor, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> FusionOutput:
         """[B, L, E] and visible tokens of each modality -> the updated queries and their mass [B, L, H, M]."""
         output, mass = self.fusion(query, tokens, masks=masks)
+        if self.fusion.attention.softmax == "per_modality":
+            with torch.no_grad():
+                gate = self.fusion.attention.modality_gate(self.fusion.attention_norm(query)).gate
+                mass = mass * gate / (mass * gate).sum(dim=-1, keepdim=True).clamp(min=1e-12)
         return FusionOutput(output.clone(), mass.clone())
 
 
@@ -90,13 +95,13 @@ class PlainBlock(nn.Module):
     priors and gates.
     """
 
-    def __init__(self, dim: int, heads: int, modalities: tuple[str, ...], mlp_ratio: float, dropout: float) -> None:
+    def __init__(self, dim: int, heads: int, modalities: tuple[str, ...], mlp_ratio: float) -> None:
         super().__init__()
         hidden = int(dim * mlp_ratio)
-        self.heads, self.modalities, self.dropout = heads, modalities, dropout
+        self.heads, self.modalities = heads, modalities
         self.query_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.query, self.key_value, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.kind = nn.Parameter(0.02 * torch.randn(len(modalities), dim))
+        self.kind = nn.Parameter(0.5 * torch.randn(len(modalities), dim))
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
     def forward(self, query: Tensor, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> FusionOutput:
@@ -113,7 +118,7 @@ class PlainBlock(nn.Module):
         visible = torch.cat([masks[name] for name in self.modalities], dim=1)[:, None, None]  # [B, 1, 1, K]
         k, v = self.key_value(keys).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, K, D]
         q = self.query(self.query_norm(query)).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, L, D]
-        attended = F.scaled_dot_product_attention(q, k, v, visible, dropout_p=self.dropout if self.training else 0.0)
+        attended = F.scaled_dot_product_attention(q, k, v, visible)
         with torch.no_grad():  # the same attention over one-hot values is the mass
             one_hot = F.one_hot(member, len(self.modalities)).to(v.dtype).expand(*v.shape[:3], -1)
             mass = F.scaled_dot_product_attention(q, k, one_hot, visible).transpose(1, 2)
@@ -191,7 +196,7 @@ class Forecaster(nn.Module):
         if fusion == "concat":
             return ConcatBlock(config.dim, self.modalities, config.mlp_ratio)
         if fusion == "plain":
-            return PlainBlock(config.dim, config.heads, self.modalities, config.mlp_ratio, config.dropout)
+            return PlainBlock(config.dim, config.heads, self.modalities, config.mlp_ratio)
         return GatedBlock(config.dim, config.heads, self.modalities, config)
 
     def forward(
