@@ -1,4 +1,6 @@
-"""What distillation reads: a linear head with its input, logits that exist already, or a teacher's top-k log-probabilities."""
+"""What distillation reads: a linear head with its input, logits that exist already, or a teacher's top-k
+log-probabilities.
+"""
 
 from dataclasses import dataclass
 
@@ -12,11 +14,14 @@ class LinearHead:
 
     Attributes:
         hidden: [N, Dh] float16, bfloat16, float32 or float64.
-        weight: [V, Dh] of hidden's dtype; a DTensor is gathered (FSDP2), or with `group` taken as this rank's shard of the vocabulary.
+        weight: [V, Dh] of hidden's dtype; a DTensor is gathered (FSDP2), or with `group` taken as this rank's shard of
+            the vocabulary.
         bias: [V] of the same dtype, or None.
-        num_classes: how many leading classes are real, over all ranks; the rest pads the vocabulary and is never read. None: all.
+        num_classes: how many leading classes are real, over all ranks; the rest pads the vocabulary and is never read.
+            None: all.
         softcap: positive bound on the size of a logit (Gemma 2), or None.
-        group: process group over which the vocabulary is split: weight and bias are this rank's shard of equal shards in rank order, hidden is the same on every rank.
+        group: process group over which the vocabulary is split: weight and bias are this rank's shard of equal shards
+            in rank order, hidden is the same on every rank.
     """
 
     hidden: Tensor
@@ -46,11 +51,13 @@ class Logits:
 
 @dataclass(frozen=True, eq=False)
 class TopKLogProbs:
-    """The K most likely classes of a teacher; what is left of the mass is one bucket, compared with all that the student gives to the other classes.
+    """The K most likely classes of a teacher; what is left of the mass is one bucket, compared with all that the
+    student gives to the other classes.
 
     Attributes:
         indices: [N, K] int64, different classes within a row.
-        log_probs: [N, K] floating point, natural logarithms **at the temperature of the call**; -inf for a slot that is not used.
+        log_probs: [N, K] floating point, natural logarithms **at the temperature of the call**; -inf for a slot that is
+            not used.
     """
 
     indices: Tensor

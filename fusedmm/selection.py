@@ -15,7 +15,8 @@ BIN_BITS = 8
 def select_rows(score: Tensor, keep: float, *, group: dist.ProcessGroup | None = None) -> Tensor:
     """Mark the rows with the largest scores: ``int(keep * rows + 0.5)`` of all rows on all ranks, exactly.
 
-    The threshold is found bit by bit: a histogram of one byte of the scores at a time, summed over ranks. Of rows that equal it those of lower ranks, then of lower indices, are taken.
+    The threshold is found bit by bit: a histogram of one byte of the scores at a time, summed over ranks. Of rows that
+        equal it those of lower ranks, then of lower indices, are taken.
 
     Args:
         score: [N] floating point; N may differ by rank. A NaN is below everything.
@@ -28,7 +29,8 @@ def select_rows(score: Tensor, keep: float, *, group: dist.ProcessGroup | None =
     Raises:
         ShapeError, TypeError, ValueError: score is not [N] floating point, keep is not a fraction.
 
-    Cost: 4 sweeps over the scores (8 for float64), and with a group as many sums of 256 numbers; no host waits for the device.
+    Cost: 4 sweeps over the scores (8 for float64), and with a group as many sums of 256 numbers; no host waits for the
+        device.
     """
     op = "select_rows"
     check_shapes(op, {"score": (score, ("row",))})
@@ -96,7 +98,8 @@ class ScoreStatistics(NamedTuple):
     """What a `ScoreLog` knows of every example, [examples].
 
     Attributes:
-        aum: float32, area under the margin: mean margin over the times that the example was seen; 0 where never (Pleiss et al. 2020).
+        aum: float32, area under the margin: mean margin over the times that the example was seen; 0 where never (Pleiss
+            et al. 2020).
         forgetting: int32, how often it was correct and then wrong (Toneva et al. 2019).
         learned: bool, whether it was ever correct. Forgetting is meaningless where it never was.
         seen: int32, how often it was seen.
@@ -109,7 +112,8 @@ class ScoreStatistics(NamedTuple):
 
 
 class ScoreLog:
-    """Streaming statistics of every example of a dataset over epochs: 14 bytes an example, however many epochs; 28 once it is shared over ranks.
+    """Streaming statistics of every example of a dataset over epochs: 14 bytes an example, however many epochs; 28 once
+    it is shared over ranks.
 
     Args:
         num_examples: size of the dataset.
@@ -131,7 +135,8 @@ class ScoreLog:
 
         Args:
             index: [N] int64, the examples, all different.
-            margin: [N] floating point, for example `DistillationScores.margin`; an example is correct where it is positive.
+            margin: [N] floating point, for example `DistillationScores.margin`; an example is correct where it is
+                positive.
             valid: [N] bool, which rows count (not those of ignore_index), or None for all.
 
         Raises:
@@ -159,7 +164,8 @@ class ScoreLog:
         )
 
     def share(self, group: dist.ProcessGroup) -> None:
-        """Add what every rank saw since the last call, so that all ranks know the same; once an epoch, before examples move to other ranks.
+        """Add what every rank saw since the last call, so that all ranks know the same; once an epoch, before examples
+        move to other ranks.
 
         An example is to be seen by one rank between two calls: events between two ranks are not in order.
         """

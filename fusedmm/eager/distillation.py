@@ -1,7 +1,8 @@
 """Distillation row by row from PyTorch's own operators: the CPU path, and the path of top-k teachers.
 
-Logits exist for one wave of rows at a time. Differences of log-probabilities are taken before they are weighted (``t * (log t - log p)``, not ``sum t log t - sum t log p``),
-so that a student close to its teacher loses nothing to cancellation, and identical heads give exactly 0.
+Logits exist for one wave of rows at a time. Differences of log-probabilities are taken before they are weighted (``t *
+(log t - log p)``, not ``sum t log t - sum t log p``), so that a student close to its teacher loses nothing to
+cancellation, and identical heads give exactly 0.
 """
 
 import math
@@ -52,7 +53,8 @@ def loss(
     grad_rows: Tensor | None = None,
     needs: tuple[bool, bool, bool] = (False, False, False),
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Loss of every row, and with `grad_rows` the gradient of ``(grad_rows * loss).sum()`` in the student's input, weight and bias.
+    """Loss of every row, and with `grad_rows` the gradient of ``(grad_rows * loss).sum()`` in the student's input,
+    weight and bias.
 
     Args:
         student, teacher, labels: as in `fusedmm.distillation_loss`.
@@ -64,7 +66,8 @@ def loss(
     Returns:
         [N] loss in the compute dtype, 0 where a row is ignored, and three gradients, empty where not needed.
 
-    Cost: with hidden sizes Ds and Dt ``2 N V (Ds + Dt)`` FLOPs for the logits and ``2 N V Ds`` for each of the two gradients; the wave's logits, a handful of times.
+    Cost: with hidden sizes Ds and Dt ``2 N V (Ds + Dt)`` FLOPs for the logits and ``2 N V Ds`` for each of the two
+        gradients; the wave's logits, a handful of times.
     """
     source = student.hidden if isinstance(student, LinearHead) else student.values
     weight, bias = (student.weight, student.bias) if isinstance(student, LinearHead) else (None, None)
@@ -139,9 +142,11 @@ def wave_loss(
 
 
 def _balance(grad: Tensor, z: Tensor, shard: Shard) -> None:
-    """Set each row's gradient at its largest logit to minus the sum of the others, in place: a row's gradient sums to 0.
+    """Set each row's gradient at its largest logit to minus the sum of the others, in place: a row's gradient sums to
+    0.
 
-    Where p rounds to 1 that entry is the difference of two numbers near 1, and everything is lost; the other entries are exact.
+    Where p rounds to 1 that entry is the difference of two numbers near 1, and everything is lost; the other entries
+    are exact.
     """
     residual = shard.sum(grad.sum(-1, keepdim=True))
     top = shard.argmax(z)[:, None]
@@ -161,7 +166,8 @@ def tempered(z: Tensor, temperature: float | Tensor) -> Tensor:
 def divergence(
     student_log: Tensor, teacher_log: Tensor, beta: float, shard: Shard, scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Generalised Jensen-Shannon divergence of log-probabilities [rows, V], and `scale` [rows] times its gradient in the student's (tempered) logits.
+    """Generalised Jensen-Shannon divergence of log-probabilities [rows, V], and `scale` [rows] times its gradient in
+    the student's (tempered) logits.
 
     With p and t the probabilities and mix the mixture::
 
@@ -189,10 +195,12 @@ def divergence(
 
 
 def _mixture_ratio(student_log: Tensor, ratio: Tensor, beta: float, shard: Shard) -> tuple[Tensor, Tensor]:
-    """log(p / mix) minus its value at the student's most likely class [rows, V], and that value [rows], from ``ratio = log t - log p``.
+    """log(p / mix) minus its value at the student's most likely class [rows, V], and that value [rows], from ``ratio =
+    log t - log p``.
 
-    With ``q = beta / (1 - beta) * t / p`` it is ``log((1 + q_top) / (1 + q))``. The difference is all that the gradient holds, and its size is that of the gap between heads
-    that agree as well as that of the overlap of heads that do not, so neither may be subtracted from a constant.
+    With ``q = beta / (1 - beta) * t / p`` it is ``log((1 + q_top) / (1 + q))``. The difference is all that the gradient
+    holds, and its size is that of the gap between heads that agree as well as that of the overlap of heads that do not,
+    so neither may be subtracted from a constant.
     """
     top = shard.argmax(student_log)
     local, mine = shard.local_labels(top, torch.ones_like(top, dtype=torch.bool))
@@ -209,9 +217,11 @@ def _mixture_ratio(student_log: Tensor, ratio: Tensor, beta: float, shard: Shard
 def with_bucket(
     student_logits: Tensor, indices: Tensor, log_probs: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of the top-k classes and of the rest as one bucket: student and teacher [rows, K+1], and each class's log share of the rest [rows, V].
+    """Log-probabilities of the top-k classes and of the rest as one bucket: student and teacher [rows, K+1], and each
+    class's log share of the rest [rows, V].
 
-    The student's rest is a log-sum-exp over the other classes, not 1 minus the sum, which would cancel for a confident student. With K = V there is no bucket.
+    The student's rest is a log-sum-exp over the other classes, not 1 minus the sum, which would cancel for a confident
+    student. With K = V there is no bucket.
     """
     z = tempered(student_logits, temperature)
     top, log_probs = z.gather(1, indices), log_probs.to(z.dtype).clamp_min(FINITE_MINIMUM)
@@ -255,7 +265,9 @@ def _top_divergence(
 def _cross_entropy(
     log_probs: Tensor, labels: Tensor, valid: Tensor, objective: Objective, grad_rows: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Cross entropy with label smoothing [rows] of log-probabilities, and ``(1 - alpha) * grad_rows`` times its gradient in the logits."""
+    """Cross entropy with label smoothing [rows] of log-probabilities, and ``(1 - alpha) * grad_rows`` times its
+    gradient in the logits.
+    """
     shard, smoothing = objective.shard, objective.label_smoothing
     target, mine = shard.local_labels(labels, valid)
     at_label = torch.where(mine, log_probs.gather(1, target[:, None])[:, 0], 0.0)

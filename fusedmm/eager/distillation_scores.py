@@ -149,7 +149,9 @@ def _top_fields(
 def _label_fields(
     student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, valid: Tensor, shard: Shard
 ) -> dict[str, Tensor]:
-    """What needs the labels, all at temperature 1; el2n from the other classes' probabilities, whose sum is 1 - p_y without cancellation."""
+    """What needs the labels, all at temperature 1; el2n from the other classes' probabilities, whose sum is 1 - p_y
+    without cancellation.
+    """
     target, mine = shard.local_labels(labels, valid)
     at = target[:, None]
     student_log = shard.log_softmax(student_logits)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shard:
-    """Classes ``first : first + count`` of `total`, on one rank of `group`; without a group it is all of them and every reduction is the identity."""
+    """Classes ``first : first + count`` of `total`, on one rank of `group`; without a group it is all of them and every
+    reduction is the identity.
+    """
 
     total: int
     first: int = 0

@@ -1,8 +1,9 @@
 """Waves of rows: the matmuls around a distillation, so that logits exist only for some rows at a time.
 
-A wave has about `WAVE_ELEMENTS` logits, never fewer than `MIN_WAVE_ROWS` rows (below that the weight is read too often) and, beyond `WHOLE_ELEMENTS`, never all rows.
-Logits and gradients are formed in float32 from inputs of any dtype (float64 from float64): on CUDA by the matmul's own accumulator, elsewhere from a converted copy of a block
-of the weight.
+A wave has about `WAVE_ELEMENTS` logits, never fewer than `MIN_WAVE_ROWS` rows (below that the weight is read too often)
+and, beyond `WHOLE_ELEMENTS`, never all rows. Logits and gradients are formed in float32 from inputs of any dtype
+(float64 from float64): on CUDA by the matmul's own accumulator, elsewhere from a converted copy of a block of the
+weight.
 """
 
 from collections.abc import Iterator
@@ -16,9 +17,8 @@ from fusedmm.heads import Head, LinearHead
 WAVE_ELEMENTS = 1 << 18
 WHOLE_ELEMENTS = 1 << 16
 MIN_WAVE_ROWS = 64
-CONVERTED_ELEMENTS = (
-    1 << 22
-)  # a half-precision weight up to this size is converted once a call, a larger one in blocks, once a wave
+# A half-precision weight up to this size is converted once a call, a larger one in blocks, once a wave.
+CONVERTED_ELEMENTS = 1 << 22
 FINITE_MINIMUM = -1e30  # stands for -inf, so that a forbidden class gives 0 * 1e30 and not 0 * inf
 
 
@@ -42,7 +42,7 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def convert_small(head: Head) -> Head:
-    """The head with a weight that is cheap to convert already in the compute dtype; CUDA multiplies half precision into float32 itself."""
+    """The head with its weight in the compute dtype where that is cheap; CUDA multiplies half precision as it is."""
     if isinstance(head, LinearHead) and head.weight.device.type != "cuda" and head.weight.numel() <= CONVERTED_ELEMENTS:
         return replace(head, weight=head.weight.to(compute_dtype(head.weight)))
     return head
@@ -114,7 +114,8 @@ def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
 class HeadGradient:
     """Gradients of a head, filled wave by wave from gradients of its logits; only those that are needed have memory.
 
-    The weight's gradient is a sum over waves and kept in the compute dtype until the last one, so that it is rounded once.
+    The weight's gradient is a sum over waves and kept in the compute dtype until the last one, so that it is rounded
+    once.
     """
 
     def __init__(self, head: Head, num_classes: int, needs: tuple[bool, bool, bool]) -> None:

@@ -15,7 +15,8 @@ class DistillationLoss(nn.Module):
     """`fusedmm.distillation_loss` with its settings; no parameters.
 
     Args:
-        beta, temperature, alpha, label_smoothing, ignore_index, reduction, memory, impl: as in `fusedmm.distillation_loss`.
+        beta, temperature, alpha, label_smoothing, ignore_index, reduction, memory, impl: as in
+            `fusedmm.distillation_loss`.
     """
 
     def __init__(
@@ -61,7 +62,8 @@ class DistillationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Settings that change the value."""
-        return f"beta={self.beta}, temperature={self.temperature}, alpha={self.alpha}, label_smoothing={self.label_smoothing}"
+        names = ("beta", "temperature", "alpha", "label_smoothing")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
 class FeatureDistillation(nn.Module):
@@ -107,8 +109,8 @@ class FeatureDistillation(nn.Module):
 class MassMatching(nn.Module):
     """KL from the teacher's to the student's modality mass, per query: trains where a student looks. No parameters.
 
-    ``(t * (t.log() - s.log())).sum(-1)`` with the masses averaged over heads, of which student and teacher may have different numbers, and divided by their sum.
-    A query that sees nothing (mass 0) costs nothing.
+    ``(t * (t.log() - s.log())).sum(-1)`` with the masses averaged over heads, of which student and teacher may have
+    different numbers, and divided by their sum. A query that sees nothing (mass 0) costs nothing.
     """
 
     def forward(self, student_mass: Tensor, teacher_mass: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -140,7 +142,8 @@ def _check_leading(op: str, student: Tensor, teacher: Tensor, mask: Tensor | Non
     leading = student.shape[:-1]
     if teacher.shape[:-1] != leading:
         raise ShapeError(
-            f"{op}: teacher must have leading dimensions {list(leading)} as student has, got {list(teacher.shape[:-1])}."
+            f"{op}: teacher must have the leading dimensions of student, {list(leading)}, "
+            f"got {list(teacher.shape[:-1])}."
         )
     if mask is not None:
         if mask.shape != leading:

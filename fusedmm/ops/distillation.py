@@ -17,7 +17,8 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class DistillationScores(NamedTuple):
-    """How far a student is from its teacher, row by row: each field [N] float32 (float64 for float64 heads), or None where it does not apply.
+    """How far a student is from its teacher, row by row: each field [N] float32 (float64 for float64 heads), or None
+    where it does not apply.
 
     With p the student's and t the teacher's probabilities at the temperature, and z the student's logits:
 
@@ -30,7 +31,8 @@ class DistillationScores(NamedTuple):
         student_confidence: ``max p``.
         teacher_confidence: ``max t``.
         agreement: 1 where both have the same argmax, else 0.
-        grad_norm: ``norm(p - t)``, for a `LinearHead` times ``norm(hidden) / temperature``: the norm of the row's gradient in the weight under forward KL.
+        grad_norm: ``norm(p - t)``, for a `LinearHead` times ``norm(hidden) / temperature``: the norm of the row's
+            gradient in the weight under forward KL.
         student_nll: ``-log p_y`` at temperature 1; this and the next four need labels.
         teacher_nll: ``-log t_y`` at temperature 1; None for a top-k teacher, which may not know it.
         excess_loss: ``student_nll - teacher_nll``: reducible holdout loss (RHO-LOSS, Rho-1, DoReMi).
@@ -68,14 +70,16 @@ def distillation_scores(
     ignore_index: int = -100,
     impl: str = "auto",
 ) -> DistillationScores:
-    """Score every row of a batch by how student and teacher differ; forward only, all fields from one pass over both heads.
+    """Score every row of a batch by how student and teacher differ; forward only, all fields from one pass over both
+    heads.
 
     Args:
         student: `LinearHead` or `Logits` of N rows.
         teacher: `LinearHead`, `Logits` or `TopKLogProbs` of the same rows; its hidden size may differ.
         labels: [N] int64, or None.
         temperature: positive number, or [N] tensor; divides the logits of both.
-        beta: which divergence to compute beside the fixed fields, see `distillation_loss`; between 0 and 1 exclusive it costs a second pass.
+        beta: which divergence to compute beside the fixed fields, see `distillation_loss`; between 0 and 1 exclusive it
+            costs a second pass.
         ignore_index: rows with this label are 0 in every field.
         impl: "auto" (Triton on CUDA, eager elsewhere and for a top-k teacher), "triton", "eager" or "reference".
 
@@ -85,11 +89,14 @@ def distillation_scores(
     Raises:
         TypeError, ShapeError, ValueError, NotImplementedError: as the message says.
 
-    Under `torch.autocast` hidden states, weights and biases are taken in its dtype, as `torch.nn.functional.linear` does; all after the matmul is float32.
+    Under `torch.autocast` hidden states, weights and biases are taken in its dtype, as `torch.nn.functional.linear`
+    does; all after the matmul is float32.
 
-    Cost: ``2 N V (Ds + Dt)`` FLOPs (twice that with a second pass). Bytes: the weights once for every block of rows, O(N) extra memory; eager holds one wave of logits.
+    Cost: ``2 N V (Ds + Dt)`` FLOPs (twice that with a second pass). Bytes: the weights once for every block of rows,
+        O(N) extra memory; eager holds one wave of logits.
 
-    Source: RHO-LOSS, Mindermann et al. 2022, eq. 3; el2n and GraNd, Paul et al. 2021; generalised JSD, Agarwal et al. 2024 (GKD), eq. 1.
+    Source: RHO-LOSS, Mindermann et al. 2022, eq. 3; el2n and GraNd, Paul et al. 2021; generalised JSD, Agarwal et al.
+        2024 (GKD), eq. 1.
     """
     op = "distillation_scores"
     if beta is not None:
@@ -98,13 +105,11 @@ def distillation_scores(
     second_pass = beta is not None and 0.0 < beta < 1.0
     if inputs.impl == "reference":
         fields = reference.scores(*_whole(inputs), num_classes=inputs.shard.count, beta=beta, ignore_index=ignore_index)
-        return DistillationScores(
-            **{name: fields[name].detach().to(_result_dtype(inputs)) if name in fields else None for name in FIELDS}
-        )  # type: ignore[arg-type]
+        return _named({name: field.detach().to(_result_dtype(inputs)) for name, field in fields.items()})
     with torch.no_grad():
         problem = problem_of(inputs, beta=0.0 if beta is None else beta, ignore_index=ignore_index)
         rows = torch.ops.fusedmm.distillation_scores(*problem, second_pass).unbind(0)
-    given: dict[str, Tensor | None] = dict(zip(FIELDS, rows, strict=True))
+    given: dict[str, Tensor] = dict(zip(FIELDS, rows, strict=True))
     if beta is not None and not second_pass:
         given["divergence"] = given["forward_kl"] if beta == 0.0 else given["reverse_kl"]
     absent = {name for name in SECOND_PASS_FIELDS if beta is None or (name == "total_variation" and not second_pass)}
@@ -112,7 +117,12 @@ def distillation_scores(
         absent |= {"student_nll", "teacher_nll", "excess_loss", "el2n", "margin"}
     elif isinstance(teacher, TopKLogProbs):
         absent |= {"teacher_nll", "excess_loss"}
-    return DistillationScores(**{name: None if name in absent else field for name, field in given.items()})  # type: ignore[arg-type]
+    return _named({name: field for name, field in given.items() if name not in absent})
+
+
+def _named(fields: dict[str, Tensor]) -> DistillationScores:
+    """Scores by name; those that do not apply are None."""
+    return DistillationScores(**{name: cast(Tensor, fields.get(name)) for name in FIELDS})
 
 
 def distillation_loss(
@@ -136,13 +146,14 @@ def distillation_loss(
     With p and t the probabilities of student and teacher at the temperature T::
 
         mix    = beta * t + (1 - beta) * p
-        D      = KL(t || p) if beta == 0 else KL(p || t) if beta == 1 else beta * KL(t || mix) + (1 - beta) * KL(p || mix)
-        loss_n = alpha * T**2 * D + (1 - alpha) * cross_entropy(student logits, labels, label_smoothing)
-        loss   = (row_weight * loss_n).sum() / normalizer
+        D      = KL(t || p) if beta == 0 else KL(p || t) if beta == 1 else beta * KL(t || mix) + (1 - beta) * KL(p ||
+        mix) loss_n = alpha * T**2 * D + (1 - alpha) * cross_entropy(student logits, labels, label_smoothing) loss   =
+        (row_weight * loss_n).sum() / normalizer
 
     Args:
         student: `LinearHead` or `Logits` of N rows; its tensors get gradients.
-        teacher: `LinearHead`, `Logits` or `TopKLogProbs` of the same rows; frozen unless its tensors require grad (then memory must be "lean").
+        teacher: `LinearHead`, `Logits` or `TopKLogProbs` of the same rows; frozen unless its tensors require grad (then
+            memory must be "lean").
         labels: [N] int64; needed where alpha < 1, else only for `ignore_index`.
         beta: 0 is forward KL, 1 reverse KL, between them the generalised Jensen-Shannon divergence.
         temperature: positive number, or [N] tensor without gradient.
@@ -151,8 +162,10 @@ def distillation_loss(
         row_weight: [N] floating point without gradient, or None for 1.
         ignore_index: rows with this label count nothing and have no gradient.
         reduction: "mean", "sum" or "none" ([N], where the gradient of every row may differ).
-        normalizer: what "mean" divides by; default the sum of the weights of the rows that count. Under data parallelism pass the sum over ranks.
-        memory: "fast" takes the gradient in the forward, wave by wave; "lean" keeps O(N) numbers and forms the logits again in the backward. Reduction "none" always does the latter.
+        normalizer: what "mean" divides by; default the sum of the weights of the rows that count. Under data
+            parallelism pass the sum over ranks.
+        memory: "fast" takes the gradient in the forward, wave by wave; "lean" keeps O(N) numbers and forms the logits
+            again in the backward. Reduction "none" always does the latter.
         impl: "auto" (Triton on CUDA, eager elsewhere and for a top-k teacher), "triton", "eager" or "reference".
 
     Returns:
@@ -161,11 +174,13 @@ def distillation_loss(
     Raises:
         TypeError, ShapeError, ValueError, NotImplementedError: as the message says.
 
-    A head with `group` has its classes split over ranks: every rank must call, gets the same loss, and the gradient of hidden is the sum over ranks.
-    Under `torch.autocast` hidden states, weights and biases are taken in its dtype, as `torch.nn.functional.linear` does; all after the matmul is float32.
+    A head with `group` has its classes split over ranks: every rank must call, gets the same loss, and the gradient of
+    hidden is the sum over ranks. Under `torch.autocast` hidden states, weights and biases are taken in its dtype, as
+    `torch.nn.functional.linear` does; all after the matmul is float32.
 
-    Cost: fast ``2 N V (3 Ds + Dt)`` FLOPs with both gradients, without a weight gradient ``2 N V (2 Ds + Dt)``; lean ``2 N V (2 Ds + 2 Dt)`` more at most ``2 N V (Ds + Dt)``
-    for the second pass of 0 < beta < 1. Bytes: a wave of logits is written once and read once a pass; no buffer for a gradient that nobody asked for.
+    Cost: fast ``2 N V (3 Ds + Dt)`` FLOPs with both gradients, without a weight gradient ``2 N V (2 Ds + Dt)``; lean
+        ``2 N V (2 Ds + 2 Dt)`` more at most ``2 N V (Ds + Dt)`` for the second pass of 0 < beta < 1. Bytes: a wave of
+        logits is written once and read once a pass; no buffer for a gradient that nobody asked for.
 
     Source: Hinton et al. 2015 (the factor T**2); Agarwal et al. 2024 (GKD), eq. 1.
     """
@@ -178,7 +193,8 @@ def distillation_loss(
         raise ValueError(f"{op}: reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}.")
     if alpha < 1.0 and labels is None:
         raise ValueError(
-            f"{op}: labels must be given where alpha < 1, got None with alpha={alpha}. The rest of the loss is cross entropy."
+            f"{op}: labels must be given where alpha < 1, got None with alpha={alpha}. "
+            "The rest of the loss is cross entropy."
         )
     if normalizer is not None and reduction != "mean":
         raise ValueError(f'{op}: normalizer divides reduction="mean" only, got reduction={reduction!r}. Leave it out.')
@@ -191,7 +207,8 @@ def distillation_loss(
     )
     if teacher_wants and memory == "fast":
         raise ValueError(
-            f'{op}: teacher must not require grad with memory="fast", which takes the student\'s gradient only. Detach it, or pass memory="lean".'
+            f'{op}: teacher must not require grad with memory="fast", got one that does. '
+            'Detach it, or pass memory="lean".'
         )
     if inputs.impl == "reference":
         rows = reference.loss(

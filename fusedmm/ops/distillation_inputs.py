@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,7 +17,9 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Inputs:
-    """Checked arguments: local tensors of one dtype a head, the shard of the classes, the temperature as a number and, where it differs by row, a tensor."""
+    """Checked arguments: local tensors of one dtype a head, the shard of the classes, the temperature as a number and,
+    where it differs by row, a tensor.
+    """
 
     student: Head
     teacher: Teacher
@@ -53,11 +54,13 @@ def check_inputs(
     """
     if not isinstance(student, LinearHead | Logits):
         raise TypeError(
-            f"{op}: student must be LinearHead or Logits, got {type(student).__name__}. Its gradient needs the logits of all classes."
+            f"{op}: student must be LinearHead or Logits, got {type(student).__name__}. "
+            "Its gradient needs the logits of all classes."
         )
     if not isinstance(teacher, LinearHead | Logits | TopKLogProbs):
         raise TypeError(
-            f"{op}: teacher must be LinearHead, Logits or TopKLogProbs, got {type(teacher).__name__}. Wrap it in one of them."
+            f"{op}: teacher must be LinearHead, Logits or TopKLogProbs, got {type(teacher).__name__}. "
+            "Wrap it in one of them."
         )
     student, sharded_classes = _localize(op, "student", student)
     shapes = _head_shapes("student", student)
@@ -88,7 +91,8 @@ def check_inputs(
     resolved = resolve_impl(op, impl, source.device, unsupported=_triton_gaps(student, teacher))
     if resolved == "reference" and shard.group is not None:
         raise NotImplementedError(
-            f'{op}: the reference holds all classes, got a head whose classes are split over a group. Pass impl="eager".'
+            f"{op}: the reference holds all classes, got a head whose classes are split over a group. "
+            'Pass impl="eager".'
         )
     if row_temperature is not None:
         row_temperature = row_temperature.to(torch.float64 if source.dtype == torch.float64 else torch.float32)
@@ -121,9 +125,11 @@ def _head_shapes(role: str, head: Head) -> dict[str, tuple[Tensor | None, tuple[
 
 
 def _localize(op: str, role: str, head: Head) -> tuple[Head, int | None]:
-    """The head on this rank's own tensors and in the autocast dtype; the shard size of a DTensor's classes, which ranks may hold unevenly.
+    """The head on this rank's own tensors and in the autocast dtype; the shard size of a DTensor's classes, which ranks
+    may hold unevenly.
 
-    A DTensor without `group` is gathered: its gradient is the sum over ranks, scattered back. With `group` it is the shard that this rank has.
+    A DTensor without `group` is gathered: its gradient is the sum over ranks, scattered back. With `group` it is the
+    shard that this rank has.
     """
     if head.softcap is not None and not head.softcap > 0:
         raise ValueError(f"{op}: {role}.softcap must be positive, got {head.softcap}. Pass None for no bound.")
@@ -140,10 +146,13 @@ def _localize(op: str, role: str, head: Head) -> tuple[Head, int | None]:
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        hidden, weight, bias = (
-            t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight, bias)
-        )
-    return replace(head, hidden=cast(Tensor, hidden), weight=cast(Tensor, weight), bias=bias), size
+        hidden, weight = _autocast(hidden, dtype), _autocast(weight, dtype)
+        bias = bias if bias is None else _autocast(bias, dtype)
+    return replace(head, hidden=hidden, weight=weight, bias=bias), size
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def _local(parameter: Tensor, gather: bool) -> Tensor:
@@ -162,13 +171,15 @@ def _check_dtypes(op: str, student: Head, teacher: Teacher, labels: Tensor | Non
             check_dtype(op, f"{role}.log_probs", head.log_probs, FLOATS, ". They are natural logarithms.")
             if head.log_probs.requires_grad:
                 raise ValueError(
-                    f"{op}: {role}.log_probs must not require grad, a top-k teacher is a constant. Pass log_probs.detach()."
+                    f"{op}: {role}.log_probs must not require grad, a top-k teacher is a constant. "
+                    "Pass log_probs.detach()."
                 )
         elif isinstance(head, Logits):
             check_dtype(op, f"{role}.values", head.values, FLOATS, ".")
         else:
             check_dtype(op, f"{role}.hidden", head.hidden, FLOATS, ".")
-            same = f" while {role}.hidden is {str(head.hidden.dtype).removeprefix('torch.')}. Cast one of them, or run under torch.autocast."
+            dtype = str(head.hidden.dtype).removeprefix("torch.")
+            same = f" while {role}.hidden is {dtype}. Cast one of them, or run under torch.autocast."
             check_dtype(op, f"{role}.weight", head.weight, (head.hidden.dtype,), same)
             if head.bias is not None:
                 check_dtype(op, f"{role}.bias", head.bias, (head.hidden.dtype,), same)
@@ -187,14 +198,16 @@ def _shard(op: str, student: Head, teacher: Teacher, sizes: dict[str, int], shar
     if isinstance(teacher, TopKLogProbs):
         if group is not None:
             raise NotImplementedError(
-                f"{op}: a top-k teacher with a student whose classes are split over a group is not supported. Gather the student's weight."
+                f"{op}: no implementation has a top-k teacher for a student whose classes are split over a group. "
+                "Gather the student's weight."
             )
         if sizes["k"] > total:
             raise ShapeError(f"{op}: teacher.indices must hold at most {total} classes, got k={sizes['k']}.")
     else:
         if teacher.group is not group:
             raise ValueError(
-                f"{op}: teacher.group must be the group of the student, got another. Split both heads over the same ranks."
+                f"{op}: teacher.group must be the group of the student, got another. "
+                "Split both heads over the same ranks."
             )
         own = (
             (sizes["teacher_classes"] if sharded_classes is None else size) * ranks
@@ -207,19 +220,22 @@ def _shard(op: str, student: Head, teacher: Teacher, sizes: dict[str, int], shar
             own = total
         if own != total:
             raise ShapeError(
-                f"{op}: teacher has {own} classes, but student has {total}. Pass num_classes to cut a padded vocabulary."
+                f"{op}: teacher has {own} classes, but student has {total}. "
+                "Pass num_classes to cut a padded vocabulary."
             )
     first = rank * size
     count = min(total - first, sizes["student_classes"])
-    if not 1 <= count:
+    if count < 1:
         raise ValueError(
-            f"{op}: num_classes must leave every rank a class, got {total} classes, {size} a rank, on rank {rank}. Use fewer ranks."
+            f"{op}: num_classes must leave every rank a class, got {total} classes, {size} a rank, on rank {rank}. "
+            "Use fewer ranks."
         )
     for role in ("student", "teacher"):
         available = sizes.get(f"{role}_classes")
         if available is not None and (available < count or (ranks == 1 and available < total)):
             raise ShapeError(
-                f"{op}: num_classes must be at most the classes of {role}, got {total} with {available} classes of {role} on this rank."
+                f"{op}: num_classes must be at most the classes of {role}, got {total} where {role} has {available} "
+                "on this rank. Lower it."
             )
     return Shard(total, first, count, group)
 

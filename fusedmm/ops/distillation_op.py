@@ -1,16 +1,17 @@
-"""The registered operators behind distillation: scores, losses of rows, the loss with its gradient, and the gradient alone.
+"""The registered operators behind distillation: scores, losses of rows, the loss with its gradient, and the gradient
+alone.
 
-All share one argument list, the "problem": the tensors of both heads, then numbers. ``impl`` ("triton" or "eager") is one of them, so that a call means the same on every
-device. Each has a fake for `torch.compile` and export; the two losses have a hand-written autograd function, which is skipped where nothing needs a gradient.
+All share one argument list, the "problem": the tensors of both heads, then numbers. ``impl`` ("triton" or "eager") is
+one of them, so that a call means the same on every device. Each has a fake for `torch.compile` and export; the two
+losses have a hand-written autograd function, which is skipped where nothing needs a gradient.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from fusedmm.eager import distillation as eager
 from fusedmm.eager import distillation_scores as eager_scores
@@ -24,8 +25,10 @@ SAVED_STATISTICS = 16  # rows of statistics that the Triton forward keeps for it
 TENSORS = 9
 _library = torch.library.Library("fusedmm", "FRAGMENT")
 _PROBLEM = (
-    "Tensor student, Tensor? student_weight, Tensor? student_bias, Tensor teacher, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_indices, "
-    "Tensor? labels, Tensor? row_temperature, float student_softcap, float teacher_softcap, float temperature, float beta, float alpha, float label_smoothing, "
+    "Tensor student, Tensor? student_weight, Tensor? student_bias, "
+    "Tensor teacher, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_indices, "
+    "Tensor? labels, Tensor? row_temperature, float student_softcap, float teacher_softcap, "
+    "float temperature, float beta, float alpha, float label_smoothing, "
     "int ignore_index, int total_classes, int first_class, int num_classes, str group, str impl"
 )
 _NEEDS = "bool needs_input, bool needs_weight, bool needs_bias"
@@ -135,7 +138,7 @@ def _backward(*arguments: Any) -> Triple:
 
         return distillation_triton.backward(
             student, teacher, labels, row_temperature, objective, grad_rows, statistics, (needs[0], needs[1], needs[2])
-        )  # type: ignore[no-any-return]
+        )
     return eager.loss(
         student, teacher, labels, row_temperature, objective, grad_rows.contiguous(), (needs[0], needs[1], needs[2])
     )[1]
@@ -188,8 +191,8 @@ class _Fast(torch.autograd.Function):
         return loss, *gradients
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         count = len(ctx.needs_input_grad)
         if grad_loss is None:
             return (None,) * count
@@ -201,7 +204,9 @@ class _Fast(torch.autograd.Function):
 
 
 class _Rows(torch.autograd.Function):
-    """Only O(N) is kept; the backward forms the logits again, for the student and, with the roles exchanged, for a teacher that wants a gradient."""
+    """Only O(N) is kept; the backward forms the logits again, for the student and, with the roles exchanged, for a
+    teacher that wants a gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, *problem: Any) -> tuple[Tensor, Tensor]:
@@ -214,8 +219,8 @@ class _Rows(torch.autograd.Function):
         return rows, statistics
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_rows: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         statistics, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad
         gradients: list[Tensor | None] = [None] * 6
@@ -237,14 +242,18 @@ class _Rows(torch.autograd.Function):
 
 
 def _exchange(problem: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same divergence with student and teacher exchanged (beta becomes 1 - beta) and without the cross entropy, which has no teacher."""
+    """The same divergence with student and teacher exchanged (beta becomes 1 - beta) and without the cross entropy,
+    which has no teacher.
+    """
     tensors, numbers = problem[:TENSORS], list(problem[TENSORS:])
     numbers[0], numbers[1], numbers[3], numbers[4] = numbers[1], numbers[0], 1.0 - numbers[3], 1.0
     return (*tensors[3:6], *tensors[:3], *tensors[6:], *numbers)
 
 
 def _exchange_statistics(statistics: Tensor) -> Tensor:
-    """Saved statistics of the exchanged heads: the first 12 rows are pairs of student and teacher; ratios of the two (rows 8, 9 and 15) change their sign."""
+    """Saved statistics of the exchanged heads: the first 12 rows are pairs of student and teacher; ratios of the two
+    (rows 8, 9 and 15) change their sign.
+    """
     if statistics.shape[0] == 0:
         return statistics
     pairs = statistics[:12].reshape(6, 2, -1).flip(1).reshape(12, -1)
@@ -262,14 +271,14 @@ def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
 
 def _autograd_fast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if _wants_gradient(arguments):
-        return _Fast.apply(*arguments)  # type: ignore[no-any-return]
+        return _Fast.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.fusedmm.distillation_fast(*arguments)  # type: ignore[no-any-return]
 
 
 def _autograd_rows(*arguments: Any) -> tuple[Tensor, Tensor]:
     if _wants_gradient(arguments):
-        return _Rows.apply(*arguments)  # type: ignore[no-any-return]
+        return _Rows.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.fusedmm.distillation_rows(*arguments)  # type: ignore[no-any-return]
 

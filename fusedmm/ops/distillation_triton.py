@@ -1,8 +1,11 @@
 """Distillation with Triton: the statistics, mixture and gradient kernels around matmuls of PyTorch.
 
-* Scores and the forward of "lean": the statistics kernel over the heads themselves; no logits in memory, O(N) numbers are kept.
-* "fast": waves of rows. Logits by two matmuls into float32, the same kernels over them, the gradient in the matmuls' dtype, two matmuls more. 10 bytes a logit of a wave.
-* Backward of "lean": the gradient kernel over the heads for all rows and a range of classes, two matmuls. 2 bytes a logit of a range, and hidden's gradient in float32.
+* Scores and the forward of "lean": the statistics kernel over the heads themselves; no logits in memory, O(N) numbers
+  are kept.
+* "fast": waves of rows. Logits by two matmuls into float32, the same kernels over them, the gradient in the matmuls'
+  dtype, two matmuls more. 10 bytes a logit of a wave.
+* Backward of "lean": the gradient kernel over the heads for all rows and a range of classes, two matmuls. 2 bytes a
+  logit of a range, and hidden's gradient in float32.
 """
 
 import math
@@ -26,7 +29,7 @@ Needs = tuple[bool, bool, bool]
 FAST_ELEMENTS = 100 << 20  # logits of a wave of rows: 1 GiB at 10 bytes each
 RANGE_ELEMENTS = 16 << 20  # logits of a range of classes: 32 MiB at 2 bytes each
 RANGE_ROWS = 16384
-ROUNDED_SUMS = 8  # a bfloat16 weight gradient may be rounded once a wave for as many waves (0.3 % in all); beyond, it is summed in float32
+ROUNDED_SUMS = 8  # waves after each of which a bfloat16 weight gradient may be rounded (0.3 % in all); else float32
 FLOAT16_SCALE = 64.0  # keeps gradients of probabilities near 1e-6 out of float16's subnormals
 
 
@@ -38,7 +41,9 @@ def scores(
     objective: Objective,
     second_pass: bool,
 ) -> Tensor:
-    """All fields of `fusedmm.eager.distillation_scores.FIELDS` [fields, N] float32; those that do not apply hold no meaning."""
+    """All fields of `fusedmm.eager.distillation_scores.FIELDS` [fields, N] float32; those that do not apply hold no
+    meaning.
+    """
     heads = _tensors(student, teacher, objective)
     saved, fields = _statistics(*heads, labels, temperature, objective, for_scores=True)
     if isinstance(student, LinearHead):
@@ -72,7 +77,9 @@ def fast(
     grad_rows: Tensor,
     needs: Needs,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Loss of every row, and the gradient of ``(grad_rows * loss).sum()`` in the student's input, weight and bias; empty where not needed."""
+    """Loss of every row, and the gradient of ``(grad_rows * loss).sum()`` in the student's input, weight and bias;
+    empty where not needed.
+    """
     from fusedmm.kernels.distillation.tiles import HeadTensors
 
     student_head, teacher_head = _tensors(student, teacher, objective)
@@ -108,7 +115,9 @@ def backward(
     statistics: Tensor,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of ``(grad_rows * loss).sum()`` in the student's input, weight and bias from saved statistics; the logits are formed again, tile by tile."""
+    """Gradient of ``(grad_rows * loss).sum()`` in the student's input, weight and bias from saved statistics; the
+    logits are formed again, tile by tile.
+    """
     student_head, teacher_head = _tensors(student, teacher, objective)
     num_rows, classes = student_head.source.shape[0], objective.shard.count
     range_rows = min(num_rows, RANGE_ROWS)
@@ -157,7 +166,9 @@ def _tensors(student: Head, teacher: Teacher, objective: Objective) -> "tuple[He
 
 
 def _wave_logits(student: "HeadTensors", teacher: "HeadTensors", wave: slice) -> tuple[Tensor, Tensor]:
-    """float32 logits of a wave before bias and soft-cap, one matmul where the heads share their weight; logits that exist are passed on."""
+    """float32 logits of a wave before bias and soft-cap, one matmul where the heads share their weight; logits that
+    exist are passed on.
+    """
     if (
         student.weight is not None
         and teacher.weight is not None
@@ -260,8 +271,9 @@ def _loss_rows(
 class _Gradient:
     """Gradients of the student's head from ranges of rows and classes of the gradient of its logits.
 
-    Each is a sum over one of the two: hidden's over classes, the weight's and the bias's over rows. A sum that one range completes is written in its dtype; one of several parts is
-    kept in float32 and rounded at the end, except a bfloat16 weight gradient of at most `ROUNDED_SUMS` parts, which would double the memory of the largest tensor.
+    Each is a sum over one of the two: hidden's over classes, the weight's and the bias's over rows. A sum that one
+        range completes is written in its dtype; one of several parts is kept in float32 and rounded at the end, except
+        a bfloat16 weight gradient of at most `ROUNDED_SUMS` parts, which would double the memory of the largest tensor.
     """
 
     def __init__(
@@ -295,7 +307,9 @@ class _Gradient:
         labels: Tensor | None,
         temperature: Tensor | None,
     ) -> None:
-        """Form the gradient of the logits of rows `wave` and classes `block`, and take it into the sums; `student` and `teacher` hold the rows of the wave only."""
+        """Form the gradient of the logits of rows `wave` and classes `block`, and take it into the sums; `student` and
+        `teacher` hold the rows of the wave only.
+        """
         from fusedmm.kernels.distillation.gradient import gradient_logits
 
         objective = self.objective
@@ -342,7 +356,8 @@ class _Gradient:
         dtype = self.head.source.dtype
         gradients = (self.input, self.weight, self.bias)
         if self.scale != 1.0:
-            gradients = tuple(gradient.div_(self.scale) for gradient in gradients)
+            for gradient in gradients:
+                gradient.div_(self.scale)
         return gradients[0].to(dtype), gradients[1].to(dtype), gradients[2].to(dtype)
 
 

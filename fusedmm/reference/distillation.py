@@ -1,6 +1,7 @@
 """The definition of distillation scores and losses: float64, differentiable by autograd, the whole logits in memory.
 
-Nothing here is fast; every other implementation is compared to it. Formulas as in `fusedmm.distillation_scores` and `fusedmm.distillation_loss`.
+Nothing here is fast; every other implementation is compared to it. Formulas as in `fusedmm.distillation_scores` and
+`fusedmm.distillation_loss`.
 """
 
 import torch
@@ -25,7 +26,9 @@ def logits(head: LinearHead | Logits, num_classes: int) -> Tensor:
 
 
 def divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """[N] generalised Jensen-Shannon divergence of log-probabilities [N, V]: KL(t || p) at beta 0, KL(p || t) at 1, in between against their mixture."""
+    """[N] generalised Jensen-Shannon divergence of log-probabilities [N, V]: KL(t || p) at beta 0, KL(p || t) at 1, in
+    between against their mixture.
+    """
     p, t = student.exp(), teacher.exp()
     if beta == 0.0:
         return (t * (teacher - student)).sum(-1)
@@ -38,7 +41,9 @@ def divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
 def log_probs(
     student: LinearHead | Logits, teacher: Teacher, temperature: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of student and teacher over what both can tell apart: [N, V] classes, or [N, K+1] with the bucket of a top-k teacher last."""
+    """Log-probabilities of student and teacher over what both can tell apart: [N, V] classes, or [N, K+1] with the
+    bucket of a top-k teacher last.
+    """
     full = torch.log_softmax(logits(student, num_classes) / temperature[:, None], -1)
     if not isinstance(teacher, TopKLogProbs):
         return full, torch.log_softmax(logits(teacher, num_classes) / temperature[:, None], -1)

@@ -1,7 +1,8 @@
 """Tile sizes of the distillation kernels: pure functions of sizes and architecture.
 
-With a weight, two float32 accumulators of [128, 128] take 128 registers of a thread at 8 warps, which leaves room for the statistics of a row. Without one, a tile is a stretch of
-rows of 8192 elements that need no matmul. Splits of the vocabulary give every multiprocessor a program when rows are few.
+With a weight, two float32 accumulators of [128, 128] take 128 registers of a thread at 8 warps, which leaves room for
+the statistics of a row. Without one, a tile is a stretch of rows of 8192 elements that need no matmul. Splits of the
+vocabulary give every multiprocessor a program when rows are few.
 """
 
 import triton
@@ -15,7 +16,9 @@ ROW_TILE = 4096
 def tile_config(
     arch: str, num_classes: int, has_matmul: bool, is_float32: bool, *, is_narrow: bool = False
 ) -> LaunchConfig:
-    """Tiles of the statistics, mixture and gradient kernels; narrow where they keep so many numbers a row that wider tiles spill."""
+    """Tiles of the statistics, mixture and gradient kernels; narrow where they keep so many numbers a row that wider
+    tiles spill.
+    """
     if not has_matmul:
         block_v = min(1024, max(16, triton.next_power_of_2(num_classes)))
         return LaunchConfig(
@@ -33,7 +36,9 @@ def tile_config(
 
 
 def vocabulary_splits(arch: str, num_rows: int, num_classes: int, config: LaunchConfig) -> int:
-    """Programs that share a block of rows: enough to occupy the device twice over where rows are few, never more than there are tiles of classes."""
+    """Programs that share a block of rows: enough to occupy the device twice over where rows are few, never more than
+    there are tiles of classes.
+    """
     row_blocks = triton.cdiv(max(num_rows, 1), config.blocks["BLOCK_N"])
     tiles = triton.cdiv(num_classes, config.blocks["BLOCK_V"])
-    return max(1, min(tiles, 2 * MULTIPROCESSORS[arch] // row_blocks))
+    return max(1, min(int(tiles), 2 * MULTIPROCESSORS[arch] // int(row_blocks)))

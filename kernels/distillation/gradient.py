@@ -1,12 +1,16 @@
-"""Gradient of the loss in the student's logits, for a range of classes, from saved statistics: formed again from the heads, or from logits that exist.
+"""Gradient of the loss in the student's logits, for a range of classes, from saved statistics: formed again from the
+heads, or from logits that exist.
 
-With p and t the probabilities at the temperature T, p1 at 1, k the student's most likely class, r the log-ratio minus its value at k, and G minus the mean of r over p:
+With p and t the probabilities at the temperature T, p1 at 1, k the student's most likely class, r the log-ratio minus
+its value at k, and G minus the mean of r over p:
 
-    beta = 0   g = p - t            beta = 1   g = p (r + G), r = log(p / t)            between   g = (1 - beta) p (r + G), r = log(p / mix)
-    grad_logits = grad_row * (alpha T g + (1 - alpha) (p1 - (1 - label_smoothing) onehot - label_smoothing / V)) * (1 - (z / softcap)^2)
+    beta = 0   g = p - t            beta = 1   g = p (r + G), r = log(p / t)            between   g = (1 - beta) p (r +
+    G), r = log(p / mix) grad_logits = grad_row * (alpha T g + (1 - alpha) (p1 - (1 - label_smoothing) onehot -
+    label_smoothing / V)) * (1 - (z / softcap)^2)
 
-At k, where p may round to 1, ``p - t`` is the difference of what p and t leave to the others. One rounding, to the dtype of the matmuls that follow; float16 is stored times
-`float16_scale`. FLOPs: 2 N V (Ds + Dt) for heads with weights; bytes: the gradient once, and logits that exist once.
+At k, where p may round to 1, ``p - t`` is the difference of what p and t leave to the others. One rounding, to the
+dtype of the matmuls that follow; float16 is stored times `float16_scale`. FLOPs: 2 N V (Ds + Dt) for heads with
+weights; bytes: the gradient once, and logits that exist once.
 """
 
 import torch
@@ -16,7 +20,7 @@ import triton.language as tl
 from fusedmm.kernels.distillation.config import tile_config
 from fusedmm.kernels.distillation.mixture import mixture_ratio
 from fusedmm.kernels.distillation.statistics import shares_weight
-from fusedmm.kernels.distillation.tiles import HeadTensors, finish, pair_tiles, slabs
+from fusedmm.kernels.distillation.tiles import FORBIDDEN, HeadTensors, finish, pair_tiles, slabs
 from fusedmm.kernels.launch import device_arch
 from fusedmm.kernels.softmax import LN_2
 
@@ -110,7 +114,7 @@ def _gradient_kernel(
             )
         g *= grad_rows[:, None]
         if student_softcap is not None:
-            share = x * LN_2 / student_softcap
+            share = tl.where(x > FORBIDDEN, x, 0.0) * (LN_2 / student_softcap)
             g *= 1.0 - share * share
         if grad_logits_ptr.dtype.element_ty == tl.float16:
             g = tl.minimum(tl.maximum(g, -65504.0), 65504.0)
@@ -159,7 +163,9 @@ def gradient_logits(
     ignore_index: int,
     columns: slice,
 ) -> torch.Tensor:
-    """`grad_scale` times the gradient in the student's soft-capped logits' inputs, for local classes `columns`, written to `out` [N, columns]; `out`."""
+    """`grad_scale` times the gradient in the student's soft-capped logits' inputs, for local classes `columns`, written
+    to `out` [N, columns]; `out`.
+    """
     arch = device_arch(student.source.device)
     num_rows, width = out.shape
     has_matmul = student.weight is not None or teacher.weight is not None

@@ -1,11 +1,13 @@
 """Second pass: divergences against the mixture of two heads, and total variation, once the log-sum-exps are known.
 
-With d = log t - log p, q = beta / (1 - beta) * t / p and k the student's most likely class, the gradient of a generalised Jensen-Shannon divergence holds only
+With d = log t - log p, q = beta / (1 - beta) * t / p and k the student's most likely class, the gradient of a
+generalised Jensen-Shannon divergence holds only
 
     log(p / mix) - log(p_k / mix_k) = log((1 + q_k) / (1 + q))
 
-whose size is that of the gap between heads that agree, and that of the overlap of heads that do not: it is formed without subtracting from a constant. The teacher's side is the same
-with the roles exchanged. FLOPs: 2 N V (Ds + Dt) for heads with weights. float32; bitwise reproducible.
+whose size is that of the gap between heads that agree, and that of the overlap of heads that do not: it is formed
+without subtracting from a constant. The teacher's side is the same with the roles exchanged. FLOPs: 2 N V (Ds + Dt) for
+heads with weights. float32; bitwise reproducible.
 """
 
 import torch
@@ -38,7 +40,9 @@ def expm1(x):
 
 @triton.jit
 def mixture_ratio(ratio, ratio_top, odds):
-    """log((1 + q_top) / (1 + q)), natural, for ratios ``log2(t / p)`` of a tile [BLOCK_N, BLOCK_V] and at the top class [BLOCK_N]; odds = beta / (1 - beta)."""
+    """log((1 + q_top) / (1 + q)), natural, for ratios ``log2(t / p)`` of a tile [BLOCK_N, BLOCK_V] and at the top class
+    [BLOCK_N]; odds = beta / (1 - beta).
+    """
     q = odds * tl.exp2(tl.minimum(ratio, RATIO_LIMIT))
     q_top = odds * tl.exp2(tl.minimum(ratio_top, RATIO_LIMIT))[:, None]
     distance = (ratio - ratio_top[:, None]) * 0.6931471805599453
@@ -135,7 +139,9 @@ def mixture_sums(
     beta: float,
     num_classes: int,
 ) -> torch.Tensor:
-    """[SUMS, N] sums over this rank's classes: ``p * ratio`` of the student, the same of the teacher (natural, each minus its value at the top class), and total variation."""
+    """[SUMS, N] sums over this rank's classes: ``p * ratio`` of the student, the same of the teacher (natural, each
+    minus its value at the top class), and total variation.
+    """
     arch = device_arch(student.source.device)
     num_rows = student.source.shape[0]
     has_matmul = student.weight is not None or teacher.weight is not None

@@ -1,7 +1,8 @@
 """Every distillation kernel in every configuration the table chooses, for ahead-of-time compilation.
 
-The variants are those that differ in code: scores or losses, heads with weights, with a shared weight or logits that exist, with and without bias and soft-cap, a temperature a row
-or 1, labels or none, and the kind of divergence. Not every combination is listed, but every option is.
+The variants are those that differ in code: scores or losses, heads with weights, with a shared weight or logits that
+exist, with and without bias and soft-cap, a temperature a row or 1, labels or none, and the kind of divergence. Not
+every combination is listed, but every option is.
 """
 
 import inspect

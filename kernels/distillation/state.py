@@ -1,17 +1,22 @@
-"""Row statistics of two heads that can be taken over any part of the classes and merged: over tiles, splits of the vocabulary, and ranks.
+"""Row statistics of two heads that can be taken over any part of the classes and merged: over tiles, splits of the
+vocabulary, and ranks.
 
-Of each head, with x its logits in base 2, s = x / T, k its most likely class so far and u = t - s the teacher's minus the student's tempered logit:
+Of each head, with x its logits in base 2, s = x / T, k its most likely class so far and u = t - s the teacher's minus
+the student's tempered logit:
 
     peak     x_k              others   sum over v != k of 2^(s_v - s_k)
     arg      k                slope    sum over v of 2^(s_v - s_k) (u_v - u_k)         ratio   u_k
 
-The largest class is kept apart, so that 1 - p_k and ``log p_k - log t_k - KL`` of a saturated row keep their digits, and u is a difference of logits taken element by element, so
-that a student near its teacher does. A state is a tuple of [BLOCK_N] float32, in the order of `SIZE_BASE` numbers below, then those of the loss or of the scores.
+The largest class is kept apart, so that 1 - p_k and ``log p_k - log t_k - KL`` of a saturated row keep their digits,
+and u is a difference of logits taken element by element, so that a student near its teacher does. A state is a tuple of
+[BLOCK_N] float32, in the order of `SIZE_BASE` numbers below, then those of the loss or of the scores.
 
-    base     0 peak, 1 arg, 2 others, 3 slope, 4 ratio of the student    5..9 the same of the teacher    10 others of the student at T = 1
-    loss     11 logit of the label    12 sum of logits
-    scores   11 logit of the label    12 of the teacher    13 largest logit of another class    14 sum over v != k of 4^(x_v - x_k)    15 others of the teacher at T = 1
-             16 sum a log2 a    17 sum b log2 b    18 sum sqrt(a b)    19 sum (a - b)^2    20 sum (a - b) b    21 sum b^2       a = 2^(s - s_k), b = 2^(t - t_k)
+    base     0 peak, 1 arg, 2 others, 3 slope, 4 ratio of the student    5..9 the same of the teacher    10 others of
+    the student at T = 1 loss     11 logit of the label    12 sum of logits scores   11 logit of the label    12 of the
+    teacher    13 largest logit of another class    14 sum over v != k of 4^(x_v - x_k)    15 others of the teacher at T
+    = 1
+             16 sum a log2 a    17 sum b log2 b    18 sum sqrt(a b)    19 sum (a - b)^2    20 sum (a - b) b    21 sum
+             b^2       a = 2^(s - s_k), b = 2^(t - t_k)
 """
 
 import triton
@@ -30,9 +35,9 @@ def empty_state(BLOCK_N: tl.constexpr, IS_SCORES: tl.constexpr):
     none = tl.full([BLOCK_N], NOTHING, tl.float32)
     base = (none, zero, zero, zero, zero, none, zero, zero, zero, zero, zero)
     if IS_SCORES:
-        return base + (zero, zero, none, zero, zero, zero, zero, zero, zero, zero, zero)
+        return base + (zero, zero, none, zero, zero, zero, zero, zero, zero, zero, zero)  # noqa: RUF005
     else:
-        return base + (zero, zero)
+        return base + (zero, zero)  # noqa: RUF005 (Triton knows no unpacking)
 
 
 @triton.jit
@@ -48,7 +53,9 @@ def _head_state(x, scaled, u, offs_v):
 
 @triton.jit
 def loss_state(x, y, inverse_temperature, offs_v, labels, mask_v, IS_UNIT: tl.constexpr, HAS_LABELS: tl.constexpr):
-    """Base and loss numbers of one tile: x the student's and y the teacher's logits in base 2 [BLOCK_N, BLOCK_V]; offs_v are classes over all ranks."""
+    """Base and loss numbers of one tile: x the student's and y the teacher's logits in base 2 [BLOCK_N, BLOCK_V];
+    offs_v are classes over all ranks.
+    """
     s = x * inverse_temperature[:, None]
     t = y * inverse_temperature[:, None]
     u = t - s
@@ -94,7 +101,8 @@ def score_sums(x, y, base, inverse_temperature, offs_v, labels, IS_UNIT: tl.cons
     difference = a - b
     return (
         teacher_label_logit, runner_up, squares, teacher_unit_others, tl.sum(a * s, 1), tl.sum(b * t, 1),
-        tl.sum(tl.exp2(0.5 * (s + t)), 1), tl.sum(difference * difference, 1), tl.sum(difference * b, 1), tl.sum(b * b, 1),
+        tl.sum(tl.exp2(0.5 * (s + t)), 1),
+        tl.sum(difference * difference, 1), tl.sum(difference * b, 1), tl.sum(b * b, 1),
     )  # fmt: skip
 
 
@@ -162,9 +170,10 @@ def merge_states(one, two, inverse_temperature, IS_SCORES: tl.constexpr):
         )
         difference1, cross1, square1 = _merge_squares(one[19], one[20], one[21], a1, b1)
         difference2, cross2, square2 = _merge_squares(two[19], two[20], two[21], a2, b2)
-        return base + (
-            one[11] + two[11], one[12] + two[12], tl.maximum(one[13], two[13]), squares, unit_teacher_others, student_logs, teacher_logs, overlap,
+        return base + (  # noqa: RUF005
+            one[11] + two[11], one[12] + two[12], tl.maximum(one[13], two[13]), squares, unit_teacher_others,
+            student_logs, teacher_logs, overlap,
             difference1 + difference2, cross1 + cross2, square1 + square2,
         )  # fmt: skip
     else:
-        return base + (one[11] + two[11], one[12] + two[12])
+        return base + (one[11] + two[11], one[12] + two[12])  # noqa: RUF005

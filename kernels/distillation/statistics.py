@@ -1,12 +1,14 @@
 """Statistics of every row of two heads, one pass over the classes; the logits live in registers.
 
-`_statistics_kernel` gives the state (see state.py) of one block of rows over one split of the classes; `_merge_statistics_kernel` merges the splits (and the ranks) of a row and turns
-the state into scores, or into what a gradient needs. With Z = 1 + others and c = lse_t - lse_s, taken as a difference of peaks plus the logarithm of a ratio:
+`_statistics_kernel` gives the state (see state.py) of one block of rows over one split of the classes;
+`_merge_statistics_kernel` merges the splits (and the ranks) of a row and turns the state into scores, or into what a
+gradient needs. With Z = 1 + others and c = lse_t - lse_s, taken as a difference of peaks plus the logarithm of a ratio:
 
     KL(t || p) = u_k + slope / Z - c   at the teacher's k        KL(p || t) = c - u_k - slope / Z   at the student's k
 
-FLOPs: 2 N V (Ds + Dt). Bytes: each weight once for every block of rows (from L2 where programs of one split run together), hidden states once for every tile of classes from L2.
-float32 throughout; bitwise reproducible: a fixed order, no atomics.
+FLOPs: 2 N V (Ds + Dt). Bytes: each weight once for every block of rows (from L2 where programs of one split run
+together), hidden states once for every tile of classes from L2. float32 throughout; bitwise reproducible: a fixed
+order, no atomics.
 """
 
 import torch
@@ -134,7 +136,7 @@ def _merge_statistics_kernel(
         inverse = 1.0 / tl.load(row_temperature_ptr + rows, mask=mask_n, other=1.0)
     row_stride = tl.full([], 1, tl.int64) * num_rows
     state = empty_state(BLOCK_N, IS_SCORES)
-    for split in range(0, num_splits):
+    for split in range(num_splits):
         state_ptrs = state_ptr + split * SIZE * row_stride + rows
         state = merge_states(state, _load_state(state_ptrs, row_stride, mask_n, SIZE), inverse, IS_SCORES)
     counts = tl.full([BLOCK_N], 1, tl.int1)
@@ -172,14 +174,16 @@ def _merge_statistics_kernel(
         )
         fields = (
             forward_kl, reverse_kl, 1.0 - state[18] / tl.sqrt(student_sum * teacher_sum),
-            (tl.log2(student_sum) - state[16] / student_sum) * LN_2, (tl.log2(teacher_sum) - state[17] / teacher_sum) * LN_2,
-            1.0 / student_sum, 1.0 / teacher_sum, tl.where(state[1] == state[6], 1.0, 0.0), tl.sqrt(distance) / student_sum,
-            student_nll, teacher_nll, student_nll - teacher_nll, tl.sqrt(tl.maximum(squares, 0.0) + others * others), (state[11] - state[13]) * LN_2,
+            (tl.log2(student_sum) - state[16] / student_sum) * LN_2,
+            (tl.log2(teacher_sum) - state[17] / teacher_sum) * LN_2,
+            1.0 / student_sum, 1.0 / teacher_sum, tl.where(state[1] == state[6], 1.0, 0.0),
+            tl.sqrt(distance) / student_sum, student_nll, teacher_nll, student_nll - teacher_nll,
+            tl.sqrt(tl.maximum(squares, 0.0) + others * others), (state[11] - state[13]) * LN_2,
         )  # fmt: skip
     else:
         mean = state[12] / total_classes
         cross_entropy = student_nll + label_smoothing * (state[11] - mean) * LN_2
-        fields = (forward_kl, reverse_kl, cross_entropy)
+        fields = (forward_kl, reverse_kl, cross_entropy)  # type: ignore[assignment]
     for i in tl.static_range(len(fields)):
         tl.store(fields_ptr + i * row_stride + rows, tl.where(counts, fields[i], 0.0), mask=mask_n)
     _save(
@@ -213,7 +217,9 @@ def _save(
     row_stride,
     mask_n,
 ):
-    """What gradients need, in pairs of student and teacher (base 2): shift, log of the sum, arg, 1 - p_k, u_k, mean log-ratio at k minus that of all; then peak and others at T = 1, c."""
+    """What gradients need, in pairs of student and teacher (base 2): shift, log of the sum, arg, 1 - p_k, u_k, mean
+    log-ratio at k minus that of all; then peak and others at T = 1, c.
+    """
     saved = (
         student_shift, teacher_shift, tl.log2(student_sum), tl.log2(teacher_sum), state[1], state[6],
         state[2] / student_sum, state[7] / teacher_sum, state[4], state[9], student_slope, -teacher_slope,
@@ -235,7 +241,9 @@ def statistics(
     for_scores: bool,
     split_classes: int | None = None,
 ) -> torch.Tensor:
-    """States [splits, SIZE, N] float32 of this rank's classes; as many splits as `split_classes` classes would have, so that ranks with unequal shards agree."""
+    """States [splits, SIZE, N] float32 of this rank's classes; as many splits as `split_classes` classes would have, so
+    that ranks with unequal shards agree.
+    """
     arch = device_arch(student.source.device)
     num_rows = student.source.shape[0]
     has_matmul = student.weight is not None or teacher.weight is not None
@@ -283,7 +291,9 @@ def merge_statistics(
     label_smoothing: float,
     for_scores: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Saved statistics [SAVED, N], and scores [FIELDS, N] (the last two are 0) or losses [LOSSES, N], from the states of all splits and ranks; 0 where a row is ignored."""
+    """Saved statistics [SAVED, N], and scores [FIELDS, N] (the last two are 0) or losses [LOSSES, N], from the states
+    of all splits and ranks; 0 where a row is ignored.
+    """
     splits, size, num_rows = state.shape
     saved = state.new_empty((SAVED, num_rows))
     fields = state.new_zeros((FIELDS if for_scores else LOSSES, num_rows))

@@ -1,7 +1,8 @@
 """Tiles of logits of two heads: from a matmul with the vocabulary's weight, or from logits that exist.
 
-A tile is [BLOCK_N, BLOCK_V] float32 in base 2, ``log2(e) * z``: the matmul accumulates in float32 (float32 inputs are multiplied exactly, without TF32), then bias and
-soft-cap, and nothing is rounded in between. Classes beyond the last get `FORBIDDEN`, which stands for -inf: finite, so that ``0 * FORBIDDEN`` is 0.
+A tile is [BLOCK_N, BLOCK_V] float32 in base 2, ``log2(e) * z``: the matmul accumulates in float32 (float32 inputs are
+multiplied exactly, without TF32), then bias and soft-cap, and nothing is rounded in between. Classes beyond the last
+get `FORBIDDEN`, which stands for -inf: finite, so that ``0 * FORBIDDEN`` is 0.
 """
 
 from typing import NamedTuple
@@ -65,11 +66,13 @@ def pair_tiles(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Tiles of student and teacher before `finish`, for rows `offs_n` and classes `offs_v`; rows must exist, classes may lie beyond `num_classes`."""
+    """Tiles of student and teacher before `finish`, for rows `offs_n` and classes `offs_v`; rows must exist, classes
+    may lie beyond `num_classes`.
+    """
     if IS_SHARED:
         student, teacher = _shared_matmul(
-            student_ptr, teacher_ptr, student_weight_ptr, student_stride_n, teacher_stride_n, student_weight_stride_v, student_size_d, offs_n, offs_v, num_classes,
-            BLOCK_N, BLOCK_V, BLOCK_D,
+            student_ptr, teacher_ptr, student_weight_ptr, student_stride_n, teacher_stride_n, student_weight_stride_v,
+            student_size_d, offs_n, offs_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
     else:
         student = _head_tile(
@@ -138,8 +141,8 @@ def _head_tile(
 
 @triton.jit
 def _shared_matmul(
-    student_ptr, teacher_ptr, weight_ptr, student_stride_n, teacher_stride_n, weight_stride_v, size_d, offs_n, offs_v, num_classes,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    student_ptr, teacher_ptr, weight_ptr, student_stride_n, teacher_stride_n, weight_stride_v,
+    size_d, offs_n, offs_v, num_classes, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Both matmuls in one sweep over a weight that the heads share."""
     offs_d = tl.arange(0, BLOCK_D)
@@ -166,7 +169,9 @@ def _shared_matmul(
 
 @triton.jit
 def slabs(x, SLABS: tl.constexpr):
-    """Tuple of `SLABS` neighbouring parts of a tile's columns: registers are only renamed, and what is computed from one part is gone before the next."""
+    """Tuple of `SLABS` neighbouring parts of a tile's columns: registers are only renamed, and what is computed from
+    one part is gone before the next.
+    """
     if SLABS == 1:
         return (x,)
     else:
