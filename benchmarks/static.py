@@ -170,7 +170,10 @@ def _rounded(value: float | None) -> float | None:
 
 def _analyse_by_name(key: tuple[str, str]) -> Row:
     arch, name = key
-    return analyse_row(specs(arch)[name])
+    try:
+        return analyse_row(specs(arch)[name])
+    except Exception as error:
+        raise RuntimeError(f"static: {name} does not compile for {arch}: {error}") from error
 
 
 def compile_rows(keys: Sequence[tuple[str, str]]) -> Iterator[Row]:

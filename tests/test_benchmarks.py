@@ -1,0 +1,216 @@
+"""The benchmarks measure what they say: gate, timing, memory, model, files, comparison."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import compare, peers, readme, results
+from benchmarks.case import Case, Prepared, Unavailable, Variant
+from benchmarks.cases import builders
+from benchmarks.command import main
+from benchmarks.gate import Gate
+from benchmarks.harness import Harness, ratio
+from benchmarks.machine_code import parse_sass
+from benchmarks.memory import peak_bytes
+from benchmarks.model import in_flight, loop_flops, pipe_clocks
+from benchmarks.results import Result, Run
+from benchmarks.roofline import Ceilings
+from benchmarks.telemetry import Telemetry
+from benchmarks.timing import comparable
+
+CPU = torch.device("cpu")
+CEILINGS = Ceilings(10.0, {"float32": 0.1})
+RESULT = Result("run", "case", "forward", "fusedmm", {}, "timed", "", 1.0, 0.9, 1.1, 10, 100.0)
+
+
+def toy(*variants: Variant) -> Case:
+    """y = 2 x, summed up."""
+
+    def bind(problem: Tensor, dtype: torch.dtype) -> Prepared:
+        return doubled(problem.to(dtype))
+
+    return Case(
+        name="toy",
+        devices=("cpu",),
+        sizes={"n": 8},
+        problem=lambda device: torch.ones(8),
+        small=lambda device: torch.arange(8.0),
+        reference=bind,
+        variants=variants,
+        flops=dict.fromkeys(("forward", "backward", "both"), 8.0),
+        bytes=dict.fromkeys(("forward", "backward", "both"), 64.0),
+        dtype=torch.float32,
+    )
+
+
+def doubled(x: Tensor, factor: float = 2.0) -> Prepared:
+    leaf = x.clone().requires_grad_()
+    return Prepared(lambda: {"y": leaf * factor}, {"x": leaf}, {"y": torch.ones_like(x)})
+
+
+def harness() -> Harness:
+    return Harness(CPU, CEILINGS, Telemetry(CPU), "run", seconds=0.01)
+
+
+def unavailable(problem: Tensor) -> Prepared:
+    raise Unavailable("not here")
+
+
+def broken(problem: Tensor) -> Prepared:
+    raise RuntimeError("it broke\nin two lines")
+
+
+def test_every_variant_and_mode_gets_a_row() -> None:
+    good = Variant("fusedmm", doubled, ours=True)
+    rows = harness().results(toy(good, Variant("absent", unavailable), Variant("broken", broken, modes=("forward",))))
+    assert {(row.variant, row.mode): row.status for row in rows} == {
+        ("fusedmm", "forward"): "timed",
+        ("fusedmm", "backward"): "timed",
+        ("fusedmm", "both"): "timed",
+        ("absent", "forward"): "skipped",
+        ("absent", "backward"): "skipped",
+        ("absent", "both"): "skipped",
+        ("broken", "forward"): "failed",
+    }
+    assert next(row.reason for row in rows if row.variant == "broken") == "RuntimeError: it broke"
+
+
+@pytest.mark.parametrize(
+    ("ours", "factor", "status"), [(True, 2.001, "wrong"), (False, 2.001, "timed"), (False, 3.0, "wrong")]
+)
+def test_no_number_without_a_right_answer(ours: bool, factor: float, status: str) -> None:
+    variant = Variant("v", lambda problem: doubled(problem, factor), modes=("forward",), ours=ours)
+    (row,) = harness().results(toy(variant))
+    assert row.status == status
+    assert (row.median_ms is None) == (status == "wrong")
+
+
+def test_the_gate_wants_every_output() -> None:
+    variant = Variant("v", lambda problem: replace(doubled(problem), forward=dict, upstream={}))
+    assert Gate(toy(), CPU).check(variant).complaints == ["y: not computed"]
+
+
+def test_peak_memory_counts_what_is_alive_at_once() -> None:
+    x = torch.ones(1 << 20)
+
+    def call() -> Tensor:
+        y = x + 1  # 4 MiB
+        z = y * 2  # and 4 more
+        del y
+        return z + 1
+
+    assert peak_bytes(call, CPU) == pytest.approx(8 << 20, rel=0.01)
+
+
+def test_ratios_need_equal_clocks() -> None:
+    assert ratio(RESULT, replace(RESULT, median_ms=2.0)) == 2.0
+    fast, slow = replace(RESULT, clock_mhz=1980.0), replace(RESULT, clock_mhz=1500.0)
+    assert ratio(fast, replace(fast, clock_mhz=1900.0)) == 1.0
+    assert ratio(fast, slow) is None
+    assert ratio(fast, RESULT) is None
+    assert not comparable([1000.0, None])
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ({"median_ms": 2.0, "p20_ms": 1.9, "p80_ms": 2.1}, "slower"),
+        ({"median_ms": 0.5, "p20_ms": 0.4, "p80_ms": 0.6}, "faster"),
+        ({"peak_mib": 120.0}, "larger"),
+        ({"status": "failed"}, "lost"),
+        ({"clock_mhz": 1000.0}, "not comparable"),
+    ],
+)
+def test_compare_names_what_changed(change: dict[str, object], verdict: str) -> None:
+    (found,) = compare.changes([RESULT], [replace(RESULT, **change)])  # type: ignore[arg-type]
+    assert found.verdict == verdict
+    assert compare.report([found]) == (verdict in ("slower", "larger", "lost"))
+
+
+def test_compare_is_silent_within_the_noise() -> None:
+    assert compare.changes([RESULT], [replace(RESULT, median_ms=1.05, p20_ms=1.0, p80_ms=1.2)]) == []
+
+
+def test_results_append_and_read_back(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    run = Run(
+        "run", "cpu", "cpu", "2026-01-01T00:00:00Z", "abc", "x", {"torch": "2"}, 1, None, 2, 10.0, {"float32": 0.1}
+    )
+    results.append(file, [run, RESULT])
+    results.append(file, [RESULT])
+    assert results.read(file) == ({"run": run}, [RESULT, RESULT])
+    file.write_text(json.dumps({"kind_of_row": "rumour"}) + "\n")
+    with pytest.raises(ValueError, match=r"results.jsonl:1 must be a run or a result, got 'rumour'"):
+        results.read(file)
+
+
+SASS = """
+.section .text.kernel,"ax"
+.L_x_0:
+        /*0000*/  HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0010*/  MUFU.EX2 R1, R2 ;
+        /*0020*/  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0030*/  MUFU.EX2 R3, R4 ;
+        /*0040*/  FFMA R1, R2, R3, R4 ;
+        /*0050*/  @P0 BRA `(.L_x_0) ;
+        /*0060*/  EXIT ;
+"""
+
+
+def test_the_model_reads_a_main_loop() -> None:
+    (function,) = parse_sass(SASS)
+    (loop,) = function.main_loops
+    assert in_flight(loop) == 0.5
+    assert loop_flops(loop.steady_path) == 2 * 64 * 128 * 16
+    assert pipe_clocks(loop.mix) == {"issue": 6, "fma": 1, "alu": 0, "exponential": 16}
+
+
+def test_a_gpu_case_says_why_it_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["--device", "cuda"]) == 2
+    assert "no CUDA device here. On one, run ci/gpu." in capsys.readouterr().err
+
+
+def test_an_unknown_case_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["no-such-case", "--device", "cpu"]) == 2
+    assert "no case for cpu contains no-such-case" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_every_case_can_be_built(kind: str) -> None:
+    for name, build in builders(kind).items():
+        case = build()
+        assert case.name == name
+        assert case.variants[0].ours
+        assert set(case.flops) == set(case.bytes)
+        assert min(case.flops.values()) > 0
+
+
+def test_peers_are_skipped_with_a_reason() -> None:
+    assert peers.missing("torch") is None
+    assert "is not installed" in (peers.missing("no-such-distribution") or "")
+    with pytest.raises(Unavailable, match="ci/wheels"):
+        peers.require("no-such-distribution")
+    with pytest.raises(ValueError, match="group must be one of default"):
+        peers.gather("no-such-group", Path())
+
+
+def test_the_readme_s_performance_section_is_generated() -> None:
+    assert readme.run(check=True) == 0
+
+
+SMALL = [name for name in builders("cpu") if name.startswith(("attention/", "distillation/", "modules/"))]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_cpu_variant_is_right(name: str) -> None:
+    case = builders("cpu")[name]()
+    gate = Gate(case, CPU)
+    for variant in case.variants:
+        if variant.name != "compile":
+            assert gate.check(variant).complaints == [], variant.name

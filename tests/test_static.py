@@ -1,0 +1,100 @@
+"""Kernels compiled ahead of time are no worse than the committed table; the readers of that table are right.
+
+The check itself runs in a process without Triton's interpreter. What has not changed since the table was committed is
+not compiled again, except for a sample; of what has changed at most `LIMIT` kernels are. All of them:
+`python -m benchmarks static --check`.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.static import Row, faults, read_rows, results_file, worsened
+from benchmarks.static_command import problems
+from fusedmm.kernels.launch import ARCHITECTURES
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 48
+SAMPLE = 6
+
+ROW = Row(
+    arch="sm_90",
+    name="attention_forward[x]",
+    fingerprint="0",
+    config={"num_warps": 4, "num_stages": 2},
+    registers=200,
+    spills=4,
+    main_spills=0,
+    shared=100 << 10,
+    programs=2,
+    instructions=400,
+    mix={"HGMMA": 8},
+    matrix=8,
+    in_flight=1.0,
+    share=0.7,
+    clocks={"matrix": 1024},
+)
+
+
+def test_kernels_are_no_worse_than_committed() -> None:
+    command = [sys.executable, "-m", "benchmarks", "static", "--check", "--limit", str(LIMIT), "--sample", str(SAMPLE)]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def test_the_committed_table_covers_every_architecture() -> None:
+    rows = read_rows(results_file())
+    assert {row.arch for row in rows.values()} == set(ARCHITECTURES)
+    assert not [row.key for row in rows.values() if faults(row)]
+
+
+def test_every_hopper_kernel_with_matrix_work_in_half_precision_uses_wgmma() -> None:
+    rows = [row for row in read_rows(results_file()).values() if row.arch == "sm_90" and row.matrix]
+    half = [row for row in rows if "bf16" in row.name or "fp16" in row.name]
+    assert half
+    assert [row.name for row in half if "HGMMA" not in row.mix] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"spills": 5}, "spills 4 -> 5"),
+        ({"main_spills": 1}, "main_spills 0 -> 1"),
+        ({"programs": 1}, "programs on a multiprocessor 2 -> 1"),
+        ({"matrix": 0}, "no matrix instruction"),
+        ({"in_flight": 0.9}, "in_flight 1.0 -> 0.9"),
+        ({"share": 0.6}, "share 0.7 -> 0.6"),
+        ({"share": None}, "share 0.7 -> None"),
+    ],
+)
+def test_worse_is_named(change: dict[str, object], words: str) -> None:
+    found = worsened(ROW, replace(ROW, **change))  # type: ignore[arg-type]
+    assert len(found) == 1
+    assert words in found[0]
+
+
+@pytest.mark.parametrize("change", [{"spills": 0}, {"registers": 255}, {"programs": 3}, {"share": 0.69}, {"shared": 0}])
+def test_better_or_noise_is_not(change: dict[str, object]) -> None:
+    assert worsened(ROW, replace(ROW, **change)) == []  # type: ignore[arg-type]
+
+
+def test_faults_need_no_committed_row() -> None:
+    bad = replace(ROW, main_spills=2, shared=300 << 10, programs=0)
+    assert len(faults(bad)) == 3
+    assert len(problems([bad], {}, [], [])) == 3
+
+
+def test_unchanged_source_that_compiles_differently_is_a_problem() -> None:
+    committed = {ROW.key: ROW}
+    assert problems([ROW], committed, [ROW.key], []) == []
+    assert "compiles to something else" in problems([replace(ROW, registers=1)], committed, [ROW.key], [])[0]
+
+
+def test_a_row_of_a_kernel_that_is_gone_is_a_problem() -> None:
+    assert "which is no more" in problems([], {}, [], [ROW.key])[0]
