@@ -33,6 +33,7 @@ bootstrap = 100
 """
 BOTH = '[[variant]]\nname = "concat"\nfusion = "concat"\n[[variant]]\nname = "gated"\n'
 NO_EVENTS = "run.tensorboard=false"
+LINEAR = ["train mean", "ridge", "oracle", "ridge, then text", "ridge, then all"]
 DONE = (0, 2)  # 2: done, but a dozen steps need not find the truth
 
 
@@ -77,7 +78,7 @@ def test_report_compares_baselines_and_fusions(recipe: Path, tmp_path: Path) -> 
     assert main([str(both), f"run.out={out}"]) in DONE
     report = json.loads((out / "report.json").read_text())
     scores = {score["name"]: score for score in report["scores"]}
-    assert list(scores) == ["train mean", "ridge", "oracle", "concat", "gated"]
+    assert list(scores) == [*LINEAR, "concat", "gated"]
     assert scores["ridge"]["paired"] is None
     for name in ("concat", "gated"):
         value, low, high = scores[name]["headline"]

@@ -1,5 +1,6 @@
 """What the report says of modalities: ranks, checks that can fail, losses, and checkpoints in the background."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,11 @@ import torch
 from torch import Tensor
 
 from fusedmm.train.checkpoint import Checkpoints
+from fusedmm.train.config import DataConfig, Recipe
 from fusedmm.train.importance import ModalityUse, checks_against_truth, rank_correlation
+from fusedmm.train.linear import mean_vectors, residual_forecasts
 from fusedmm.train.parallel import open_world
+from fusedmm.train.task import load_task
 
 NAMES = ("price", "text", "noise")
 
@@ -60,6 +64,20 @@ def test_nothing_is_checked_without_a_truth() -> None:
 )
 def test_rank_correlation(measured: list[float], known: list[float], expected: float) -> None:
     assert rank_correlation(np.array(measured), np.array(known)) == pytest.approx(expected)
+
+
+def test_linear_yardstick_finds_what_is_linear_in_the_mean_tokens() -> None:
+    task = load_task(Recipe(data=DataConfig(simulate_days=80, simulate_entities=5)))
+    weight, bias = task.skip("ridge")
+    skip = task.features.past @ weight.numpy().T + bias.numpy()
+    signal = mean_vectors(task, "text")[:, :2]
+    task = replace(task, features=replace(task.features, targets=(skip + signal).astype(np.float32)))
+    forecasts = {forecast.name: forecast.prediction for forecast in residual_forecasts(task)}
+    assert list(forecasts) == ["ridge, then text", "ridge, then all"]
+    truth, rows = signal[task.rows.test], task.rows.test
+    for prediction in forecasts.values():
+        left = np.square(prediction - task.features.targets[rows]).mean()
+        assert left < 0.5 * np.square(truth - signal[task.rows.train].mean(axis=0)).mean()
 
 
 def saved(checkpoints: Checkpoints, step: int) -> Tensor:

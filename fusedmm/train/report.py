@@ -21,6 +21,7 @@ from fusedmm.train.config import Recipe, VariantConfig
 from fusedmm.train.evaluate import RunResult
 from fusedmm.train.figure import draw_report
 from fusedmm.train.importance import Check, ModalityUse, checks_against_truth, modality_use
+from fusedmm.train.linear import residual_forecasts
 from fusedmm.train.task import Task
 
 Float32Array = npt.NDArray[np.float32]
@@ -55,10 +56,10 @@ def write_report(recipe: Recipe, task: Task, results: Mapping[str, Sequence[RunR
 
 def build_report(recipe: Recipe, task: Task, results: Mapping[str, Sequence[RunResult]]) -> Report:
     """Score all forecasts on the test rows and measure what each modality earned."""
-    baselines = baseline_forecasts(task.dataset, task.rows)
+    baselines = [*baseline_forecasts(task.dataset, task.rows), *residual_forecasts(task)]
     names = [baseline.name for baseline in baselines]
     reference = next(name for name in ("ridge", "logistic", *names) if name in names)
-    forecasts, uses, runs = list(baselines), {}, []
+    forecasts, uses, runs = baselines, {}, []
     for variant in recipe.variant:
         runs_of = results[variant.name]
         prediction = average(task, [run.test for run in runs_of])
