@@ -90,7 +90,11 @@ def _measure(args: argparse.Namespace, kind: str, chosen: dict[str, Builder]) ->
         if time.monotonic() > deadline:
             print(f"{name}: not run, the time budget is spent", flush=True)
             continue
-        case = build()
+        try:
+            case = build()
+        except ImportError as error:
+            print(f"{name}: skipped, {error}", flush=True)
+            continue
         if args.quick and not case.quick:
             print(f"{name}: left out by --quick", flush=True)
             continue
@@ -113,7 +117,7 @@ def table(name: str, rows: Sequence[Result]) -> str:
         against = "-" if times is None else f"{times:.2f}x"
         lines.append(
             f"  {row.mode:<9}{row.variant:<{width}}{row.median_ms:>11.4f} ms [{row.p20_ms:.4f}, {row.p80_ms:.4f}]"
-            f"  {row.tflops:8.3f} TFLOP/s  {row.share:6.1%} of ceiling  {row.peak_mib:9.1f} MiB"
+            f"  {row.tflops:8.3g} TFLOP/s  {row.share:6.1%} of ceiling  {row.peak_mib:9.1f} MiB"
             f"  {against:>7}  error {row.worst_error:.1e}"
         )
     return "\n".join(lines)

@@ -21,6 +21,8 @@ from benchmarks.static import (
 )
 from fusedmm.kernels.launch import ARCHITECTURES
 
+PROGRESS = 50  # kernels between two signs of life
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
@@ -56,7 +58,11 @@ def run(args: argparse.Namespace) -> int:
     count = f"{len(wanted)} kernels, {len(fresh)} as committed, compiling {len(stale) + len(again)}"
     put_off = f", {len(later)} changed and not compiled (--limit {args.limit})" if later else ""
     print(f"static: {count}{put_off}", flush=True)
-    compiled = {row.key: row for row in compile_rows([*stale, *again])}
+    compiled = {}
+    for row in compile_rows([*stale, *again]):
+        compiled[row.key] = row
+        if len(compiled) % PROGRESS == 0:
+            print(f"static: {len(compiled)} compiled", flush=True)
     rows = [compiled.get(key) or committed[key] for key in wanted if key not in set(later)]
     print(table(rows))
     if args.json is not None:

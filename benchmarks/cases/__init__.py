@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 from benchmarks.case import Case
-from benchmarks.cases import attention, distillation, modules
+from benchmarks.cases import attention, distillation, modules, trainer
 
 Builder = Callable[[], Case]
 
 
 def builders(kind: str) -> dict[str, Builder]:
     """Every case for a kind of device, "cuda" or "cpu", by name."""
-    return {**attention.builders(kind), **distillation.builders(kind), **modules.builders(kind)}
+    parts = (attention, distillation, modules, trainer)
+    return {name: build for part in parts for name, build in part.builders(kind).items()}

@@ -1,0 +1,97 @@
+"""ci/gpu tells the truth: its status, its time budget, its files; and the scripts are what the documents say."""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("setup", "demo", "test", "check", "gpu", "wheels")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ci_gpu", ROOT / "ci" / "gpu.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "ci_gpu", module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return module
+
+
+def run(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, budget: str, *codes: str) -> tuple[int, str]:
+    found = [gpu.Step(f"step {place}", [sys.executable, "-c", code], 0.5) for place, code in enumerate(codes)]
+    monkeypatch.setattr(gpu, "steps", lambda args, out: found)
+    monkeypatch.setattr(gpu, "provenance", lambda: {"commit": "abc"})
+    monkeypatch.setattr(sys, "argv", ["ci/gpu", "--out", str(out), "--budget-s", budget])
+    return gpu.main(), (out / "table.txt").read_text()
+
+
+def test_status_is_0_only_if_every_step_passed(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    status, table = run(gpu, monkeypatch, tmp_path, "60", "print('fine')", "raise SystemExit(3)", "print('also')")
+    assert status == 1
+    assert [line.split(" s  ")[1] for line in table.splitlines()] == ["passed", "FAILED with exit status 3", "passed"]
+    log = (tmp_path / "log.txt").read_text()
+    assert "fine" in log
+    assert "also" in log
+    assert json.loads((tmp_path / "provenance.json").read_text()) == {"commit": "abc"}
+    assert run(gpu, monkeypatch, tmp_path / "good", "60", "print('fine')")[0] == 0
+
+
+def test_a_step_is_stopped_when_its_share_of_the_budget_is_spent(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # 15 s are kept back, so 12 are left: 6 for the first step, then less than the 5 that a step must have.
+    status, table = run(
+        gpu, monkeypatch, tmp_path, "27", "import time; time.sleep(60)", "print('never')", "print('no')"
+    )
+    assert status == 1
+    assert "STOPPED after its 6 s" in table
+    assert "not run: the time budget is spent" in table
+
+
+def test_the_gpu_tests_come_first_and_the_benchmarks_last(gpu: ModuleType) -> None:
+    args = argparse.Namespace(workers=2, conformance=Path("oracle"), quick=True)
+    names = [step.name for step in gpu.steps(args, Path("out"))]
+    assert names == ["tests", "conformance seed 0", "conformance seed 1", "conformance seed 2", "benchmarks"]
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run([ROOT / "ci" / "gpu"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no CUDA device here" in done.stderr
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_are_executable_and_valid(name: str) -> None:
+    script = ROOT / "ci" / name
+    assert os.access(script, os.X_OK)
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+def test_check_refuses_what_it_does_not_know() -> None:
+    done = subprocess.run([ROOT / "ci" / "check", "nonsense"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "unknown check 'nonsense', expected one of: lint format types package tests." in done.stderr
+
+
+def test_setup_without_a_venv_uses_the_active_python() -> None:
+    environment = {**os.environ, "FUSEDMM_NO_VENV": "1", "PYTHON": sys.executable}
+    done = subprocess.run([ROOT / "ci" / "setup"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.strip() == sys.executable
+    assert f"torch {torch.__version__}" in done.stderr
