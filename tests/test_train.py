@@ -282,3 +282,10 @@ def test_data_option_refuses(
     (tmp_path / "empty").mkdir()
     assert main([str(recipe), "--data", str(tmp_path / name)]) == 1
     assert words in capsys.readouterr().err
+
+
+def test_bf16_trains_close_to_float32(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    assert main([str(recipe), f"run.out={tmp_path}", NO_EVENTS, "train.precision=bf16"]) in DONE
+    low, high = list(losses(tmp_path).values()), list(losses(finished).values())
+    assert low != high
+    np.testing.assert_allclose(low, high, rtol=0.05)

@@ -4,6 +4,7 @@
 
 import importlib.util
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class RunLog:
             disable=not active,
             unit="step",
             dynamic_ncols=True,
-            mininterval=0.5,
+            mininterval=0.5 if sys.stderr.isatty() else 20.0,  # a file keeps every line
             leave=False,
         )
         if not active:

@@ -1,8 +1,8 @@
 """One run: a variant with a seed, from the first step to its predictions.
 
 The loop reads as: fetch, forward, backward, clip, judge, step, average, log, look at dev, save. Everything random
-    depends on (seed, step) or
-(seed, step, rank) alone, so a run that continues from a checkpoint is the run that was never interrupted.
+depends on (seed, step) or (seed, step, rank) alone, so a run that continues from a checkpoint is the run that was never
+interrupted.
 """
 
 import time
@@ -84,14 +84,14 @@ class Trainer:
                 if self.finished():
                     break
                 self.train_step(step)
-                done = step + 1
+                done, last = step + 1, step + 1 == self.config.steps
                 self.progress["step"] = done
-                if done % LOG_EVERY == 0 or done == self.config.steps or done % self.config.eval_every == 0:
+                looking, stopping = last or done % self.config.eval_every == 0, self.world.any(stop.received)
+                if looking or done % LOG_EVERY == 0:
                     self.flush(log, (time.monotonic() - began) / (done - start))
-                if done % self.config.eval_every == 0 or done == self.config.steps:
+                if looking:
                     self.look_at_dev(log)
-                stopping = self.world.any(stop.received)
-                if stopping or done % self.run_config.checkpoint_every == 0 or done == self.config.steps:
+                if last or stopping or done % self.run_config.checkpoint_every == 0:
                     self.save(done)
                 if stopping:
                     raise Interrupted(
@@ -107,9 +107,8 @@ class Trainer:
         torch.manual_seed(hash((self.seed, step, self.world.rank)) & 0x7FFFFFFF)  # dropout
         self.model.train()
         batch = self.fetch(step)
-        loss = (
-            batch_loss(forecast(self.model, batch).prediction, batch.targets, self.task).sum() / self.config.batch_size
-        )
+        losses = batch_loss(forecast(self.model, batch).prediction, batch.targets, self.task)
+        loss = losses.sum() / self.config.batch_size  # of all ranks: gradients are summed, not averaged
         loss.backward()
         norm = full(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
         loss = self.world.total(loss.detach())
