@@ -6,13 +6,13 @@ shared memory than its architecture has: `python -m benchmarks static` compiles 
 
 import torch
 
-from fusedmm.kernels.launch import ARCHITECTURES, LaunchConfig
+from fusedmm.kernels.launch import LaunchConfig
 
 # (pass, bytes of an element): {arch: {BLOCK_D: (BLOCK_Q, BLOCK_K, num_warps, num_stages)}}; a smaller head uses the 64.
 _TABLE = {
     ("forward", 2): {
         "sm_80": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
-        "sm_90": {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
+        "sm_90": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
         "sm_100": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
         "gfx942": {64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 8, 1)},
     },
@@ -25,17 +25,32 @@ _TABLE = {
     ("query", 2): {
         "sm_80": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
         "sm_90": {64: (64, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        "sm_100": {64: (64, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        "gfx942": {64: (128, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 8, 1)},
+        "sm_100": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "gfx942": {64: (128, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)},
     },
-    # Full float32 products run on the vector units: small tiles, for registers.
-    ("forward", 4): {arch: {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)} for arch in ARCHITECTURES},
-    ("key_value", 4): {arch: {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)} for arch in ARCHITECTURES},
-    ("query", 4): {arch: {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)} for arch in ARCHITECTURES},
+    # Full float32 products run on the vector units from registers: small tiles.
+    ("forward", 4): {
+        "sm_80": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2)},
+        "sm_90": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2)},
+        "sm_100": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2)},
+        "gfx942": {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
+    },
+    ("key_value", 4): {
+        "sm_80": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
+        "sm_90": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
+        "sm_100": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
+        "gfx942": {64: (16, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
+    },
+    ("query", 4): {
+        "sm_80": {64: (32, 32, 8, 2), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
+        "sm_90": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
+        "sm_100": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
+        "gfx942": {64: (32, 16, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 2)},
+    },
 }
-# The order of products in the forward's main loop: on sm_90 at BLOCK_D 128 every exp2 then has a product in flight.
-# At 64 two programs of 4 warps fill a multiprocessor instead, and at 256 the second set of scores would spill.
-_CARRY_SCORES = {("sm_90", 128)}
+# (arch, BLOCK_D) of the order of the forward's products that needs them to be asynchronous: nearly every exp2
+# then has one in flight. At 256 the second set of scores would spill.
+_CARRY_SCORES = {("sm_90", 64), ("sm_90", 128)}
 BLOCK_TAIL = 32  # keys of the tile that finishes a segment: a segment of 5 keys costs 32 columns, not BLOCK_K
 BLOCK_ROWS = 32  # queries of a program of the backward's first pass, which only streams
 SHORT_SEGMENT = 32  # keys of the average segment up to which a key tile of that size serves the backward better
@@ -53,9 +68,9 @@ def _attention_forward_config(head_dim: int, dtype: torch.dtype, arch: str) -> L
     blocks = {
         "BLOCK_Q": block_q,
         "BLOCK_K": block_k,
-        "BLOCK_TAIL": BLOCK_TAIL,
+        "BLOCK_TAIL": min(BLOCK_TAIL, block_k),
         "BLOCK_D": block_d,
-        "CARRY_SCORES": dtype.itemsize == 2 and (arch, block_d) in _CARRY_SCORES,
+        "CARRY_SCORES": dtype.itemsize == 2 and (arch, max(64, block_d)) in _CARRY_SCORES,
     }
     return LaunchConfig(blocks=blocks, num_warps=num_warps, num_stages=num_stages)
 
@@ -67,7 +82,8 @@ def _attention_backward_key_value_config(
     block_d = head_block(head_dim)
     block_q, block_k, num_warps, num_stages = _TABLE["key_value", dtype.itemsize][arch][max(64, block_d)]
     if mean_segment <= SHORT_SEGMENT:
-        block_k, num_warps = min(block_k, SHORT_SEGMENT), 4 if block_d <= 128 else num_warps
+        block_k = min(block_k, SHORT_SEGMENT)
+        num_warps = 4 if dtype.itemsize == 2 and block_d <= 128 else num_warps
     blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_D": block_d}
     return LaunchConfig(blocks=blocks, num_warps=num_warps, num_stages=num_stages)
 
