@@ -4,8 +4,6 @@ Layouts, times, switched-off segments and the schedule of partitions are drawn a
 loads, products and waits.
 """
 
-import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fusedmm.reference.attention import modality_partials
 from fusedmm.testing import AttentionExample, attention_example, attention_truth, over_budget, plain_attention
 from tests.gluon_simulator import Descriptor, Pointer, Simulator
 
@@ -21,8 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fusedmm.kernels.attention.hopper import compat
-from fusedmm.kernels.attention.hopper.launch import Launch, forward_launch, key_value_launch, query_launch
+from fusedmm.kernels.attention.hopper import compat, launch, passes
 
 SUBSTITUTES = (
     (compat.load_tile, "load_tile"),
@@ -35,7 +33,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", 
 GLUON_DTYPES = {gl.bfloat16: "bf16", gl.float16: "fp16", gl.float32: "fp32"}
 
 
-def simulate(launch: Launch, seed: int) -> None:
+def simulate(launched: passes.Launch, seed: int) -> None:
     """Run a launch in the simulator and copy what it wrote back into its tensors."""
     memories: dict[int, tuple[Tensor, np.ndarray]] = {}
 
@@ -64,120 +62,53 @@ def simulate(launch: Launch, seed: int) -> None:
             return Pointer(memory(argument), DTYPES[argument.dtype])
         return argument
 
-    arguments = {name: convert(name, argument) for name, argument in launch.arguments.items()}
-    options = {name: value for name, value in launch.options.items() if name in launch.kernel.arg_names}
-    Simulator(seed).run(launch.kernel, launch.grid[0], {**arguments, **options}, SUBSTITUTES)
+    arguments = {name: convert(name, argument) for name, argument in launched.arguments.items()}
+    options = {name: value for name, value in launched.options.items() if name in launched.kernel.arg_names}
+    Simulator(seed).run(launched.kernel, launched.grid[0], {**arguments, **options}, SUBSTITUTES)
     for flat, array in memories.values():
         flat.copy_(torch.from_numpy(array))
 
 
-def simulate_forward(example: AttentionExample, seed: int) -> dict[str, Tensor]:
-    """Output, mass and lse of the Hopper forward."""
+@pytest.fixture
+def schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches of the Hopper kernels run in the simulator, two CTAs at most, each with a new schedule."""
+    seeds = iter(range(1000))
+    monkeypatch.setattr(passes, "multiprocessors", lambda device: 2)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 2)
+    monkeypatch.setattr(passes.Launch, "run", lambda self: simulate(self, next(seeds)))
+
+
+def hopper_attention(
+    example: AttentionExample, softmax: str, grad_output: Tensor, grad_statistic: Tensor
+) -> dict[str, Tensor]:
+    """Outputs and every gradient from the Hopper launchers; ``grad_statistic`` is that of mass, for partials of lse."""
     layout, tensors = example.layout, example.tensors
-    query = tensors["query"]
-    rows = (query.shape[0], query.shape[1], layout.num_modalities)
-    results = {
-        "output": torch.full_like(query, float("nan")),
-        "mass": torch.full(rows, float("nan")),
-        "lse": torch.full(rows, float("nan")),
-    }
-    launch = forward_launch(
-        query,
-        tensors["key"],
-        tensors["value"],
-        **results,
-        cu_seqlens_q=layout.cu_seqlens_q,
-        cu_seqlens_k=layout.cu_seqlens_k,
-        query_tiles=layout.query_tiles,
+    inputs = [tensors[name] for name in ("query", "key", "value")]
+    arguments: dict[str, Any] = {
+        **{name: getattr(layout, name) for name in ("cu_seqlens_q", "cu_seqlens_k", "query_tiles", "key_tiles")},
         **{name: tensors.get(name) for name in ("log_prior", "gate", "output_gate", "active")},
-        visible=None if layout.visibility is None else layout.visibility.ranges,
-        scale=query.shape[-1] ** -0.5,
-        programs=2,
-    )
-    simulate(launch, seed)
-    return results
-
-
-def row_terms(example: AttentionExample, truth: dict[str, Tensor], grad_output: Tensor) -> Tensor:
-    """[4, Hq, M, padded rows]: offset, shift, slope and gate in float64's accuracy, from the formulas of the backward.
-
-    Args:
-        example: joint softmax.
-        truth: its mass and lse.
-        grad_output: gradient before the output gate.
-    """
-    layout, mass, lse = example.layout, truth["mass"], truth["lse"]
-    prior = example.tensors.get("log_prior", torch.zeros(1)).double()
-    gate = example.tensors.get("gate", torch.ones(1)).double().expand(lse.shape)
-    offset = (prior - torch.logsumexp(lse, -1, keepdim=True)) * math.log2(math.e)
-    offset = torch.where(torch.isfinite(lse), offset, -math.inf)
-    shift = (
-        example.grad_mass - ((grad_output * truth["ungated"]).sum(-1) + (example.grad_mass * mass).sum(-1))[..., None]
-    )
-    terms = torch.zeros(4, *lse.shape[1:], layout.query_tiles.shape[0] * 128)
-    terms[0] = -math.inf
-    for sample in range(layout.batch_size):
-        start, end = layout.cu_seqlens_q[sample : sample + 2].tolist()
-        row = (start // 128 + sample) * 128
-        for plane, term in enumerate((offset, shift, gate, gate)):
-            seen = torch.isfinite(lse) if plane else True
-            terms[plane, ..., row : row + end - start] = torch.where(
-                torch.as_tensor(seen), term, 0.0 if plane else -math.inf
-            )[start:end].permute(1, 2, 0)
-    return terms
-
-
-def simulate_backward(example: AttentionExample, seed: int, truth: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of the Hopper backward, from exact row terms."""
-    layout, tensors = example.layout, example.tensors
-    query, key, value = (tensors[name] for name in ("query", "key", "value"))
-    grad_output = example.grad_output.double()
-    if "output_gate" in tensors:
-        grad_output = grad_output * torch.sigmoid(tensors["output_gate"].double())
-    terms = row_terms(example, truth, grad_output)
-    rows = truth["lse"].shape
-    results = {f"grad_{name}": torch.full_like(tensors[name], float("nan")) for name in ("query", "key", "value")}
-    shared: dict[str, Any] = {
-        "cu_seqlens_q": layout.cu_seqlens_q,
-        "cu_seqlens_k": layout.cu_seqlens_k,
-        "active": tensors.get("active"),
         "visible": None if layout.visibility is None else layout.visibility.ranges,
-        "scale": query.shape[-1] ** -0.5,
+        "seed": None,
+        "dropout_p": 0.0,
+        "softmax": softmax,
+        "scale": inputs[0].shape[-1] ** -0.5,
     }
-    statistics = {f"grad_{name}": torch.full(rows, float("nan")) for name in ("log_prior", "gate") if name in tensors}
-    simulate(
-        query_launch(
-            grad_output.to(query.dtype),
-            query,
-            key,
-            value,
-            results["grad_query"],
-            statistics.get("grad_log_prior"),
-            statistics.get("grad_gate"),
-            truth["mass"].float(),
-            terms,
-            query_tiles=layout.query_tiles,
-            delta_only=False,
-            **shared,
-        ),
-        seed,
+    output, mass, lse = launch.attention_forward(*inputs, **arguments)
+    gradients = launch.attention_backward(
+        grad_output.to(output.dtype),
+        grad_statistic if softmax == "joint" else None,
+        grad_statistic if softmax == "partials" else None,
+        *inputs,
+        output,
+        mass,
+        lse,
+        **arguments,
+        needs_log_prior="log_prior" in tensors,
+        needs_gate="gate" in tensors,
     )
-    simulate(
-        key_value_launch(
-            grad_output.to(query.dtype),
-            query,
-            key,
-            value,
-            results["grad_key"],
-            results["grad_value"],
-            terms,
-            key_tiles=layout.key_tiles,
-            has_gate="gate" in tensors,
-            **shared,
-        ),
-        seed,
-    )
-    return {**results, **statistics}
+    names = ("query", "key", "value", "log_prior", "gate", "output_gate")
+    results = {f"grad_{name}": x for name, x in zip(names, gradients, strict=True) if x is not None}
+    return {"output": output, "mass": mass, "lse": lse, **results}
 
 
 LAYOUTS = {
@@ -195,24 +126,54 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("features", "shape"), CASES)
-def test_forward_matches_the_reference(name: str, features: tuple[str, ...], shape: dict[str, int]) -> None:
+def test_joint(name: str, features: tuple[str, ...], shape: dict[str, int]) -> None:
     for seed in range(2):
         example = attention_example(seed, *LAYOUTS[name], dtype=torch.bfloat16, features=features, **shape)
-        actual = simulate_forward(example, seed)
-        truth = {key: x for key, x in attention_truth(example).items() if key in actual}
-        assert over_budget(actual, truth, plain_attention(example)) == []
+        truth = attention_truth(example)
+        actual = hopper_attention(example, "joint", example.grad_output, example.grad_mass)
+        delta = (example.grad_output * truth["output"]).abs().sum(-1) + (example.grad_mass * truth["mass"]).abs().sum(
+            -1
+        )
+        assert over_budget(actual, truth, plain_attention(example), terms={"grad_log_prior": delta}) == []
 
 
+@pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("features", "shape"), CASES)
-def test_backward_matches_the_reference(name: str, features: tuple[str, ...], shape: dict[str, int]) -> None:
-    example = attention_example(3, *LAYOUTS[name], dtype=torch.bfloat16, features=features, **shape)
-    truth, plain = attention_truth(example), plain_attention(example)
-    ungated = {name: x for name, x in example.tensors.items() if name != "output_gate"}
-    truth["ungated"] = attention_truth(replace(example, tensors=ungated))["output"]
-    actual = simulate_backward(example, 3, truth)
-    expected = {key: x for key, x in truth.items() if key in actual}
-    delta = (example.grad_output * truth["output"]).abs().sum(-1) + (example.grad_mass * truth["mass"]).abs().sum(-1)
-    assert over_budget(actual, expected, plain, terms={"grad_log_prior": delta}) == []
+def test_per_modality(name: str, features: tuple[str, ...], shape: dict[str, int]) -> None:
+    example = attention_example(
+        5, *LAYOUTS[name], dtype=torch.bfloat16, softmax="per_modality", features=features, **shape
+    )
+    actual = hopper_attention(example, "per_modality", example.grad_output, example.grad_mass)
+    assert over_budget(actual, attention_truth(example), plain_attention(example)) == []
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("features", "shape"), CASES)
+def test_partials(name: str, features: tuple[str, ...], shape: dict[str, int]) -> None:
+    kept = [feature for feature in features if feature in ("active", "times", "lookback")]
+    example = attention_example(7, *LAYOUTS[name], dtype=torch.bfloat16, features=kept, **shape)
+    layout, active = example.layout, example.tensors.get("active")
+    query = example.tensors["query"]
+    grad_output = torch.randn(*example.grad_mass.shape, query.shape[-1])
+    actual = hopper_attention(example, "partials", grad_output, example.grad_mass)
+
+    def reference(dtype: torch.dtype) -> dict[str, Tensor]:
+        leaves = [example.tensors[name].to(dtype).requires_grad_() for name in ("query", "key", "value")]
+        output, lse = modality_partials(*leaves, layout, active=active, scale=query.shape[-1] ** -0.5)
+        visible_lse = torch.where(torch.isfinite(lse), lse, 0.0)
+        loss = (output * grad_output).sum() + (visible_lse * example.grad_mass).sum()
+        gradients = torch.autograd.grad(loss, leaves)
+        named = zip(("grad_query", "grad_key", "grad_value"), gradients, strict=True)
+        return {"output": output.detach(), "lse": lse.detach(), **dict(named)}
+
+    truth = reference(torch.float64)
+    rounded = {
+        name: x.to(torch.bfloat16) if name != "lse" else x.float() for name, x in reference(torch.float32).items()
+    }
+    assert over_budget(actual, truth, rounded) == []
+    assert torch.equal(actual["mass"], torch.isfinite(truth["lse"]).float())

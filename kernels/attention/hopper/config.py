@@ -1,7 +1,7 @@
 """Tiles of the Hopper kernels and what they support: pure functions over one table.
 
-Registers: 65,536 a CTA. Two consumers of 4 warps take 240 a thread, the producer's warp 24 (it is allotted four), and
-168 is what the launch reserves for each of the 12.
+Registers: 65,536 a CTA. Two consumers of 4 warps take 240 a thread, the producer's warp 24 (it is allotted those of four
+warps), and 168 is what the launch reserves for each of the 12.
 """
 
 from collections.abc import Collection
@@ -11,26 +11,36 @@ import torch
 from fusedmm.kernels.attention.config import head_block
 from fusedmm.kernels.launch import LaunchConfig
 
-# pass -> {BLOCK_D: (rows of a streamed tile, slots of the ring)}
+# code path -> {BLOCK_D: (rows of a streamed tile, slots of the ring)}: the largest that compile without a spill
 _TABLE = {
-    "forward": {64: (128, 3), 128: (128, 2), 256: (64, 2)},
-    "key_value": {64: (64, 3), 128: (64, 2)},
-    "key_value_visible": {64: (64, 3), 128: (32, 3)},  # at 128 the ranges of 64 queries do not fit the registers
+    "forward_joint": {64: (128, 3), 128: (128, 2), 256: (64, 2)},
+    "forward_per_modality": {64: (128, 3), 128: (64, 3)},
+    "forward_partials": {64: (128, 3), 128: (64, 4)},
     "query": {64: (128, 2), 128: (64, 2)},
+    "key_value": {64: (64, 3), 128: (64, 2)},
+    "key_value_visible": {64: (64, 3), 128: (32, 3)},
 }
+# code path -> largest head dim with an output gate, whose logits need registers beside the accumulators
+_OUTPUT_GATE = {"forward_joint": 128, "forward_per_modality": 64}
 _DTYPES = (torch.float16, torch.bfloat16)
 
 
-def hopper_config(which: str, head_dim: int, *, visible: bool) -> tuple[int, LaunchConfig]:
-    """Rows of a streamed tile, and the launch, of one pass.
+def code_path(which: str, softmax: str, *, visible: bool) -> str:
+    """Row of the table for a pass.
 
     Args:
         which: "forward", "key_value" or "query".
-        head_dim: D.
+        softmax: "joint", "per_modality" or "partials".
         visible: whether there are time ranges.
     """
-    row = f"{which}_visible" if visible and f"{which}_visible" in _TABLE else which
-    block, stages = _TABLE[row][max(64, head_block(head_dim))]
+    if which == "forward":
+        return f"forward_{softmax}"
+    return "key_value_visible" if which == "key_value" and visible else which
+
+
+def hopper_config(path: str, head_dim: int) -> tuple[int, LaunchConfig]:
+    """Rows of a streamed tile, and the launch, of a code path."""
+    block, stages = _TABLE[path][max(64, head_block(head_dim))]
     blocks = {"STAGES": stages, "CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24}
     return block, LaunchConfig(blocks=blocks, num_warps=4, num_stages=1, max_registers=168)
 
@@ -56,17 +66,17 @@ def hopper_reasons(
             "dropout".
         triton_version: such as "3.6.0".
     """
+    path = code_path(which, softmax, visible="visible" in features)
+    widest = max(_TABLE[path])
+    with_gate = _OUTPUT_GATE.get(path, widest)
     version = tuple(int(part) for part in triton_version.split(".")[:2])
     conditions = {
         f"architecture {arch} (sm_90 only)": arch == "sm_90",
         f"Triton {triton_version} (3.6 and later have the Gluon they are written in)": version >= (3, 6),
         f"dtype {str(dtype).removeprefix('torch.')} (float16 and bfloat16 only)": dtype in _DTYPES,
-        f"head dim {head_dim} (a multiple of 8, at most {max(_TABLE[which])})": head_dim % 8 == 0
-        and head_dim <= max(_TABLE[which]),
+        f"head dim {head_dim} (a multiple of 8, at most {widest})": head_dim % 8 == 0 and head_dim <= widest,
+        f"output gate at head dim {head_dim} (at most {with_gate})": "output_gate" not in features
+        or head_dim <= with_gate,
         "dropout": "dropout" not in features,
-        f"softmax {softmax} in the forward (joint only)": which != "forward" or softmax == "joint",
-        "an output gate at head dim over 128 (registers)": which != "forward"
-        or head_dim <= 128
-        or "output_gate" not in features,
     }
     return [reason for reason, holds in conditions.items() if not holds]

@@ -1,4 +1,4 @@
-"""Forward of gated multimodal attention on Hopper, joint softmax: persistent, warp-specialised, fed by TMA.
+"""Forward of gated multimodal attention on Hopper: persistent, warp-specialised, fed by TMA. Here the joint softmax.
 
     z_j    = scale q.k_j + log_prior[m(j)]
     lse_m  = log sum_{j in m} exp(z_j)
@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fusedmm.kernels.attention.hopper.compat import partition_barrier
+from fusedmm.kernels.attention.hopper.forward_separate import separate_consumer
 from fusedmm.kernels.attention.hopper.ragged import load_rows
 from fusedmm.kernels.attention.hopper.tiles import (
     CONSUMERS,
@@ -105,7 +106,7 @@ def _forward_producer(
 
 
 @gluon.jit
-def _forward_consumer(
+def _joint_consumer(
     PART: gl.constexpr,
     buffers,
     query_ring,
@@ -307,6 +308,7 @@ def _attention_forward_hopper_kernel(
     GROUP: gl.constexpr,
     MODALITIES: gl.constexpr,
     WORK_HEADS: gl.constexpr,
+    SOFTMAX: gl.constexpr,
     STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -336,24 +338,47 @@ def _attention_forward_hopper_kernel(
         (gate_stride_q, gate_stride_h, gate_stride_m),
         (output_gate_stride_q, output_gate_stride_h),
     )
-    gl.warp_specialize(
-        [
-            (
-                _forward_consumer,
-                (0, buffers, rings[0], rings[1], rings[2], work, outputs, factors, strides, scale2,
-                 HEAD_DIM, QUERY_HEADS, GROUP, MODALITIES, WORK_HEADS, STAGES),
-            ),
-            (
-                _forward_consumer,
-                (1, buffers, rings[0], rings[1], rings[2], work, outputs, factors, strides, scale2,
-                 HEAD_DIM, QUERY_HEADS, GROUP, MODALITIES, WORK_HEADS, STAGES),
-            ),
-            (
-                _forward_producer,
-                (descriptors, buffers, rings[0], rings[1], rings[2], work,
-                 QUERY_HEADS, GROUP, MODALITIES, WORK_HEADS, STAGES),
-            ),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
+    if SOFTMAX == "joint":
+        gl.warp_specialize(
+            [
+                (
+                    _joint_consumer,
+                    (0, buffers, rings[0], rings[1], rings[2], work, outputs, factors, strides, scale2,
+                     HEAD_DIM, QUERY_HEADS, GROUP, MODALITIES, WORK_HEADS, STAGES),
+                ),
+                (
+                    _joint_consumer,
+                    (1, buffers, rings[0], rings[1], rings[2], work, outputs, factors, strides, scale2,
+                     HEAD_DIM, QUERY_HEADS, GROUP, MODALITIES, WORK_HEADS, STAGES),
+                ),
+                (
+                    _forward_producer,
+                    (descriptors, buffers, rings[0], rings[1], rings[2], work,
+                     QUERY_HEADS, GROUP, MODALITIES, WORK_HEADS, STAGES),
+                ),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    separate_consumer,
+                    (0, buffers, rings[0], rings[1], rings[2], work, outputs, factors, strides, scale2,
+                     HEAD_DIM, QUERY_HEADS, GROUP, MODALITIES, WORK_HEADS, SOFTMAX == "partials", STAGES),
+                ),
+                (
+                    separate_consumer,
+                    (1, buffers, rings[0], rings[1], rings[2], work, outputs, factors, strides, scale2,
+                     HEAD_DIM, QUERY_HEADS, GROUP, MODALITIES, WORK_HEADS, SOFTMAX == "partials", STAGES),
+                ),
+                (
+                    _forward_producer,
+                    (descriptors, buffers, rings[0], rings[1], rings[2], work,
+                     QUERY_HEADS, GROUP, MODALITIES, WORK_HEADS, STAGES),
+                ),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip

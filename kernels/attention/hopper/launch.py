@@ -1,53 +1,76 @@
-"""Arguments of the Hopper kernels from the tensors of a launch: nothing here waits for the GPU."""
+"""Attention on Hopper: the launchers of the portable kernels with their signatures, over the warp-specialised passes.
 
-from dataclasses import dataclass
-from typing import Any
+What they do not support is decided beforehand by `config.hopper_reasons`; the first pass of the backward, which is bound
+by memory, is the portable one.
+"""
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fusedmm.kernels.attention.arguments import strides_of, unit_last_stride
-from fusedmm.kernels.attention.config import head_block
-from fusedmm.kernels.attention.hopper.backward_key_value import TERMS, _attention_backward_key_value_hopper_kernel
-from fusedmm.kernels.attention.hopper.backward_query import _attention_backward_query_hopper_kernel
-from fusedmm.kernels.attention.hopper.config import hopper_config
-from fusedmm.kernels.attention.hopper.forward import _attention_forward_hopper_kernel
-from fusedmm.kernels.attention.hopper.ragged import ragged_descriptor
-from fusedmm.kernels.attention.hopper.tiles import LOG2_E, ROWS
-from fusedmm.kernels.attention.hopper.work import key_work, query_work
-
-GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+from fusedmm.kernels.attention.arguments import SoftmaxKind, find_key_ranges, strides_of, unit_last_stride
+from fusedmm.kernels.attention.backward_rows import _attention_backward_rows_kernel
+from fusedmm.kernels.attention.config import _attention_backward_rows_config
+from fusedmm.kernels.attention.hopper.passes import forward_launch, key_value_launch, multiprocessors, query_launch
+from fusedmm.kernels.indexing import TILE
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A kernel, its grid, its arguments by name, and its options."""
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    query_tiles: Tensor,
+    key_tiles: Tensor,
+    log_prior: Tensor | None,
+    gate: Tensor | None,
+    output_gate: Tensor | None,
+    active: Tensor | None,
+    visible: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    softmax: SoftmaxKind,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward: `fusedmm.kernels.attention.forward.attention_forward` with neither query nor key empty."""
+    assert seed is None
+    total_q, num_heads, head_dim = query.shape
+    num_modalities = (cu_seqlens_k.numel() - 1) // (cu_seqlens_q.numel() - 1)
+    # The kernel takes the maximum of the scores before it scales them, so the sign goes into the query; exact, as is 0.
+    if scale <= 0.0:
+        query, scale = (query * 0.0, 1.0) if scale == 0.0 else (-query, -scale)
+    mass = query.new_empty((total_q, num_heads, num_modalities), dtype=torch.float32)
+    lse = torch.empty_like(mass)
+    output = query.new_empty(
+        (total_q, num_heads, num_modalities, head_dim) if softmax == "partials" else (total_q, num_heads, head_dim)
+    )
+    forward_launch(
+        query,
+        key,
+        value,
+        output,
+        mass,
+        lse,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        query_tiles=query_tiles,
+        log_prior=log_prior,
+        gate=gate,
+        output_gate=None if output_gate is None else unit_last_stride(output_gate),
+        active=active,
+        visible=visible,
+        softmax=softmax,
+        scale=scale,
+        programs=multiprocessors(query.device),
+    ).run()
+    return output, mass, lse
 
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    options: dict[str, Any]
 
-    def run(self) -> None:
-        """Start it."""
-        self.kernel[self.grid](**self.arguments, **self.options)
-
-
-def multiprocessors(device: torch.device) -> int:
-    """SMs of a GPU, which is how many CTAs a persistent kernel has; 1 elsewhere."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def tma_operand(x: Tensor) -> Tensor:
-    """``x`` itself if TMA can read it (16-byte start and strides, last stride 1), else a contiguous copy."""
-    steps = 16 // x.element_size()
-    aligned = x.data_ptr() % 16 == 0 and all(stride % steps == 0 for stride in x.stride()[:-1])
-    return unit_last_stride(x) if aligned else x.contiguous()
-
-
-def forward_launch(
+def attention_backward(
+    grad_output: Tensor,
+    grad_mass: Tensor | None,
+    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -58,224 +81,99 @@ def forward_launch(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     query_tiles: Tensor,
+    key_tiles: Tensor,
     log_prior: Tensor | None,
     gate: Tensor | None,
     output_gate: Tensor | None,
     active: Tensor | None,
     visible: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    softmax: SoftmaxKind,
     scale: float,
-    programs: int,
-) -> Launch:
-    """The forward with the joint softmax, into ``output``, ``mass`` and ``lse``.
-
-    Args:
-        query: [total_q, Hq, D] float16 or bfloat16; key and value likewise [total_k, Hkv, D]; none is empty.
-        key: see query.
-        value: see query.
-        output: contiguous [total_q, Hq, D].
-        mass: contiguous [total_q, Hq, M] float32, like lse.
-        lse: see mass.
-        cu_seqlens_q: this and what follows as in `attention_forward`.
-        cu_seqlens_k: see `attention_forward`.
-        query_tiles: see `attention_forward`.
-        log_prior: see `attention_forward`.
-        gate: see `attention_forward`.
-        output_gate: see `attention_forward`.
-        active: see `attention_forward`.
-        visible: see `attention_forward`.
-        scale: positive.
-        programs: CTAs, at most one an SM.
-    """
-    _, query_heads, head_dim = query.shape
-    block_k, config = hopper_config("forward", head_dim, visible=visible is not None)
-    block_d = max(64, head_block(head_dim))
-    work = query_work(
-        query_tiles, cu_seqlens_q, cu_seqlens_k, active, visible, query_heads=query_heads, block_k=block_k
-    )
-    dtype = GLUON_DTYPES[query.dtype]
-    num_items = query_tiles.shape[0] * query_heads
-    arguments = {
-        "query_desc": ragged_descriptor(tma_operand(query), ROWS.value, block_d, dtype),
-        "key_desc": ragged_descriptor(tma_operand(key), block_k, block_d, dtype),
-        "value_desc": ragged_descriptor(tma_operand(value), block_k, block_d, dtype),
-        "output_ptr": output,
-        "mass_ptr": mass,
-        "lse_ptr": lse,
-        "log_prior_ptr": log_prior,
-        "gate_ptr": gate,
-        "output_gate_ptr": output_gate,
-        "visible_ptr": visible,
-        "work_ptr": work,
-        "scale2": scale * LOG2_E.value,
-        "num_tiles": query_tiles.shape[0],
-        "num_items": num_items,
-        "num_programs": min(programs, num_items),
+    needs_log_prior: bool,
+    needs_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Launch the backward: `fusedmm.kernels.attention.backward.attention_backward` with neither query nor key empty."""
+    assert seed is None
+    _, num_heads, head_dim = query.shape
+    num_modalities = mass.shape[-1]
+    grad_output = unit_last_stride(grad_output)
+    row_terms = mass.new_empty((4, num_heads, num_modalities, query_tiles.shape[0] * TILE.value))
+    grad_gated, grad_output_gate = grad_output, None
+    if output_gate is not None:
+        output_gate = unit_last_stride(output_gate)
+        grad_gated, grad_output_gate = query.new_empty(query.shape), query.new_empty(query.shape)
+    grad_statistic = {"joint": grad_mass, "partials": grad_lse, "per_modality": None}[softmax]
+    stride_q, stride_h, *stride_m, _ = grad_output.stride()
+    key_ranges = find_key_ranges(cu_seqlens_k, active, cu_seqlens_q.numel() - 1, num_heads, num_modalities)
+    config = _attention_backward_rows_config(head_dim)
+    _attention_backward_rows_kernel[(row_terms.shape[-1] // config.blocks["BLOCK_Q"] * num_heads,)](
+        output_ptr=output,
+        grad_output_ptr=grad_output,
+        grad_statistic_ptr=grad_statistic,
+        output_gate_ptr=output_gate,
+        grad_gated_ptr=None if output_gate is None else grad_gated,
+        grad_output_gate_ptr=grad_output_gate,
+        log_prior_ptr=log_prior,
+        gate_ptr=gate,
+        lse_ptr=lse,
+        row_terms_ptr=row_terms,
+        query_tiles_ptr=query_tiles,
+        cu_seqlens_q_ptr=cu_seqlens_q,
+        key_ranges_ptr=key_ranges,
+        visible_ptr=visible,
+        grad_output_stride_q=stride_q,
+        grad_output_stride_h=stride_h,
+        grad_output_stride_m=stride_m[0] if stride_m else 0,
+        **strides_of(grad_statistic, "grad_statistic", "qhm"),
+        **strides_of(output_gate, "output_gate", "qh"),
         **strides_of(log_prior, "log_prior", "qhm"),
         **strides_of(gate, "gate", "qhm"),
-        **strides_of(output_gate, "output_gate", "qh"),
-        "HEAD_DIM": head_dim,
-        "QUERY_HEADS": query_heads,
-        "GROUP": query_heads // key.shape[1],
-        "MODALITIES": mass.shape[-1],
-        "WORK_HEADS": work.shape[0],
-    }
-    return Launch(_attention_forward_hopper_kernel, (arguments["num_programs"],), arguments, config.launch_options())
-
-
-def query_launch(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad_query: Tensor,
-    grad_log_prior: Tensor | None,
-    grad_gate: Tensor | None,
-    mass: Tensor,
-    row_terms: Tensor,
-    *,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    query_tiles: Tensor,
-    active: Tensor | None,
-    visible: Tensor | None,
-    scale: float,
-    delta_only: bool,
-) -> Launch:
-    """The backward for queries, gates and priors, or (``delta_only``) the shift of the per-modality softmax.
-
-    Args:
-        grad_output: [total_q, Hq, D] before the output gate; for partials [total_q, Hq, M, D].
-        query: this and what follows as given to the forward.
-        key: see query.
-        value: see query.
-        grad_query: contiguous [total_q, Hq, D], written unless ``delta_only``.
-        grad_log_prior: contiguous [total_q, Hq, M] float32 or None, likewise.
-        grad_gate: contiguous [total_q, Hq, M] float32 or None, likewise.
-        mass: contiguous [total_q, Hq, M] float32.
-        row_terms: [4, Hq, M, padded rows] float32; its second plane is written if ``delta_only``.
-        cu_seqlens_q: this and what follows as in `attention_backward`.
-        cu_seqlens_k: see `attention_backward`.
-        query_tiles: see `attention_backward`.
-        active: see `attention_backward`.
-        visible: see `attention_backward`.
-        scale: of the scores; any sign.
-        delta_only: which of the two.
-    """
-    _, query_heads, head_dim = query.shape
-    block_k, config = hopper_config("query", head_dim, visible=visible is not None)
-    block_d = max(64, head_block(head_dim))
-    work = query_work(
-        query_tiles, cu_seqlens_q, cu_seqlens_k, active, visible, query_heads=query_heads, block_k=block_k
+        **strides_of(key_ranges, "key_ranges", "bhm"),
+        num_heads=num_heads,
+        num_modalities=num_modalities,
+        padded_rows=row_terms.shape[-1],
+        HEAD_DIM=head_dim,
+        SOFTMAX=softmax,
+        **config.launch_options(),
     )
-    dtype = GLUON_DTYPES[query.dtype]
-    arguments = {
-        "query_desc": ragged_descriptor(tma_operand(query), ROWS.value, block_d, dtype),
-        "grad_output_desc": ragged_descriptor(_by_head(grad_output), ROWS.value, block_d, dtype),
-        "key_desc": ragged_descriptor(tma_operand(key), block_k, block_d, dtype),
-        "value_desc": ragged_descriptor(tma_operand(value), block_k, block_d, dtype),
-        "grad_query_ptr": grad_query,
-        "grad_log_prior_ptr": grad_log_prior,
-        "grad_gate_ptr": grad_gate,
-        "mass_ptr": mass,
-        "row_terms_ptr": row_terms,
-        "visible_ptr": visible,
-        "work_ptr": work,
-        "scale": scale,
-        "scale2": scale * LOG2_E.value,
-        "num_tiles": query_tiles.shape[0],
-        "padded_rows": row_terms.shape[-1],
-        "HEAD_DIM": head_dim,
-        "QUERY_HEADS": query_heads,
-        "GROUP": query_heads // key.shape[1],
-        "MODALITIES": mass.shape[-1],
-        "WORK_HEADS": work.shape[0],
-        "IS_PARTIALS": grad_output.ndim == 4,
-        "DELTA_ONLY": delta_only,
-    }
-    grid = (query_tiles.shape[0] * query_heads,)
-    return Launch(_attention_backward_query_hopper_kernel, grid, arguments, config.launch_options())
-
-
-def key_value_launch(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad_key: Tensor,
-    grad_value: Tensor,
-    row_terms: Tensor,
-    *,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    key_tiles: Tensor,
-    active: Tensor | None,
-    visible: Tensor | None,
-    scale: float,
-    has_gate: bool,
-) -> Launch:
-    """The backward for keys and values.
-
-    Args:
-        grad_output: [total_q, Hq, D] before the output gate; for partials [total_q, Hq, M, D].
-        query: this and what follows as given to the forward.
-        key: see query.
-        value: see query.
-        grad_key: contiguous [total_k, Hkv, D], like grad_value.
-        grad_value: see grad_key.
-        row_terms: [4, Hq, M, padded rows] float32.
-        cu_seqlens_q: this and what follows as in `attention_backward`.
-        cu_seqlens_k: see `attention_backward`.
-        key_tiles: see `attention_backward`.
-        active: see `attention_backward`.
-        visible: see `attention_backward`.
-        scale: of the scores; any sign.
-        has_gate: whether there are gates; without, they are 1.
-    """
-    _, query_heads, head_dim = query.shape
-    key_heads = key.shape[1]
-    modalities = row_terms.shape[2]
-    block_q, config = hopper_config("key_value", head_dim, visible=visible is not None)
-    block_d = max(64, head_block(head_dim))
-    work = key_work(key_tiles, cu_seqlens_q, cu_seqlens_k, active, visible, query_heads=query_heads, block_q=block_q)
-    dtype = GLUON_DTYPES[query.dtype]
-    arguments = {
-        "query_desc": ragged_descriptor(tma_operand(query), block_q, block_d, dtype),
-        "grad_output_desc": ragged_descriptor(_by_head(grad_output), block_q, block_d, dtype),
-        "key_desc": ragged_descriptor(tma_operand(key), ROWS.value, block_d, dtype),
-        "value_desc": ragged_descriptor(tma_operand(value), ROWS.value, block_d, dtype),
-        "terms_desc": _terms_descriptor(row_terms, block_q),
-        "grad_key_ptr": grad_key,
-        "grad_value_ptr": grad_value,
-        "visible_ptr": visible,
-        "work_ptr": work,
-        "scale": scale,
-        "scale2": scale * LOG2_E.value,
-        "num_tiles": key_tiles.shape[0],
-        "HEAD_DIM": head_dim,
-        "KEY_HEADS": key_heads,
-        "GROUP": query_heads // key_heads,
-        "MODALITIES": modalities,
-        "WORK_HEADS": work.shape[0],
-        "IS_PARTIALS": grad_output.ndim == 4,
-        "HAS_GATE": has_gate,
-    }
-    grid = (key_tiles.shape[0] * key_heads,)
-    return Launch(_attention_backward_key_value_hopper_kernel, grid, arguments, config.launch_options())
-
-
-def _by_head(grad_output: Tensor) -> Tensor:
-    """[total_q, Hq, D], or for partials [total_q, Hq * M, D], as TMA reads it."""
-    return tma_operand(grad_output.flatten(1, -2))
-
-
-def _terms_descriptor(row_terms: Tensor, block_q: int) -> TensorDescriptor:
-    """Descriptor of the row terms: a box holds all four of ``block_q`` rows of one head and modality."""
-    terms, heads, modalities, padded_rows = row_terms.shape
-    block_shape = [TERMS.value, 1, block_q]
-    return TensorDescriptor(
-        base=row_terms,
-        shape=[terms, heads * modalities, padded_rows],
-        strides=[heads * modalities * padded_rows, padded_rows, 1],
-        block_shape=block_shape,
-        layout=gl.NVMMASharedLayout.get_default_for(block_shape, gl.float32),
-    )
+    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
+    grad_log_prior = torch.empty_like(mass) if needs_log_prior else None
+    grad_gate = torch.empty_like(mass) if needs_gate else None
+    for delta_only in (True, False) if softmax == "per_modality" else (False,):
+        query_launch(
+            grad_gated,
+            query,
+            key,
+            value,
+            grad_query,
+            grad_log_prior,
+            grad_gate,
+            mass,
+            row_terms,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            query_tiles=query_tiles,
+            active=active,
+            visible=visible,
+            scale=scale,
+            delta_only=delta_only,
+        ).run()
+    key_value_launch(
+        grad_gated,
+        query,
+        key,
+        value,
+        grad_key,
+        grad_value,
+        row_terms,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        key_tiles=key_tiles,
+        active=active,
+        visible=visible,
+        scale=scale,
+        has_gate=gate is not None,
+    ).run()
+    return grad_query, grad_key, grad_value, grad_log_prior, grad_gate, grad_output_gate

@@ -1,0 +1,284 @@
+"""The passes of Hopper attention as launches: kernel, grid and arguments from tensors. Nothing here waits for the GPU."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from fusedmm.kernels.attention.arguments import SoftmaxKind, strides_of, unit_last_stride
+from fusedmm.kernels.attention.config import head_block
+from fusedmm.kernels.attention.hopper.backward_key_value import TERMS, _attention_backward_key_value_hopper_kernel
+from fusedmm.kernels.attention.hopper.backward_query import _attention_backward_query_hopper_kernel
+from fusedmm.kernels.attention.hopper.config import hopper_config
+from fusedmm.kernels.attention.hopper.forward import _attention_forward_hopper_kernel
+from fusedmm.kernels.attention.hopper.ragged import ragged_descriptor
+from fusedmm.kernels.attention.hopper.tiles import LOG2_E, ROWS
+from fusedmm.kernels.attention.hopper.work import key_work, query_work
+
+GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its grid, its arguments by name, and its options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        """Start it."""
+        self.kernel[self.grid](**self.arguments, **self.options)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """SMs of a GPU, which is how many CTAs a persistent kernel has; 1 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def tma_operand(x: Tensor) -> Tensor:
+    """``x`` itself if TMA can read it (16-byte start and strides, last stride 1), else a contiguous copy."""
+    steps = 16 // x.element_size()
+    aligned = x.data_ptr() % 16 == 0 and all(stride % steps == 0 for stride in x.stride()[:-1])
+    return unit_last_stride(x) if aligned else x.contiguous()
+
+
+def forward_launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    mass: Tensor,
+    lse: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    query_tiles: Tensor,
+    log_prior: Tensor | None,
+    gate: Tensor | None,
+    output_gate: Tensor | None,
+    active: Tensor | None,
+    visible: Tensor | None,
+    softmax: SoftmaxKind,
+    scale: float,
+    programs: int,
+) -> Launch:
+    """The forward, into ``output``, ``mass`` and ``lse``.
+
+    Args:
+        query: [total_q, Hq, D] float16 or bfloat16; key and value likewise [total_k, Hkv, D]; none is empty.
+        key: see query.
+        value: see query.
+        output: contiguous [total_q, Hq, D], for partials [total_q, Hq, M, D].
+        mass: contiguous [total_q, Hq, M] float32, like lse.
+        lse: see mass.
+        cu_seqlens_q: this and what follows as in `attention_forward`.
+        cu_seqlens_k: see `attention_forward`.
+        query_tiles: see `attention_forward`.
+        log_prior: see `attention_forward`.
+        gate: see `attention_forward`.
+        output_gate: see `attention_forward`.
+        active: see `attention_forward`.
+        visible: see `attention_forward`.
+        softmax: see `attention_forward`.
+        scale: positive.
+        programs: CTAs, at most one an SM.
+    """
+    _, query_heads, head_dim = query.shape
+    block_k, config = hopper_config(f"forward_{softmax}", head_dim)
+    block_d = max(64, head_block(head_dim))
+    work = query_work(
+        query_tiles, cu_seqlens_q, cu_seqlens_k, active, visible, query_heads=query_heads, block_k=block_k
+    )
+    dtype = GLUON_DTYPES[query.dtype]
+    num_items = query_tiles.shape[0] * query_heads
+    arguments = {
+        "query_desc": ragged_descriptor(tma_operand(query), ROWS.value, block_d, dtype),
+        "key_desc": ragged_descriptor(tma_operand(key), block_k, block_d, dtype),
+        "value_desc": ragged_descriptor(tma_operand(value), block_k, block_d, dtype),
+        "output_ptr": output,
+        "mass_ptr": mass,
+        "lse_ptr": lse,
+        "log_prior_ptr": log_prior,
+        "gate_ptr": gate,
+        "output_gate_ptr": output_gate,
+        "visible_ptr": visible,
+        "work_ptr": work,
+        "scale2": scale * LOG2_E.value,
+        "num_tiles": query_tiles.shape[0],
+        "num_items": num_items,
+        "num_programs": min(programs, num_items),
+        **strides_of(log_prior, "log_prior", "qhm"),
+        **strides_of(gate, "gate", "qhm"),
+        **strides_of(output_gate, "output_gate", "qh"),
+        "HEAD_DIM": head_dim,
+        "QUERY_HEADS": query_heads,
+        "GROUP": query_heads // key.shape[1],
+        "MODALITIES": mass.shape[-1],
+        "WORK_HEADS": work.shape[0],
+        "SOFTMAX": softmax,
+    }
+    return Launch(_attention_forward_hopper_kernel, (arguments["num_programs"],), arguments, config.launch_options())
+
+
+def query_launch(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_query: Tensor,
+    grad_log_prior: Tensor | None,
+    grad_gate: Tensor | None,
+    mass: Tensor,
+    row_terms: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    query_tiles: Tensor,
+    active: Tensor | None,
+    visible: Tensor | None,
+    scale: float,
+    delta_only: bool,
+) -> Launch:
+    """The backward for queries, gates and priors, or (``delta_only``) the shift of the per-modality softmax.
+
+    Args:
+        grad_output: [total_q, Hq, D] before the output gate; for partials [total_q, Hq, M, D].
+        query: this and what follows as given to the forward.
+        key: see query.
+        value: see query.
+        grad_query: contiguous [total_q, Hq, D], written unless ``delta_only``.
+        grad_log_prior: contiguous [total_q, Hq, M] float32 or None, likewise.
+        grad_gate: contiguous [total_q, Hq, M] float32 or None, likewise.
+        mass: contiguous [total_q, Hq, M] float32.
+        row_terms: [4, Hq, M, padded rows] float32; its second plane is written if ``delta_only``.
+        cu_seqlens_q: this and what follows as in `attention_backward`.
+        cu_seqlens_k: see `attention_backward`.
+        query_tiles: see `attention_backward`.
+        active: see `attention_backward`.
+        visible: see `attention_backward`.
+        scale: of the scores; any sign.
+        delta_only: which of the two.
+    """
+    _, query_heads, head_dim = query.shape
+    block_k, config = hopper_config("query", head_dim)
+    block_d = max(64, head_block(head_dim))
+    work = query_work(
+        query_tiles, cu_seqlens_q, cu_seqlens_k, active, visible, query_heads=query_heads, block_k=block_k
+    )
+    dtype = GLUON_DTYPES[query.dtype]
+    arguments = {
+        "query_desc": ragged_descriptor(tma_operand(query), ROWS.value, block_d, dtype),
+        "grad_output_desc": ragged_descriptor(_by_head(grad_output), ROWS.value, block_d, dtype),
+        "key_desc": ragged_descriptor(tma_operand(key), block_k, block_d, dtype),
+        "value_desc": ragged_descriptor(tma_operand(value), block_k, block_d, dtype),
+        "grad_query_ptr": grad_query,
+        "grad_log_prior_ptr": grad_log_prior,
+        "grad_gate_ptr": grad_gate,
+        "mass_ptr": mass,
+        "row_terms_ptr": row_terms,
+        "visible_ptr": visible,
+        "work_ptr": work,
+        "scale": scale,
+        "scale2": scale * LOG2_E.value,
+        "num_tiles": query_tiles.shape[0],
+        "padded_rows": row_terms.shape[-1],
+        "HEAD_DIM": head_dim,
+        "QUERY_HEADS": query_heads,
+        "GROUP": query_heads // key.shape[1],
+        "MODALITIES": mass.shape[-1],
+        "WORK_HEADS": work.shape[0],
+        "IS_PARTIALS": grad_output.ndim == 4,
+        "DELTA_ONLY": delta_only,
+    }
+    grid = (query_tiles.shape[0] * query_heads,)
+    return Launch(_attention_backward_query_hopper_kernel, grid, arguments, config.launch_options())
+
+
+def key_value_launch(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    row_terms: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    key_tiles: Tensor,
+    active: Tensor | None,
+    visible: Tensor | None,
+    scale: float,
+    has_gate: bool,
+) -> Launch:
+    """The backward for keys and values.
+
+    Args:
+        grad_output: [total_q, Hq, D] before the output gate; for partials [total_q, Hq, M, D].
+        query: this and what follows as given to the forward.
+        key: see query.
+        value: see query.
+        grad_key: contiguous [total_k, Hkv, D], like grad_value.
+        grad_value: see grad_key.
+        row_terms: [4, Hq, M, padded rows] float32.
+        cu_seqlens_q: this and what follows as in `attention_backward`.
+        cu_seqlens_k: see `attention_backward`.
+        key_tiles: see `attention_backward`.
+        active: see `attention_backward`.
+        visible: see `attention_backward`.
+        scale: of the scores; any sign.
+        has_gate: whether there are gates; without, they are 1.
+    """
+    _, query_heads, head_dim = query.shape
+    key_heads = key.shape[1]
+    modalities = row_terms.shape[2]
+    block_q, config = hopper_config("key_value" if visible is None else "key_value_visible", head_dim)
+    block_d = max(64, head_block(head_dim))
+    work = key_work(key_tiles, cu_seqlens_q, cu_seqlens_k, active, visible, query_heads=query_heads, block_q=block_q)
+    dtype = GLUON_DTYPES[query.dtype]
+    arguments = {
+        "query_desc": ragged_descriptor(tma_operand(query), block_q, block_d, dtype),
+        "grad_output_desc": ragged_descriptor(_by_head(grad_output), block_q, block_d, dtype),
+        "key_desc": ragged_descriptor(tma_operand(key), ROWS.value, block_d, dtype),
+        "value_desc": ragged_descriptor(tma_operand(value), ROWS.value, block_d, dtype),
+        "terms_desc": _terms_descriptor(row_terms, block_q),
+        "grad_key_ptr": grad_key,
+        "grad_value_ptr": grad_value,
+        "visible_ptr": visible,
+        "work_ptr": work,
+        "scale": scale,
+        "scale2": scale * LOG2_E.value,
+        "num_tiles": key_tiles.shape[0],
+        "HEAD_DIM": head_dim,
+        "KEY_HEADS": key_heads,
+        "GROUP": query_heads // key_heads,
+        "MODALITIES": modalities,
+        "WORK_HEADS": work.shape[0],
+        "IS_PARTIALS": grad_output.ndim == 4,
+        "HAS_GATE": has_gate,
+    }
+    grid = (key_tiles.shape[0] * key_heads,)
+    return Launch(_attention_backward_key_value_hopper_kernel, grid, arguments, config.launch_options())
+
+
+def _by_head(grad_output: Tensor) -> Tensor:
+    """[total_q, Hq, D], or for partials [total_q, Hq * M, D], as TMA reads it."""
+    return tma_operand(grad_output.flatten(1, -2))
+
+
+def _terms_descriptor(row_terms: Tensor, block_q: int) -> TensorDescriptor:
+    """Descriptor of the row terms: a box holds all four of ``block_q`` rows of one head and modality."""
+    terms, heads, modalities, padded_rows = row_terms.shape
+    block_shape = [TERMS.value, 1, block_q]
+    return TensorDescriptor(
+        base=row_terms,
+        shape=[terms, heads * modalities, padded_rows],
+        strides=[heads * modalities * padded_rows, padded_rows, 1],
+        block_shape=block_shape,
+        layout=gl.NVMMASharedLayout.get_default_for(block_shape, gl.float32),
+    )
