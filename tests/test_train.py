@@ -85,6 +85,10 @@ def test_report_compares_baselines_and_fusions(recipe: Path, tmp_path: Path) -> 
         assert scores["oracle"]["headline"][0] < low < value < high
         difference = value - scores["ridge"]["headline"][0]
         np.testing.assert_allclose(scores[name]["paired"][0], difference, atol=1e-9)
+    for name, margin in report["margins"].items():
+        difference = scores[name]["headline"][0] - scores["gated"]["headline"][0]
+        np.testing.assert_allclose(margin["value"], difference, atol=1e-9)
+    assert "gated" not in report["margins"]
     use = report["modalities"]["gated"][0]
     assert use["names"] == ["price", "text", "audio", "chart", "weather", "orders"]
     np.testing.assert_allclose(sum(use["mass"]), 1.0, atol=1e-5)

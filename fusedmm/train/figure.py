@@ -45,7 +45,7 @@ STYLE: Any = {
 }
 
 
-def draw_report(recipe: Recipe, task: Task, report: "Report", headline: str, out: Path) -> None:
+def draw_report(recipe: Recipe, task: Task, report: "Report", headline: str, mass_name: str, out: Path) -> None:
     """Write ``report.png``.
 
     Args:
@@ -53,6 +53,7 @@ def draw_report(recipe: Recipe, task: Task, report: "Report", headline: str, out
         task: the data, for the title.
         report: scores and uses of modalities.
         headline: the variant whose modalities are drawn.
+        mass_name: what its mass is: attention, or the share of the gates.
         out: the recipe's output directory; the runs' logs are read from it.
     """
     logs = {
@@ -65,7 +66,7 @@ def draw_report(recipe: Recipe, task: Task, report: "Report", headline: str, out
         figure.suptitle(f"{task.dataset.info.name}: {len(task.test)} test forecasts", fontsize=13, fontweight="bold")
         ((curves, mass), (need, reach)) = figure.subplots(2, 2)
         _draw_curves(curves, logs)
-        _draw_mass(mass, headline, logs[headline], uses[0].names)
+        _draw_mass(mass, f"{mass_name} by modality on dev, {headline}", logs[headline], uses[0].names)
         _draw_importance(need, headline, uses)
         _draw_scores(reach, report, set(logs), bool(task.classes))
         figure.savefig(out / "report.png", dpi=150)
@@ -100,11 +101,11 @@ def _roof(axes: Any, lowest: float) -> float:
     return float(min(axes.get_ylim()[1], 3.0 * lowest))
 
 
-def _draw_mass(axes: Any, headline: str, runs: Sequence[Sequence[Mapping[str, float]]], names: Sequence[str]) -> None:
+def _draw_mass(axes: Any, title: str, runs: Sequence[Sequence[Mapping[str, float]]], names: Sequence[str]) -> None:
     for color, name in zip(_cycle(len(names)), names, strict=True):
         steps, share = _series(runs, f"mass_{name}")
         axes.plot(steps, share, color=color, linewidth=1.9, marker="o", markersize=3.2, label=name)
-    axes.set(title=f"Attention mass by modality on dev, {headline}", xlabel="step", ylabel="share of the attention")
+    axes.set(title=title[0].upper() + title[1:], xlabel="step", ylabel="share")
     axes.set_ylim(0, None)
     axes.legend(ncols=2)
 
@@ -126,6 +127,7 @@ def _draw_importance(axes: Any, headline: str, uses: Sequence[ModalityUse]) -> N
         axes.barh(heights, width, left=left, color=color, height=0.86, label=name, edgecolor="white", linewidth=0.6)
         left += width
     axes.set_yticks(heights, [label for label, _ in rows])
+    axes.set_ylim(min(heights[-1], -4.0) - 0.7, 0.7)  # two bars alone need not fill the panel
     axes.set(title=f"What {headline} needs (loss without it) and attends to", xlabel="share", xlim=(0, 1))
     axes.grid(axis="y", visible=False)
     axes.legend(ncols=6, loc="upper center", bbox_to_anchor=(0.45, -0.12), columnspacing=1.0, handlelength=1.0)

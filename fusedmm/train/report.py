@@ -17,6 +17,7 @@ from scipy.special import softmax
 
 import fusedmm
 from fusedmm.train.baselines import Forecast, Score, baseline_forecasts, format_table, score_forecasts
+from fusedmm.train.bootstrap import Interval
 from fusedmm.train.config import Recipe, VariantConfig
 from fusedmm.train.evaluate import RunResult
 from fusedmm.train.figure import draw_report
@@ -32,6 +33,8 @@ class Report(NamedTuple):
 
     reference: str
     scores: list[Score]
+    margins: dict[str, Interval]
+    """Mean difference of each other row's losses to the headline variant's, paired; above 0 the headline is better."""
     uses: dict[str, list[ModalityUse]]
     """For each variant that attends, how it uses its modalities."""
     checks: list[Check]
@@ -49,7 +52,7 @@ def write_report(recipe: Recipe, task: Task, results: Mapping[str, Sequence[RunR
     text = to_markdown(recipe, task, report)
     (out / "report.md").write_text(text)
     (out / "report.json").write_text(json.dumps(to_json(report), indent=1) + "\n")
-    draw_report(recipe, task, report, headline_variant(recipe).name, out)
+    draw_report(recipe, task, report, headline_variant(recipe).name, mass_name(recipe), out)
     print(text)
     return all(check.passed for check in report.checks)
 
@@ -73,16 +76,11 @@ def build_report(recipe: Recipe, task: Task, results: Mapping[str, Sequence[RunR
         for seed, run in zip(recipe.train.seeds, runs_of, strict=True):
             facts = {"seconds": float(run.seconds), "best_step": int(run.best_step), "parameters": int(run.parameters)}
             runs.append({"variant": variant.name, "seed": seed, **facts})
-    scores = score_forecasts(
-        task.dataset,
-        task.rows,
-        forecasts,
-        reference,
-        block_days=recipe.run.block_days,
-        resamples=recipe.run.bootstrap,
-    )
-    checks = _checks(recipe, scores, uses)
-    return Report(reference, scores, uses, checks, runs)
+    bootstrap = {"block_days": recipe.run.block_days, "resamples": recipe.run.bootstrap}
+    scores = score_forecasts(task.dataset, task.rows, forecasts, reference, **bootstrap)
+    headline = score_forecasts(task.dataset, task.rows, forecasts, headline_variant(recipe).name, **bootstrap)
+    margins = {score.name: score.paired for score in headline if score.paired is not None}
+    return Report(reference, scores, margins, uses, _checks(recipe, scores, uses), runs)
 
 
 def average(task: Task, predictions: Sequence[Float32Array]) -> npt.NDArray[np.floating[Any]]:
@@ -91,6 +89,11 @@ def average(task: Task, predictions: Sequence[Float32Array]) -> npt.NDArray[np.f
         predictions = [softmax(prediction, axis=1) for prediction in predictions]
     mean: npt.NDArray[np.floating[Any]] = np.mean(predictions, axis=0)
     return mean
+
+
+def mass_name(recipe: Recipe) -> str:
+    """What the models' mass is."""
+    return "share of the gates" if recipe.model.softmax == "per_modality" else "attention mass"
 
 
 def headline_variant(recipe: Recipe) -> VariantConfig:
@@ -126,8 +129,14 @@ def to_markdown(recipe: Recipe, task: Task, report: Report) -> str:
         "",
     ]
     name = headline_variant(recipe).name
+    lines += [f"Paired by day, each row's loss minus that of `{name}` (above 0: `{name}` is better):", ""]
+    lines += ["| row | difference [95 %] |", "|---|---|"]
+    lines += [f"| {row} | {margin} |" for row, margin in report.margins.items()] + [""]
     measure = "negative log-likelihood" if task.classes else "MSE"
-    lines += [f"What each modality earned in `{name}`: attention mass, and rise of {measure} when it is hidden.", ""]
+    lines += [
+        f"What each modality earned in `{name}`: {mass_name(recipe)}, and rise of {measure} when it is hidden.",
+        "",
+    ]
     lines += [_use_table(report.uses[name]), ""]
     if report.checks:
         lines += ["Checks against the truth of the simulation:", "", "```", *map(str, report.checks), "```", ""]
@@ -160,6 +169,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "provenance": provenance(),
         "reference": report.reference,
         "scores": [score._asdict() for score in report.scores],
+        "margins": {name: margin._asdict() for name, margin in report.margins.items()},
         "modalities": {
             variant: [
                 {
