@@ -72,8 +72,9 @@ class Row:
 @cache
 def spec_modules() -> tuple[str, ...]:
     """Every module that lists kernel specs."""
-    files = sorted((ROOT / "kernels").glob("*/specs.py"))
-    return tuple(f"fusedmm.kernels.{file.parent.name}.specs" for file in files)
+    folder = ROOT / "kernels"
+    files = sorted(folder.rglob("specs.py"))
+    return tuple(".".join(("fusedmm.kernels", *file.relative_to(folder).with_suffix("").parts)) for file in files)
 
 
 @cache

@@ -1,6 +1,7 @@
 """Imports point down: read from the source, so that an import inside a function counts too."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,7 @@ LEVELS = {
     "nn": 6,
     "train": 7,
 }
-KERNELS_MAY_IMPORT = {"torch", "triton", "fusedmm", "collections", "dataclasses", "functools", "math", "typing"}
+KERNELS_MAY_IMPORT = {"torch", "triton", "fusedmm", *sys.stdlib_module_names}
 
 
 def part_of(module: str) -> str | None:

@@ -73,10 +73,9 @@ def test_signature_is_the_contract_s(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(FIELDS))
-def test_results_are_named_tuples_of_fixed_length(name: str) -> None:
+def test_results_are_named_tuples_with_the_promised_fields(name: str) -> None:
     fields = getattr(fusedmm, name)._fields
-    promised = FIELDS[name].split()
-    assert [field for field in fields if field in promised] == promised
+    assert set(fields) >= set(FIELDS[name].split())
 
 
 @pytest.mark.parametrize("name", sorted(SIGNATURES))
