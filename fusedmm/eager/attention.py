@@ -1,31 +1,25 @@
 """Gated multimodal attention composed from PyTorch's own operators: the CPU path.
 
-Samples of similar size are padded together into chunks of bounded memory, and each chunk is a handful of batched matrix
-products. Priors and padding ride along as extra columns of the products (one column a modality), so that no pass over
-the scores is spent on them:
+Works through blocks of scores that stay in cache (`fusedmm.eager.attention_groups`). In a block the columns of modality
+m are a slice, each with a maximum of its own, so that its lse is exact however small its share is; prior, normaliser
+and gate are numbers a row and modality, and cost one pass together:
 
-    [scale * q, log_prior, 1] @ [k, onehot(m), hidden]^T  = scores + prior, and -1e30 where a key is padding
-    exp(scores - max) @ onehot(m)                         = the mass of each modality, and its lse
-    dz @ [scale * k, onehot(m)]                           = dq and dlog_prior
+    E = exp(s - peak[m])                                   mass[m] = exp(peak[m] + prior[m] - lse) * sum_m E
+    output = (E * exp(peak[m] + prior[m] - lse) * gate[m]) @ v
 
-``per_modality`` and partials treat each (sample, modality) as a problem of its own with one modality. Probabilities are
-recomputed in the backward; what lives at once is one chunk, at most `CHUNK_ELEMENTS` probabilities (or one sample,
-where that is more). Accumulation is float32, or float64 for float64 inputs.
+The backward recomputes P = exp(s + prior[m] - lse) and forms ``dz = P * gate[m] * R + P * offset[m]``, R = dO @ v^T.
+Heads come first in all of it: [Hkv * c, G * n, k] scores of c samples, n queries each, and G query heads a key head.
+What lives at once is a block and its gradient. Accumulation is float32, or float64 for float64 inputs.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fusedmm.eager.attention_groups import Block, Group, Run, find_groups
 from fusedmm.philox import keep_mask
-
-CHUNK_ELEMENTS = 1 << 22
-PADDING_ALLOWED = 1.25
-SMALL_CHUNK_ELEMENTS = 1 << 16
-HIDDEN = -1e30
-UNDERFLOW = 1e-30
 
 
 @dataclass(frozen=True)
@@ -50,44 +44,61 @@ class Inputs:
     def compute_dtype(self) -> torch.dtype:
         return torch.float64 if self.query.dtype == torch.float64 else torch.float32
 
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Problems padded together: c problems of at most q queries and k keys."""
-
-    rows: Tensor  # [c, q] packed query rows
-    keys: Tensor  # [c, k] packed key rows
-    row_valid: Tensor | None  # [c, q]; None: no padding
-    one_hot: Tensor  # [c, k, M'] modality of each key; all 0 for padding
-    hidden: Tensor | None  # [c, 1 or Hkv, 1 or G, 1 or q, k] True where a key is not seen; None: all are
-    unread: Tensor | None  # [c, 1 or Hkv, k] True where no query may touch a key
-    modality_of: Tensor | None  # [c] the one modality of each problem, for partials
+    def groups(self) -> list[Group]:
+        return find_groups(self.cu_seqlens_q, self.cu_seqlens_k, self.num_modalities, self.active, self.query.shape[1])
 
 
 def forward(x: Inputs, softmax: str) -> tuple[Tensor, Tensor, Tensor]:
     """Output without output gate ([total_q, Hq, D], or [total_q, Hq, M, D] for partials), mass and lse, in the
     accumulation dtype.
     """
-    split = softmax != "joint"
     total_q, heads, dim = x.query.shape
-    modalities = x.num_modalities
-    planes = modalities if split else 1
-    columns = 1 if split else modalities
-    output = x.query.new_zeros((planes, total_q, heads, dim), dtype=x.compute_dtype)
-    lse = output.new_full((planes, total_q, heads, columns), -torch.inf)
-    mass = torch.zeros_like(lse)
-    for chunk in _chunks(x, split):
-        chunk_output, chunk_mass, chunk_lse = _forward_chunk(x, chunk, split)
-        where = chunk.rows if chunk.modality_of is None else chunk.rows + chunk.modality_of[:, None] * total_q
-        for buffer, result in ((output, chunk_output), (mass, chunk_mass), (lse, chunk_lse)):
-            _put(buffer.flatten(0, 1), where, chunk.row_valid, result)
-    if not split:
-        return output[0], mass[0], lse[0]
-    mass, lse = (t.squeeze(-1).permute(1, 2, 0).contiguous() for t in (mass, lse))
-    if softmax == "partials":
-        return output.permute(1, 2, 0, 3).contiguous(), mass, lse
-    weights = mass.new_ones(mass.shape) if x.gate is None else x.gate.to(mass.dtype)
-    return torch.einsum("mqhd,qhm->qhd", output, weights), mass, lse
+    split = softmax == "partials"
+    output = x.query.new_zeros((total_q, heads, x.num_modalities * dim if split else dim), dtype=x.compute_dtype)
+    mass = output.new_zeros((total_q, heads, x.num_modalities))
+    lse = torch.full_like(mass, -torch.inf)
+    x = _without_unseen(x)
+    for group in x.groups():
+        keys, values = _keys(x, group, x.key), _keys(x, group, x.value)
+        for block in group.blocks(heads):
+            results = _forward_block(x, softmax, group, block, keys, values)
+            for buffer, result in zip((output, mass, lse), results, strict=True):
+                _put(buffer, block, result, len(group.samples), x.key.shape[1])
+    return output.unflatten(-1, (-1, dim)) if split else output, mass, lse
+
+
+def _forward_block(
+    x: Inputs, softmax: str, group: Group, block: Block, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, mass and lse of a block, [Hkv * c, G * n, D (times M for partials) and M]."""
+    weights = _scores(x, group, block, keys)
+    peak = _reduce(weights, group, torch.amax, -torch.inf)
+    shift = peak.masked_fill(torch.isneginf(peak), 0.0)
+    for run, columns in _runs(weights, group):
+        columns.sub_(shift[..., run.modalities, None])
+    sums = _reduce(weights.exp_(), group, torch.sum, 0.0)
+    if x.log_prior is not None:
+        peak = peak + _rows(x, group, block, x.log_prior)
+    lse = peak + sums.log()
+    if softmax == "joint":
+        top = peak.amax(-1, keepdim=True)
+        share = (peak - top.masked_fill_(torch.isneginf(top), 0.0)).exp_()
+        mass = share * sums
+        total = mass.sum(-1, keepdim=True).clamp_min_(1.0)  # below 1 only where nothing is visible
+        mass, factor = mass.div_(total), share.div_(total)
+    else:
+        factor = sums.clamp_min(1.0).reciprocal_()
+        mass = sums * factor
+    if x.gate is not None:
+        factor = factor * _rows(x, group, block, x.gate)
+    for run, columns in _runs(weights, group):
+        columns.mul_(factor[..., run.modalities, None])
+    if x.seed is not None:
+        _drop(weights, x, group, block)
+    if softmax != "partials":
+        return weights @ values, mass, lse
+    pieces = zip(weights.split(group.widths, -1), values.split(group.widths, 1), strict=True)
+    return torch.cat([w @ v for w, v in pieces], -1), mass, lse
 
 
 def backward(
@@ -109,73 +120,105 @@ def backward(
         inner: [total_q, Hq] or, for partials, [total_q, Hq, M]: the inner product of grad_output and output.
         mass, lse: [total_q, Hq, M] of the forward.
     """
-    split = softmax != "joint"
-    compute = x.compute_dtype
-    grad_output = grad_output.to(compute)
-    grad_query = torch.zeros_like(x.query, dtype=compute)
-    grad_key = torch.zeros_like(x.key, dtype=compute)
-    grad_value = torch.zeros_like(grad_key)
-    grad_prior, grad_gate = torch.zeros_like(mass, dtype=compute), torch.zeros_like(mass, dtype=compute)
-    if softmax == "joint":
-        mu = torch.zeros_like(mass, dtype=compute) if grad_mass is None else grad_mass.to(compute)
-        delta = inner[..., None] + (mu * mass).sum(-1, keepdim=True)
-        offset = mu - delta  # [total_q, Hq, M]
-        normaliser = torch.logsumexp(lse, -1, keepdim=True)
-    else:
-        normaliser = lse
-        offset = torch.zeros_like(mass, dtype=compute)
-        if softmax == "partials":
-            offset = -inner if grad_lse is None else grad_lse.to(compute) - inner
-    normaliser = normaliser.masked_fill(torch.isneginf(normaliser), torch.inf)
-    certain = _certain_rows(x) if softmax == "joint" else None
-    for chunk in _chunks(x, split):
-        results = _backward_chunk(x, chunk, softmax, grad_output, offset, normaliser, certain)
-        valid = chunk.row_valid
-        rows = chunk.rows.flatten() if valid is None else chunk.rows[valid]
-        chunk_query, chunk_key, chunk_value, chunk_prior, chunk_gate = results
-        grad_query.index_add_(0, rows, chunk_query.flatten(0, 1) if valid is None else chunk_query[valid])
-        real = chunk.one_hot.any(-1)
-        for buffer, result in ((grad_key, chunk_key), (grad_value, chunk_value)):
-            buffer.index_add_(0, chunk.keys[real], result[real])
-        for buffer, result in ((grad_prior, chunk_prior), (grad_gate, chunk_gate)):
-            if chunk.modality_of is None:
-                _put(buffer, chunk.rows, valid, result)
+    compute, kv_heads = x.compute_dtype, x.key.shape[1]
+    x = _without_unseen(x)
+    groups = x.groups()
+    exponent, offset = _row_terms(softmax, x.log_prior, grad_mass, grad_lse, inner, mass, lse)
+    certain = _certain_rows(x, groups) if softmax == "joint" else None
+    samples = [sample for group in groups for sample in group.samples]
+    has_all_rows = sum(s.size_q for s in samples) == x.query.shape[0]
+    has_all_keys = sum(sum(s.sizes_k) for s in samples) == x.key.shape[0]
+    grad_query, grad_gate = (_buffer(t, has_all_rows, compute) for t in (x.query, mass))
+    grad_key, grad_value = (_buffer(t, has_all_keys, compute) for t in (x.key, x.value))
+    grad_output = grad_output.to(compute).flatten(2).contiguous()  # an expanded one would be multiplied row by row
+    for group in groups:
+        keys, values = _keys(x, group, x.key), _keys(x, group, x.value)
+        key_sum = value_sum = None
+        for block in group.blocks(x.query.shape[1]):
+            gradient, exponents, offsets = (_rows(x, group, block, t) for t in (grad_output, exponent, offset))
+            probabilities = _scores(x, group, block, keys)
+            for run, columns in _runs(probabilities, group):
+                columns.add_(exponents[..., run.modalities, None])
+            probabilities.exp_()
+            if softmax == "partials":
+                planes = zip(gradient.split(x.query.shape[2], -1), values.split(group.widths, 1), strict=True)
+                products = torch.cat([plane @ v.mT for plane, v in planes], -1)
             else:
-                column = chunk.modality_of[:, None].expand_as(chunk.rows)
-                column = column.flatten() if valid is None else column[valid]
-                buffer[rows, :, column] = (
-                    result.squeeze(-1).flatten(0, 1) if valid is None else result.squeeze(-1)[valid]
-                )
-    return grad_query, grad_key, grad_value, grad_prior, grad_gate
+                products = gradient @ values.mT
+            if x.seed is not None:
+                _drop(products, x, group, block)
+            products.mul_(probabilities)
+            by_modality = _reduce(products, group, torch.sum, 0.0)
+            gates = None if x.gate is None else _rows(x, group, block, x.gate)
+            if softmax == "per_modality":
+                offsets = -by_modality if gates is None else -gates * by_modality
+            for (run, columns), (_, shares) in zip(_runs(products, group), _runs(probabilities, group), strict=True):
+                if gates is not None:
+                    columns.mul_(gates[..., run.modalities, None])
+                columns.addcmul_(shares, offsets[..., run.modalities, None])
+                if gates is not None:
+                    shares.mul_(gates[..., run.modalities, None])
+            if certain is not None:
+                products.masked_fill_(_rows(x, group, block, certain), 0.0)
+            if x.seed is not None:
+                _drop(probabilities, x, group, block)
+            count = len(group.samples)
+            _put(grad_query, block, (products @ keys).mul_(x.scale), count, kv_heads)
+            _put(grad_gate, block, by_modality, count, kv_heads)
+            block_key = products.mT @ (_rows(x, group, block, x.query) * x.scale)
+            if softmax == "partials":
+                planes = zip(probabilities.split(group.widths, -1), gradient.split(x.query.shape[2], -1), strict=True)
+                block_value = torch.cat([p.mT @ plane for p, plane in planes], 1)
+            else:
+                block_value = probabilities.mT @ gradient
+            key_sum = block_key if key_sum is None else key_sum.add_(block_key)
+            value_sum = block_value if value_sum is None else value_sum.add_(block_value)
+        for buffer, result in ((grad_key, key_sum), (grad_value, value_sum)):
+            assert result is not None
+            _put_keys(buffer, group, result)
+    grad_prior = (grad_gate if x.gate is None else grad_gate * x.gate) + offset * mass
+    return (
+        grad_query,
+        grad_key,
+        grad_value,
+        grad_prior if certain is None else grad_prior.masked_fill_(certain, 0.0),
+        grad_gate,
+    )
 
 
-def _forward_chunk(x: Inputs, chunk: _Chunk, split: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [c, q, Hq, D], mass and lse [c, q, Hq, M'] of one chunk."""
-    scores, values = _scores(x, chunk, split)
-    one_hot = chunk.one_hot[:, None, None]  # [c, 1, 1, k, M']
-    if scores.shape[-1] == 0:
-        scores = scores.new_full((*scores.shape[:-1], 1), HIDDEN)
-        one_hot, values = (
-            one_hot.new_zeros((*one_hot.shape[:3], 1, one_hot.shape[-1])),
-            values.new_zeros((*values.shape[:3], 1, values.shape[-1])),
-        )
-    peak = scores.amax(-1, keepdim=True)
-    nothing = peak <= HIDDEN / 10
-    probabilities = (scores - peak.masked_fill(nothing, torch.inf)).exp_()
-    sums = probabilities @ one_hot  # [c, Hkv, G, q, M']
-    total = sums.sum(-1, keepdim=True).masked_fill_(nothing, 1.0)
-    lse = sums.log() + peak
-    if bool((sums < UNDERFLOW).any()) and sums.shape[-1] > 1:
-        lse = _separate_lse(scores, chunk.one_hot)
-    weights = _gated(x, chunk, probabilities, split)
-    output = (weights @ values) / total
-    return _to_rows(output), _to_rows(sums / total), _to_rows(lse)
+def _buffer(like: Tensor, is_overwritten: bool, dtype: torch.dtype) -> Tensor:
+    return like.new_empty(like.shape, dtype=dtype) if is_overwritten else like.new_zeros(like.shape, dtype=dtype)
 
 
-def _certain_rows(x: Inputs) -> Tensor | None:
+def _row_terms(
+    softmax: str,
+    log_prior: Tensor | None,
+    grad_mass: Tensor | None,
+    grad_lse: Tensor | None,
+    inner: Tensor,
+    mass: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """[total_q, Hq, M] each: what is added to the scores so that exp gives P, and the part of dz that P multiplies."""
+    normaliser = lse
+    offset = torch.zeros_like(mass)
+    if softmax == "joint":
+        normaliser = torch.logsumexp(lse, -1, keepdim=True)
+        offset = -inner[..., None].expand_as(mass)
+        if grad_mass is not None:
+            offset = grad_mass.to(mass.dtype) - (inner + (grad_mass * mass).sum(-1))[..., None]
+    elif softmax == "partials":
+        offset = -inner if grad_lse is None else grad_lse.to(mass.dtype) - inner
+    exponent = -normaliser.masked_fill(torch.isneginf(normaliser), torch.inf)
+    return exponent.expand_as(lse) if log_prior is None else log_prior + exponent, offset
+
+
+def _certain_rows(x: Inputs, groups: list[Group]) -> Tensor | None:
     """[total_q, Hq, 1] True where a query sees a single key: its softmax is constant, and dz is exactly 0, not the
     rounding error of delta; None where there is no such row.
     """
+    if x.visible is None and x.active is None and all(sum(s.sizes_k) > 1 for g in groups for s in g.samples):
+        return None
     sample = torch.searchsorted(
         x.cu_seqlens_q[1:].long(), torch.arange(x.query.shape[0], device=x.query.device), right=True
     )
@@ -190,233 +233,127 @@ def _certain_rows(x: Inputs) -> Tensor | None:
     return certain if bool(certain.any()) else None
 
 
-def _separate_lse(scores: Tensor, one_hot: Tensor) -> Tensor:
-    """lse of each modality with a maximum of its own: for modalities that underflow beside the largest score."""
-    modality = one_hot.argmax(-1)[:, None, None, None].expand(scores.shape)
-    scores = scores.masked_fill(~one_hot.any(-1)[:, None, None, None], HIDDEN)
-    shape = (*scores.shape[:-1], one_hot.shape[-1])
-    peak = scores.new_full(shape, HIDDEN).scatter_reduce(-1, modality, scores, "amax")
-    nothing = peak <= HIDDEN / 10
-    shifted = torch.exp(scores - peak.masked_fill(nothing, torch.inf).gather(-1, modality))
-    return torch.where(nothing, -torch.inf, scores.new_zeros(shape).scatter_add(-1, modality, shifted).log() + peak)
-
-
-def _backward_chunk(
-    x: Inputs,
-    chunk: _Chunk,
-    softmax: str,
-    grad_output: Tensor,
-    offset: Tensor,
-    normaliser: Tensor,
-    certain: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    split = softmax != "joint"
-    scores, values = _scores(x, chunk, split)
-    one_hot = chunk.one_hot[:, None, None]
-    probabilities = scores.sub_(_of_problem(x, chunk, normaliser, split)).exp_()  # [c, Hkv, G, q, k]
-    if softmax == "partials" and chunk.modality_of is not None:
-        gradient = _heads_first(grad_output[chunk.rows, :, chunk.modality_of[:, None]], x.key.shape[1])
-    else:
-        gradient = _heads_first(grad_output[chunk.rows], x.key.shape[1])
-    if chunk.row_valid is not None:
-        gradient = gradient.masked_fill(~chunk.row_valid[:, None, None, :, None], 0.0)
-    products = gradient @ values.transpose(-1, -2)  # R
-    if x.seed is not None:
-        products = products * _keep(x, chunk)
-    products = products * probabilities  # P R
-    grad_gate = products @ one_hot
-    gate = None if x.gate is None or softmax == "partials" else _of_problem(x, chunk, x.gate, split)
-    shift = _of_problem(x, chunk, offset, split)
-    if softmax == "per_modality":  # dz = gate P (R - sum P R)
-        shift = -grad_gate if gate is None else -gate * grad_gate
-    if chunk.row_valid is not None:
-        shift = shift.masked_fill(~chunk.row_valid[:, None, None, :, None], 0.0)
-    weighted = probabilities if gate is None else probabilities * (gate @ one_hot.transpose(-1, -2))
-    dz = products if gate is None else products * (gate @ one_hot.transpose(-1, -2))
-    dz = dz + probabilities * (shift @ one_hot.transpose(-1, -2))
-    if certain is not None:
-        dz = dz.masked_fill_(_of_problem(x, chunk, certain, split).bool(), 0.0)
-    if x.seed is not None:
-        weighted = weighted * _keep(x, chunk)
-    keys = _kv(x, chunk, x.key)[:, :, None]
-    queries = _heads_first(_queries(x, chunk), x.key.shape[1])
-    grad_query = (dz @ keys) * x.scale
-    grad_key = (dz.flatten(2, 3).transpose(-1, -2) @ queries.flatten(2, 3)) * x.scale
-    grad_value = weighted.flatten(2, 3).transpose(-1, -2) @ gradient.flatten(2, 3)
-    if chunk.unread is not None:
-        grad_key, grad_value = (g.masked_fill(chunk.unread[..., None], 0.0) for g in (grad_key, grad_value))
-    return (
-        _to_rows(grad_query),
-        grad_key.transpose(1, 2),
-        grad_value.transpose(1, 2),
-        _to_rows(dz @ one_hot),
-        _to_rows(grad_gate),
-    )
-
-
-def _scores(x: Inputs, chunk: _Chunk, split: bool) -> tuple[Tensor, Tensor]:
-    """Scores plus prior [c, Hkv, G, q, k], `HIDDEN` where not visible, and values [c, Hkv, 1, k, D]."""
-    kv_heads = x.key.shape[1]
-    queries = _heads_first(_queries(x, chunk) * x.scale, kv_heads)  # [c, Hkv, G, q, D]
-    keys, values = _kv(x, chunk, x.key), _kv(x, chunk, x.value)  # [c, Hkv, k, D]
-    padding = (1.0 - chunk.one_hot.sum(-1, keepdim=True)) * HIDDEN  # [c, k, 1]
-    columns = [queries, torch.ones_like(queries[..., :1])]
-    rows = [keys, padding[:, None].expand(-1, kv_heads, -1, -1)]
-    if x.log_prior is not None and not split:
-        columns.append(_of_problem(x, chunk, x.log_prior.clamp_min(HIDDEN), split).to(queries.dtype))
-        rows.append(chunk.one_hot[:, None].expand(-1, kv_heads, -1, -1))
-    left, right = torch.cat(columns, -1), torch.cat(rows, -1)
-    scores = (left.flatten(2, 3) @ right.transpose(-1, -2)).unflatten(2, left.shape[2:4])
-    if chunk.hidden is not None:
-        scores = scores.masked_fill_(chunk.hidden, HIDDEN)
-    return scores, values[:, :, None]
-
-
-def _queries(x: Inputs, chunk: _Chunk) -> Tensor:
-    return x.query[chunk.rows].to(x.compute_dtype)
-
-
-def _kv(x: Inputs, chunk: _Chunk, packed: Tensor) -> Tensor:
-    """Keys or values [c, Hkv, k, D], 0 where nothing may be read."""
-    padded = packed[chunk.keys].to(x.compute_dtype).transpose(1, 2)
-    return padded if chunk.unread is None else padded.masked_fill(chunk.unread[..., None], 0.0)
-
-
-def _of_problem(x: Inputs, chunk: _Chunk, per_query: Tensor, split: bool) -> Tensor:
-    """Rows and columns of a [total_q, Hq, M or 1] tensor that belong to the chunk: [c, Hkv, G, q, M']."""
-    if split and chunk.modality_of is not None:
-        picked = per_query[chunk.rows, :, chunk.modality_of[:, None]][..., None]
-    else:
-        picked = per_query[chunk.rows]
-    return _heads_first(picked.to(x.compute_dtype), x.key.shape[1])
-
-
-def _gated(x: Inputs, chunk: _Chunk, probabilities: Tensor, split: bool) -> Tensor:
-    weights = probabilities
-    if x.gate is not None and not split:
-        weights = weights * (_of_problem(x, chunk, x.gate, split) @ chunk.one_hot[:, None, None].transpose(-1, -2))
-    return weights if x.seed is None else weights * _keep(x, chunk)
-
-
-def _keep(x: Inputs, chunk: _Chunk) -> Tensor:
-    """Dropout's factor [c, Hkv, G, q, k]: 0, or 1 / (1 - p)."""
-    assert x.seed is not None
-    kv_heads = x.key.shape[1]
-    head = torch.arange(x.query.shape[1], device=x.query.device).view(1, kv_heads, -1, 1, 1)
-    kept = keep_mask(x.seed, chunk.rows[:, None, None, :, None], head, chunk.keys[:, None, None, None, :], x.dropout_p)
-    return kept.to(x.compute_dtype) / (1.0 - x.dropout_p)
-
-
-def _heads_first(rows: Tensor, kv_heads: int) -> Tensor:
-    """[c, q, Hq, X] to [c, Hkv, G, q, X]."""
-    chunk, size, heads, width = rows.shape
-    return rows.reshape(chunk, size, kv_heads, heads // kv_heads, width).permute(0, 2, 3, 1, 4)
-
-
-def _to_rows(heads: Tensor) -> Tensor:
-    """[c, Hkv, G, q, X] to [c, q, Hq, X]."""
-    return heads.permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-
-def _put(buffer: Tensor, rows: Tensor, valid: Tensor | None, result: Tensor) -> None:
-    if valid is None:
-        buffer.index_copy_(0, rows.flatten(), result.flatten(0, 1))
-    else:
-        buffer.index_copy_(0, rows[valid], result[valid])
-
-
-def _chunks(x: Inputs, split: bool) -> Iterator[_Chunk]:
-    """Group problems (samples, or segments where each is a softmax of its own) of similar size; those without a query
-    or a key are left at zero.
+def _without_unseen(x: Inputs) -> Inputs:
+    """Keys and values that no query sees, by time or because their head is switched off, set to 0: NaN there goes
+    nowhere.
     """
-    modalities = x.num_modalities
-    step = 1 if split else modalities
-    bounds_k = x.cu_seqlens_k[::step].long()
-    bounds_q = x.cu_seqlens_q.long()
-    sample = torch.arange(bounds_k.numel() - 1, device=bounds_q.device) // (modalities // step)
-    starts_q, starts_k = bounds_q[sample], bounds_k[:-1]
-    lengths_q, lengths_k = bounds_q.diff()[sample], bounds_k.diff()
-    for group in _groups(lengths_q.tolist(), lengths_k.tolist(), x.query.shape[1]):
-        index = torch.tensor(group, device=bounds_q.device)
-        yield _chunk(
-            x, split, index, sample[index], starts_q[index], lengths_q[index], starts_k[index], lengths_k[index]
-        )
-
-
-def _groups(lengths_q: list[int], lengths_k: list[int], heads: int) -> Iterator[list[int]]:
-    """Problems to pad together: as many as fit in a chunk while padding stays small."""
-    order = sorted(
-        (p for p in range(len(lengths_q)) if lengths_q[p] and lengths_k[p]),
-        key=lambda p: (lengths_k[p], lengths_q[p]),
-        reverse=True,
-    )
-    group: list[int] = []
-    real = longest_q = longest_k = 0
-    for problem in order:
-        next_q, next_k = max(longest_q, lengths_q[problem]), max(longest_k, lengths_k[problem])
-        next_real = real + lengths_q[problem] * lengths_k[problem]
-        padded = (len(group) + 1) * next_q * next_k
-        wasteful = padded > PADDING_ALLOWED * next_real and padded * heads > SMALL_CHUNK_ELEMENTS
-        if group and (padded * heads > CHUNK_ELEMENTS or wasteful):
-            yield group
-            group = []
-            next_q, next_k, next_real = lengths_q[problem], lengths_k[problem], lengths_q[problem] * lengths_k[problem]
-        group.append(problem)
-        real, longest_q, longest_k = next_real, next_q, next_k
-    if group:
-        yield group
-
-
-def _chunk(
-    x: Inputs,
-    split: bool,
-    problem: Tensor,
-    sample: Tensor,
-    start_q: Tensor,
-    length_q: Tensor,
-    start_k: Tensor,
-    length_k: Tensor,
-) -> _Chunk:
-    device = problem.device
-    position_q = torch.arange(int(length_q.max()), device=device)
-    position_k = torch.arange(int(length_k.max()), device=device)
-    row_valid = position_q < length_q[:, None]
-    key_valid = position_k < length_k[:, None]
-    rows = torch.where(row_valid, start_q[:, None] + position_q, start_q[:, None])
-    keys = torch.where(key_valid, start_k[:, None] + position_k, start_k[:, None])
-    if split:
-        modality_of = problem % x.num_modalities
-        modality = modality_of[:, None].expand_as(keys)
-        one_hot = key_valid[..., None].to(x.compute_dtype)
-    else:
-        modality_of = None
-        bounds = x.cu_seqlens_k[1:].long()
-        modality = torch.searchsorted(bounds, keys, right=True) % x.num_modalities
-        one_hot = torch.nn.functional.one_hot(modality, x.num_modalities).to(x.compute_dtype).mul_(key_valid[..., None])
-    hidden, unread = _hidden(x, sample, rows, keys, modality, key_valid)
-    return _Chunk(rows, keys, None if bool(row_valid.all()) else row_valid, one_hot, hidden, unread, modality_of)
-
-
-def _hidden(
-    x: Inputs, sample: Tensor, rows: Tensor, keys: Tensor, modality: Tensor, key_valid: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Keys that a query may not see [c, Hkv, G, q, k], and keys that nothing may read [c, Hkv, k]: padding, and
-    segments switched off for a whole group of heads.
-    """
-    hidden = None
-    unread = None if bool(key_valid.all()) else ~key_valid[:, None]
-    if x.active is not None:
-        kv_heads = x.key.shape[1]
-        active = x.active[sample].unflatten(1, (kv_heads, -1))  # [c, Hkv, G, M]
-        off = ~active.gather(-1, modality[:, None, None].expand(*active.shape[:3], -1))  # [c, Hkv, G, k]
-        hidden = off[:, :, :, None]
-        unread = off.all(2) if unread is None else unread | off.all(2)
+    read = None
     if x.visible is not None:
-        ranges = x.visible[rows]  # [c, q, M, 2]
-        index = modality[:, None].expand(-1, rows.shape[1], -1)
-        outside = (keys[:, None] < ranges[..., 0].gather(-1, index)) | (
-            keys[:, None] >= ranges[..., 1].gather(-1, index)
-        )
-        outside = outside[:, None, None]
-        hidden = outside if hidden is None else hidden | outside
-    return hidden, unread
+        first, last = x.visible.long().unbind(-1)  # [total_q, M]
+        some = (first < last).to(torch.int32).flatten()
+        edges = some.new_zeros(x.key.shape[0] + 1)
+        edges.index_add_(0, first.flatten(), some).index_add_(0, last.flatten(), -some)
+        read = (edges.cumsum(0)[:-1] > 0)[:, None]
+    if x.active is not None:
+        by_head = x.active.unflatten(1, (x.key.shape[1], -1)).any(2).transpose(1, 2).flatten(0, 1)  # [B*M, Hkv]
+        if bool((by_head != by_head[:, :1]).any()):
+            on = by_head.repeat_interleave(x.cu_seqlens_k.diff(), 0)
+            read = on if read is None else read & on
+    if read is None:
+        return x
+    return replace(x, key=torch.where(read[..., None], x.key, 0), value=torch.where(read[..., None], x.value, 0))
+
+
+def _scores(x: Inputs, group: Group, block: Block, keys: Tensor) -> Tensor:
+    """[Hkv * c, G * n, k] scaled scores without prior, -inf where a key is not visible."""
+    scores = (_rows(x, group, block, x.query) * x.scale) @ keys.mT
+    samples, kv_heads = len(group.samples), x.key.shape[1]
+    by_query = scores.view(kv_heads, samples, -1, block.size, group.size_k)
+    if group.padding is not None:
+        by_query.masked_fill_(group.padding[:, None, None], -torch.inf)
+    if x.visible is not None:
+        ranges = x.visible[block.rows].unflatten(0, (samples, block.size))  # [c, n, M, 2]
+        for run, columns in _runs(by_query, group):
+            index = group.key_index[:, None, run.columns].unflatten(-1, (run.count, run.width))  # [c, 1, m, w]
+            first, last = ranges[:, :, run.modalities, None].unbind(-1)
+            columns.masked_fill_(((index < first) | (index >= last))[:, None], -torch.inf)
+    if x.active is not None:
+        off = ~x.active[[s.index for s in group.samples]]  # [c, Hq, M]
+        off = off.unflatten(1, (kv_heads, -1)).transpose(0, 1)[..., None, :]  # [Hkv, c, G, 1, M]
+        for run, columns in _runs(by_query, group):
+            columns.masked_fill_(off[..., run.modalities, None], -torch.inf)
+    return scores
+
+
+def _drop(products: Tensor, x: Inputs, group: Group, block: Block) -> None:
+    """Multiply by dropout's factor, 0 or 1 / (1 - p), in place."""
+    assert x.seed is not None
+    samples, kv_heads = len(group.samples), x.key.shape[1]
+    rows = block.rows
+    if isinstance(rows, slice):
+        rows = torch.arange(rows.start, rows.stop, device=products.device)
+    head = torch.arange(x.query.shape[1], device=products.device).view(kv_heads, 1, -1, 1, 1)
+    kept = keep_mask(x.seed, rows.view(samples, 1, -1, 1), head, group.key_index[:, None, None], x.dropout_p)
+    products.view(kept.shape).mul_(kept).div_(1.0 - x.dropout_p)
+
+
+def _runs(columns: Tensor, group: Group) -> Iterator[tuple[Run, Tensor]]:
+    """Views [..., modality, width] of [..., k] for each run of modalities of one width."""
+    for run in group.runs:
+        if run.width:
+            yield run, columns[..., run.columns].unflatten(-1, (run.count, run.width))
+
+
+def _reduce(columns: Tensor, group: Group, over: Callable[..., Tensor], nothing: float) -> Tensor:
+    """[..., k] to [..., M], one number a modality."""
+    if len(group.runs) == 1:
+        return over(columns.unflatten(-1, (-1, group.widths[0])), dim=-1)
+    result = columns.new_full((*columns.shape[:-1], len(group.widths)), nothing)
+    for run, view in _runs(columns, group):
+        result[..., run.modalities] = over(view, dim=-1)
+    return result
+
+
+def _keys(x: Inputs, group: Group, packed: Tensor) -> Tensor:
+    """Keys or values [Hkv * c, k, D], 0 for padding; a view where the group is one sample."""
+    padded = _heads_first(packed, group.keys, len(group.samples)).to(x.compute_dtype)  # [Hkv, c, k, D]
+    if group.padding is not None:
+        padded = padded.masked_fill(group.padding[..., None], 0.0)
+    return padded.flatten(0, 1)
+
+
+def _rows(x: Inputs, group: Group, block: Block, packed: Tensor) -> Tensor:
+    """Rows of a [total_q, Hq, X] tensor that belong to the block: [Hkv * c, G * n, X], 0 for padding."""
+    rows = _heads_first(packed, block.rows, len(group.samples))  # [Hq, c, n, X]
+    if rows.dtype != torch.bool:
+        rows = rows.to(x.compute_dtype)
+    if block.padding is not None:
+        rows = rows.masked_fill(block.padding[..., None], 0)
+    kv_heads = x.key.shape[1]
+    if rows.shape[0] == kv_heads:
+        return rows.flatten(0, 1)
+    grouped = rows.reshape(kv_heads, -1, *rows.shape[1:]).transpose(1, 2)
+    return grouped.reshape(kv_heads * len(group.samples), -1, rows.shape[-1])
+
+
+def _heads_first(packed: Tensor, index: slice | Tensor, samples: int) -> Tensor:
+    """[total, H, X] to [H, c, n, X]."""
+    if isinstance(index, slice):
+        return packed[index].reshape(samples, -1, *packed.shape[1:]).permute(2, 0, 1, 3)
+    return packed.transpose(0, 1).index_select(1, index).view(packed.shape[1], samples, -1, packed.shape[2])
+
+
+def _put(buffer: Tensor, block: Block, result: Tensor, samples: int, kv_heads: int) -> None:
+    """Write [Hkv * c, G * n, X] to the block's rows of a [total_q, Hq, X] buffer."""
+    rows = result.view(kv_heads, samples, -1, block.size, result.shape[-1]).permute(1, 3, 0, 2, 4)
+    if isinstance(block.rows, slice):
+        buffer[block.rows].view(rows.shape).copy_(rows)
+        return
+    rows = rows.reshape(-1, *buffer.shape[1:])
+    if block.padding is None:
+        buffer.index_copy_(0, block.rows, rows)
+    else:
+        real = ~block.padding.flatten()
+        buffer.index_copy_(0, block.rows[real], rows[real])
+
+
+def _put_keys(buffer: Tensor, group: Group, result: Tensor) -> None:
+    """Write [Hkv * c, k, D] to the group's rows of a [total_k, Hkv, D] buffer."""
+    rows = result.view(buffer.shape[1], len(group.samples), -1, buffer.shape[2]).permute(1, 2, 0, 3)
+    if isinstance(group.keys, slice):
+        buffer[group.keys].view(rows.shape).copy_(rows)
+    elif group.padding is None:
+        buffer.index_copy_(0, group.keys, rows.flatten(0, 1))
+    else:
+        real = ~group.padding
+        buffer.index_copy_(0, group.key_index[real], rows[real])

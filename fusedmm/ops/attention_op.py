@@ -108,13 +108,10 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Outp
         return attention_forward(query, key, value, **problem.launch_arguments())
     with torch.autocast(query.device.type, enabled=False):
         exact = eager.forward(problem.eager_inputs(query, key, value), problem.softmax)
-    buffers = _alloc_forward(query, problem)
+    output, mass, lse = exact
     if problem.output_gate is not None:
-        opened = torch.sigmoid(problem.output_gate.to(exact[0].dtype))
-        exact = (exact[0] * opened, exact[1], exact[2])
-    for buffer, result in zip(buffers, exact, strict=True):
-        buffer.copy_(result)
-    return buffers
+        output = output * torch.sigmoid(problem.output_gate.to(output.dtype))
+    return output.to(query.dtype), mass, lse
 
 
 def _backward(
@@ -153,17 +150,19 @@ def _backward(
     inputs = problem.eager_inputs(query, key, value)
     grad = grad_output.to(inputs.compute_dtype)
     inner = grad * output.to(grad.dtype)  # the sigmoid moves from one factor to the other: also the ungated product
-    buffers = _alloc_backward(query, key, value, mass, problem.output_gate, (needs_log_prior, needs_gate))
+    grad_output_gate = query.new_empty((0,))
     if problem.output_gate is not None:
         opened = torch.sigmoid(problem.output_gate.to(grad.dtype))
-        buffers[5].copy_(inner * (1 - opened))
+        grad_output_gate = (inner * (1 - opened)).to(query.dtype)
         grad = grad * opened
     with torch.autocast(query.device.type, enabled=False):
         exact = eager.backward(inputs, problem.softmax, grad, grad_mass, grad_lse, inner.sum(-1), mass, lse)
-    for buffer, gradient in zip(buffers[:5], exact, strict=True):
-        if buffer.shape == gradient.shape:
-            buffer.copy_(gradient)
-    return buffers
+    grad_query, grad_key, grad_value = (gradient.to(query.dtype) for gradient in exact[:3])
+    grad_log_prior, grad_gate = (
+        gradient if needed else mass.new_empty((0,))
+        for gradient, needed in zip(exact[3:], (needs_log_prior, needs_gate), strict=True)
+    )
+    return grad_query, grad_key, grad_value, grad_log_prior, grad_gate, grad_output_gate
 
 
 class _Attention(torch.autograd.Function):
