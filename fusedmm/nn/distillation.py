@@ -98,7 +98,10 @@ class FeatureDistillation(nn.Module):
             mask: [...] bool, the tokens that count, or None for all.
         """
         _check_leading("FeatureDistillation", student, teacher, mask)
-        s, t = self.projection(student).float(), teacher.detach().float()
+        teacher = teacher.detach()
+        if mask is not None:  # whatever stands in a hidden token, its gradient is 0
+            student, teacher = (torch.where(mask[..., None], states, 0.0) for states in (student, teacher))
+        s, t = self.projection(student).float(), teacher.float()
         check_shapes("FeatureDistillation", {"teacher": (t.flatten(0, -2), ("token", s.shape[-1]))})
         distance = (
             (s - t).square().mean(-1) if self.kind == "mse" else 1 - torch.nn.functional.cosine_similarity(s, t, dim=-1)

@@ -101,7 +101,7 @@ def distillation_scores(
     op = "distillation_scores"
     if beta is not None:
         beta = check_fraction(op, "beta", beta)
-    inputs = check_inputs(op, student, teacher, labels, temperature, ignore_index, impl)
+    inputs = check_inputs(op, student, teacher, labels, temperature, impl)
     second_pass = beta is not None and 0.0 < beta < 1.0
     if inputs.impl == "reference":
         fields = reference.scores(*_whole(inputs), num_classes=inputs.shard.count, beta=beta, ignore_index=ignore_index)
@@ -198,7 +198,7 @@ def distillation_loss(
         )
     if normalizer is not None and reduction != "mean":
         raise ValueError(f'{op}: normalizer divides reduction="mean" only, got reduction={reduction!r}. Leave it out.')
-    inputs = check_inputs(op, student, teacher, labels, temperature, ignore_index, impl)
+    inputs = check_inputs(op, student, teacher, labels, temperature, impl)
     row_scale = _row_scale(op, inputs, row_weight, ignore_index, reduction, normalizer)
     teacher_wants = (
         torch.is_grad_enabled()

@@ -41,7 +41,6 @@ def check_inputs(
     teacher: Teacher,
     labels: Tensor | None,
     temperature: float | Tensor,
-    ignore_index: int,
     impl: str,
 ) -> Inputs:
     """Check what a user passed, once for scores and losses.

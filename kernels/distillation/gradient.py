@@ -169,7 +169,13 @@ def gradient_logits(
     arch = device_arch(student.source.device)
     num_rows, width = out.shape
     has_matmul = student.weight is not None or teacher.weight is not None
-    config = tile_config(arch, width, has_matmul, torch.float32 in (student.source.dtype, teacher.source.dtype))
+    config = tile_config(
+        arch,
+        width,
+        has_matmul,
+        torch.float32 in (student.source.dtype, teacher.source.dtype),
+        is_narrow=0.0 < beta < 1.0,
+    )
     if num_rows == 0:
         return out
     _gradient_kernel[(triton.cdiv(num_rows, config.blocks["BLOCK_N"]), triton.cdiv(width, config.blocks["BLOCK_V"]))](

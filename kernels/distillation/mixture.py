@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fusedmm.kernels.distillation.config import tile_config, vocabulary_splits
 from fusedmm.kernels.distillation.statistics import shares_weight
-from fusedmm.kernels.distillation.tiles import HeadTensors, finish, pair_tiles, slabs
+from fusedmm.kernels.distillation.tiles import HeadTensors, after, finish, pair_tiles, slabs
 from fusedmm.kernels.launch import device_arch
 
 SUMS = 3  # mean log-ratio of the student, of the teacher, total variation
@@ -112,7 +112,10 @@ def _mixture_kernel(
         teachers = slabs(teacher, SLABS)
         for i in tl.static_range(SLABS):
             offs_v = first_v + i * width + tl.arange(0, width)
-            s = finish(students[i], student_bias_ptr, student_softcap, offs_v, num_classes) * inverse[:, None]
+            s = (
+                finish(after(students[i], student_mean), student_bias_ptr, student_softcap, offs_v, num_classes)
+                * inverse[:, None]
+            )
             t = finish(teachers[i], teacher_bias_ptr, teacher_softcap, offs_v, num_classes) * inverse[:, None]
             p = tl.exp2((s - student_shift[:, None]) - student_log[:, None])
             q = tl.exp2((t - teacher_shift[:, None]) - teacher_log[:, None])

@@ -16,8 +16,6 @@ from fusedmm.kernels.distillation.state import SIZE_LOSS, SIZE_SCORES
 from fusedmm.kernels.distillation.statistics import _merge_statistics_kernel, _statistics_kernel
 from fusedmm.kernels.launch import KernelSpec, LaunchConfig
 
-ELEMENTS = ("bf16", "fp16", "fp32")
-CLASSES = {"large": 128256, "small": 64}  # a vocabulary, and classes that fit one tile
 INPUTS = (
     "student_ptr",
     "student_weight_ptr",
@@ -35,11 +33,10 @@ OPTIONAL = (
     "labels_ptr",
     "row_temperature_ptr",
 )
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "plain": (),
-    "labels": ("labels_ptr",),
-    "everything": OPTIONAL,
-}
+LABELS = ("labels_ptr",)
+CLASSES = {"large": 128256, "small": 64}  # a vocabulary, and classes that fit one tile
+
+
 FLOATS = frozenset(
     (
         "student_softcap",
@@ -68,7 +65,9 @@ STRIDES = frozenset(
 def _argument_type(name: str, element: str) -> str:
     if name == "labels_ptr":
         return "*i64"
-    if name in INPUTS or name == "grad_logits_ptr":
+    if name == "grad_logits_ptr":
+        return "*bf16" if element == "fp32" else f"*{element}"
+    if name in INPUTS:
         return f"*{element}"
     if name.endswith("_ptr"):
         return "*fp32"
@@ -100,21 +99,23 @@ def _spec(
 
 def kernel_specs(arch: str) -> Iterator[KernelSpec]:
     """All distillation kernels that run on ``arch``."""
-    for element in ELEMENTS:
-        for variant, present in VARIANTS.items():
-            absent = frozenset(OPTIONAL) - set(present)
-            unit = "row_temperature_ptr" in absent
-            for kind in ("heads", "shared"):
-                configs = [
-                    tile_config(arch, CLASSES["large"], True, element == "fp32", is_narrow=narrow)
-                    for narrow in (False, True)
-                ]
-                yield from _specs(f"{kind},{variant},{element}", configs, arch, element, absent, unit, kind == "shared")
-            for size, classes in CLASSES.items():
-                configs = [tile_config(arch, classes, False, element == "fp32")] * 2
-                yield from _specs(
-                    f"logits,{size},{variant},{element}", configs, arch, element, absent | set(WEIGHTS), unit, False
-                )
+    for kind, element, label, present in (
+        ("heads", "bf16", "labels", LABELS),
+        ("heads", "bf16", "everything", OPTIONAL),
+        ("heads", "fp16", "plain", ()),
+        ("heads", "fp32", "plain", ()),
+        ("shared", "bf16", "labels", LABELS),
+    ):
+        configs = [
+            tile_config(arch, CLASSES["large"], True, element == "fp32", is_narrow=narrow) for narrow in (False, True)
+        ]
+        absent = frozenset(OPTIONAL) - set(present)
+        yield from _specs(f"{kind},{label},{element}", configs, arch, element, absent, kind == "shared")
+    for size, classes in CLASSES.items():
+        configs = [tile_config(arch, classes, False, True, is_narrow=narrow) for narrow in (False, True)]
+        for label, present in (("labels", LABELS), ("everything", OPTIONAL)):
+            absent = frozenset((*OPTIONAL, *WEIGHTS)) - set(present)
+            yield from _specs(f"logits,{size},{label}", configs, arch, "fp32", absent, False)
     for is_scores, unit in ((True, True), (True, False), (False, True), (False, False)):
         yield _spec(
             _merge_statistics_kernel,
@@ -122,7 +123,7 @@ def kernel_specs(arch: str) -> Iterator[KernelSpec]:
             LaunchConfig({"BLOCK_N": 32}, num_warps=1, num_stages=2),
             arch,
             "fp32",
-            frozenset(("student_weight_ptr", "row_temperature_ptr") if unit else ("student_weight_ptr",)),
+            frozenset((*WEIGHTS, "row_temperature_ptr") if unit else WEIGHTS),
             IS_SCORES=is_scores,
             IS_UNIT=unit,
             SIZE=(SIZE_SCORES if is_scores else SIZE_LOSS).value,
@@ -130,14 +131,14 @@ def kernel_specs(arch: str) -> Iterator[KernelSpec]:
 
 
 def _specs(
-    label: str, configs: list[LaunchConfig], arch: str, element: str, absent: frozenset[str], unit: bool, shared: bool
+    label: str, configs: list[LaunchConfig], arch: str, element: str, absent: frozenset[str], shared: bool
 ) -> Iterator[KernelSpec]:
     """The kernels over tiles of logits in one variant; `configs` for few and for many live values."""
+    unit = "row_temperature_ptr" in absent
     for is_scores in (True, False):
-        name = f"distillation_statistics[{'scores' if is_scores else 'loss'},{label}]"
         yield _spec(
             _statistics_kernel,
-            name,
+            f"distillation_statistics[{'scores' if is_scores else 'loss'},{label}]",
             configs[is_scores],
             arch,
             element,
@@ -153,7 +154,7 @@ def _specs(
         yield _spec(
             _gradient_kernel,
             f"distillation_gradient[{name},{label}]",
-            configs[False],
+            configs[kind == 2],
             arch,
             element,
             absent,

@@ -16,8 +16,16 @@ import triton
 import triton.language as tl
 
 from fusedmm.kernels.distillation.config import tile_config, vocabulary_splits
-from fusedmm.kernels.distillation.state import SIZE_LOSS, SIZE_SCORES, empty_state, loss_state, merge_states, score_sums
-from fusedmm.kernels.distillation.tiles import HeadTensors, finish, pair_tiles, slabs
+from fusedmm.kernels.distillation.state import (
+    NO_CLASS,
+    SIZE_LOSS,
+    SIZE_SCORES,
+    empty_state,
+    loss_state,
+    merge_states,
+    score_sums,
+)
+from fusedmm.kernels.distillation.tiles import HeadTensors, after, finish, pair_tiles, slabs
 from fusedmm.kernels.launch import device_arch
 from fusedmm.kernels.softmax import LN_2
 
@@ -83,15 +91,13 @@ def _statistics_kernel(
         students = slabs(student, SLABS)
         for i in tl.static_range(SLABS):
             offs_v = first_v + i * width + tl.arange(0, width)
-            x = finish(students[i], student_bias_ptr, student_softcap, offs_v, num_classes)
+            x = finish(after(students[i], state[2]), student_bias_ptr, student_softcap, offs_v, num_classes)
             y = finish(teachers[i], teacher_bias_ptr, teacher_softcap, offs_v, num_classes)
-            slab = loss_state(
-                x, y, inverse, first_class + offs_v, labels, offs_v < num_classes, IS_UNIT, labels_ptr is not None
-            )
+            mask_v = offs_v < num_classes
+            classes = tl.where(mask_v, first_class + offs_v, NO_CLASS)  # beyond the last they are another rank's
+            slab = loss_state(x, y, inverse, classes, labels, mask_v, IS_UNIT, labels_ptr is not None)
             if IS_SCORES:
-                slab = slab[:12] + score_sums(
-                    x, y, slab, inverse, first_class + offs_v, labels, IS_UNIT, labels_ptr is not None
-                )
+                slab = slab[:12] + score_sums(x, y, slab, inverse, classes, labels, IS_UNIT, labels_ptr is not None)
             state = merge_states(state, slab, inverse, IS_SCORES)
     _store_state(state, state_ptr + split * size * row_stride + rows, row_stride, mask_n)
 

@@ -1,0 +1,164 @@
+"""The registered operators under PyTorch's own checks: opcheck, torch.compile, autocast; and what users get told."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedmm import LinearHead, Logits, ShapeError, TopKLogProbs, distillation_loss, distillation_scores
+from fusedmm.ops.distillation_inputs import check_inputs
+from fusedmm.ops.distillation_op import problem_of
+
+OPERATORS = torch.ops.fusedmm
+
+
+def heads(dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[LinearHead, LinearHead, Tensor]:
+    student = LinearHead(
+        torch.randn(6, 8, dtype=dtype), torch.randn(11, 8, dtype=dtype), torch.randn(11, dtype=dtype) if bias else None
+    )
+    return (
+        student,
+        LinearHead(torch.randn(6, 5, dtype=dtype), torch.randn(11, 5, dtype=dtype)),
+        torch.randint(0, 11, (6,)),
+    )
+
+
+def problem(impl: str, requires_grad: bool = False, beta: float = 0.3) -> list[Any]:
+    student, teacher, labels = heads()
+    if requires_grad:
+        for tensor in (student.hidden, student.weight, student.bias):
+            tensor.requires_grad_()
+    inputs = check_inputs("distillation_loss", student, teacher, labels, 2.0, impl)
+    return problem_of(inputs, beta=beta, alpha=0.5, label_smoothing=0.1, ignore_index=-100)
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(impl: str, requires_grad: bool) -> None:
+    grad_rows, needs = torch.rand(6), (True, True, True)
+    arguments = problem(impl, requires_grad)
+    torch.library.opcheck(OPERATORS.distillation_rows.default, tuple(arguments))
+    torch.library.opcheck(OPERATORS.distillation_fast.default, (*arguments, grad_rows, *needs))
+    frozen = problem(impl)
+    statistics = OPERATORS.distillation_rows(*frozen)[1]
+    torch.library.opcheck(OPERATORS.distillation_scores.default, (*frozen, True))
+    torch.library.opcheck(OPERATORS.distillation_backward.default, (*frozen, grad_rows, statistics, *needs))
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_compiles_into_one_graph(memory: str) -> None:
+    def step(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor) -> Tensor:
+        loss = distillation_loss(
+            LinearHead(hidden, weight),
+            LinearHead(teacher_hidden, teacher_weight),
+            labels,
+            beta=0.5,
+            alpha=0.7,
+            memory=memory,
+            impl="eager",
+        )
+        scores = distillation_scores(
+            LinearHead(hidden, weight), LinearHead(teacher_hidden, teacher_weight), labels, impl="eager"
+        )
+        return loss + scores.forward_kl.sum()
+
+    student, teacher, labels = heads(bias=False)
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [student.hidden.clone().requires_grad_(), student.weight.clone().requires_grad_()]
+        loss = function(*leaves, teacher.hidden, teacher.weight, labels)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_takes_heads_in_its_dtype() -> None:
+    student, teacher, labels = heads()
+    cast = [
+        LinearHead(*(None if t is None else t.bfloat16() for t in (h.hidden, h.weight, h.bias)))
+        for h in (student, teacher)
+    ]
+    expected = distillation_loss(*cast, labels, impl="eager")
+    weight = student.weight.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = distillation_loss(student, teacher, labels, impl="eager")
+        mixed = distillation_loss(
+            dataclasses.replace(student, hidden=student.hidden.bfloat16()), teacher, labels, impl="eager"
+        )
+    assert torch.equal(loss, expected)
+    assert torch.equal(mixed, expected)
+    assert torch.autograd.grad(loss, weight)[0].dtype == torch.float32
+
+
+def test_upstream_gradient_scales_and_backward_runs_twice() -> None:
+    student, teacher, _ = heads()
+    hidden = student.hidden.requires_grad_()
+    loss = distillation_loss(student, teacher, impl="eager")
+    once = torch.autograd.grad(loss, hidden, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(3 * loss, hidden)[0], 3 * once)
+
+
+def test_without_grad_mode_nothing_has_a_gradient() -> None:
+    student, teacher, _ = heads()
+    student.hidden.requires_grad_()
+    with torch.no_grad():
+        assert not distillation_loss(student, teacher, impl="eager").requires_grad
+    assert not distillation_scores(student, teacher, impl="eager").forward_kl.requires_grad
+
+
+def test_every_mistake_is_told() -> None:
+    student, teacher, labels = heads()
+    top = TopKLogProbs(torch.zeros(6, 2, dtype=torch.int64), torch.zeros(6, 2))
+    cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (ValueError, "temperature must be positive", {"temperature": 0.0}),
+        (ValueError, "beta must be between 0 and 1", {"beta": 1.5}),
+        (ValueError, "alpha must be between 0 and 1", {"alpha": -0.1}),
+        (ValueError, "label_smoothing must be between 0 and 1", {"label_smoothing": 2.0}),
+        (ValueError, "memory must be one of", {"memory": "small"}),
+        (ValueError, "reduction must be one of", {"reduction": "batchmean"}),
+        (ValueError, "impl must be one of", {"impl": "cuda"}),
+        (ValueError, "labels must be given", {"alpha": 0.5, "labels": None}),
+        (ValueError, "normalizer divides", {"reduction": "sum", "normalizer": 2.0}),
+        (ValueError, "normalizer must be a number", {"normalizer": torch.ones(2)}),
+        (ValueError, "row_weight must not require grad", {"row_weight": torch.ones(6, requires_grad=True)}),
+        (ValueError, "temperature must not require grad", {"temperature": torch.ones(6, requires_grad=True)}),
+        (
+            ValueError,
+            "teacher must not require grad",
+            {"teacher": dataclasses.replace(teacher, weight=teacher.weight.clone().requires_grad_())},
+        ),
+        (ValueError, "softcap must be positive", {"student": dataclasses.replace(student, softcap=0.0)}),
+        (TypeError, "labels must be int64", {"labels": labels.int()}),
+        (
+            TypeError,
+            "student.weight must be float32, got bfloat16",
+            {"student": dataclasses.replace(student, weight=student.weight.bfloat16())},
+        ),
+        (TypeError, "student must be LinearHead or Logits", {"student": top}),
+        (TypeError, "teacher must be LinearHead, Logits or TopKLogProbs", {"teacher": teacher.hidden}),
+        (TypeError, "row_weight must be", {"row_weight": torch.ones(6, dtype=torch.int64)}),
+        (ShapeError, "teacher.hidden has row=5", {"teacher": dataclasses.replace(teacher, hidden=teacher.hidden[:5])}),
+        (
+            ShapeError,
+            "student.weight has student_dim=8",
+            {"student": dataclasses.replace(student, hidden=student.hidden[:, :7])},
+        ),
+        (
+            ShapeError,
+            "teacher has 10 classes, but student has 11",
+            {"teacher": dataclasses.replace(teacher, weight=teacher.weight[:10])},
+        ),
+        (ShapeError, "num_classes must be at most", {"student": dataclasses.replace(student, num_classes=12)}),
+        (ShapeError, "labels must have 1 dimensions", {"labels": labels[:, None]}),
+        (ShapeError, "row_weight has row=5", {"row_weight": torch.ones(5)}),
+        (ShapeError, "temperature has row=5", {"temperature": torch.ones(5)}),
+        (NotImplementedError, "top-k teacher", {"teacher": top, "impl": "triton"}),
+        (NotImplementedError, "float64", {"student": Logits(torch.ones(6, 11).double()), "impl": "triton"}),
+    ]
+    for error, message, change in cases:
+        arguments = {"student": student, "teacher": teacher, "labels": labels, **change}
+        with pytest.raises(error, match=message.replace("(", "\\(")) as caught:
+            distillation_loss(**arguments)
+        assert str(caught.value).startswith("distillation_loss: ")
