@@ -190,7 +190,7 @@ def test_other_recipe_in_the_same_directory_is_refused(
     ("overrides", "message"),
     [
         (["data.path=/nowhere"], "/nowhere/dataset.json must exist"),
-        (["train.batch_size=4096"], "batch_size=4096"),
+        (["train.batch_size=4096"], "train.batch_size must be at most the "),
         (["data.train_end=2020-02-30", "data.test_start=2020-03-10"], "train_end must be a date"),
         (["data.train_end=2020-03-01", "data.test_start=2020-02-01"], "dev_end must be"),
         (["run.device=cuda"], "no CUDA device"),

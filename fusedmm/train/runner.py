@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusedmm.train.batches import BatchSampler
 from fusedmm.train.config import Recipe, RecipeError, VariantConfig
 from fusedmm.train.evaluate import RunResult
 from fusedmm.train.logs import require_tensorboard, run_directory
@@ -42,9 +41,9 @@ def run_recipe(recipe: Recipe) -> bool:
     with open_world(recipe.run.device, recipe.run.shard) as world:
         try:
             task = load_task(recipe)
-            BatchSampler(len(task.train), recipe.train.batch_size, 0, world.rank, world.size)
         except ValueError as error:  # from reading, splitting, featurising: all of it is the user's to mend
             raise RecipeError(str(error)) from error
+        _check_batch(recipe.train.batch_size, len(task.train), world.size)
         out = Path(recipe.run.out)
         if world.is_main:
             _claim(out, recipe, task)
@@ -61,6 +60,13 @@ def run_recipe(recipe: Recipe) -> bool:
         passed = write_report(recipe, task, results, out) if world.is_main else True
         world.barrier()
         return passed
+
+
+def _check_batch(batch_size: int, samples: int, ranks: int) -> None:
+    if batch_size > samples:
+        raise RecipeError(f"train: train.batch_size must be at most the {samples} training samples, got {batch_size}.")
+    if batch_size % ranks:
+        raise RecipeError(f"train: train.batch_size must be a multiple of the {ranks} ranks, got {batch_size}.")
 
 
 def _run_once(
