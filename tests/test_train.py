@@ -27,6 +27,7 @@ batch_size = 16
 warmup = 2
 eval_every = 6
 [run]
+device = "cpu"
 checkpoint_every = 6
 keep_checkpoints = 2
 bootstrap = 100
@@ -286,6 +287,12 @@ def test_data_option_refuses(
     (tmp_path / "empty").mkdir()
     assert main([str(recipe), "--data", str(tmp_path / name)]) == 1
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_gpu_trains_close_to_the_cpu(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    assert main([str(recipe), f"run.out={tmp_path}", NO_EVENTS, "run.device=cuda", "train.precision=bf16"]) in DONE
+    np.testing.assert_allclose(list(losses(tmp_path).values()), list(losses(finished).values()), rtol=0.05)
 
 
 def test_bf16_trains_close_to_float32(recipe: Path, finished: Path, tmp_path: Path) -> None:
