@@ -260,7 +260,7 @@ def _scores(x: Inputs, group: Group, block: Block, keys: Tensor) -> Tensor:
     samples, kv_heads = len(group.samples), x.key.shape[1]
     by_query = scores.view(kv_heads, samples, -1, block.size, group.size_k)
     if group.padding is not None:
-        by_query.masked_fill_(group.padding[:, None, None], -torch.inf)
+        by_query.add_(by_query.new_zeros(group.padding.shape).masked_fill_(group.padding, -torch.inf)[:, None, None])
     if x.visible is not None:
         ranges = x.visible[block.rows].unflatten(0, (samples, block.size))  # [c, n, M, 2]
         for run, columns in _runs(by_query, group):
@@ -308,7 +308,7 @@ def _keys(x: Inputs, group: Group, packed: Tensor) -> Tensor:
     """Keys or values [Hkv * c, k, D], 0 for padding; a view where the group is one sample."""
     padded = _heads_first(packed, group.keys, len(group.samples)).to(x.compute_dtype)  # [Hkv, c, k, D]
     if group.padding is not None:
-        padded = padded.masked_fill(group.padding[..., None], 0.0)
+        padded.flatten(1, 2).index_fill_(1, group.padding.flatten().nonzero().squeeze(1), 0.0)
     return padded.flatten(0, 1)
 
 
@@ -330,7 +330,9 @@ def _heads_first(packed: Tensor, index: slice | Tensor, samples: int) -> Tensor:
     """[total, H, X] to [H, c, n, X]."""
     if isinstance(index, slice):
         return packed[index].reshape(samples, -1, *packed.shape[1:]).permute(2, 0, 1, 3)
-    return packed.transpose(0, 1).index_select(1, index).view(packed.shape[1], samples, -1, packed.shape[2])
+    heads, width = packed.shape[1:]
+    slots = index * heads + torch.arange(heads, device=index.device)[:, None]  # [H, c * n]
+    return packed.reshape(-1, width).index_select(0, slots.flatten()).view(heads, samples, -1, width)
 
 
 def _put(buffer: Tensor, block: Block, result: Tensor, samples: int, kv_heads: int) -> None:
