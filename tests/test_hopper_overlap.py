@@ -1,0 +1,101 @@
+"""The Hopper kernels' machine code for sm_90: no spills, TMA, and a matrix product in flight at every special-function
+instruction of the main loops. ptxas can undo the last without a word.
+
+Compiled in a process of its own, for here kernels may be interpreted.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.machine_code import parse_sass
+
+pytest.importorskip("triton")
+
+# One of each kind of main loop; `python -m benchmarks static` compiles and holds all of them.
+NAMES = (
+    "attention_hopper_forward[joint,gated,d64,bf16]",
+    "attention_hopper_forward[joint,gated,d128,bf16]",
+    "attention_hopper_forward[joint,timed,d128,bf16]",
+    "attention_hopper_forward[per_modality,plain,d128,bf16]",
+    "attention_hopper_query[joint,gated,d128,bf16]",
+    "attention_hopper_key_value[joint,gated,d128,bf16]",
+    "attention_hopper_key_value[joint,timed,d128,bf16]",
+)
+REPORT = """
+import json, sys
+from benchmarks.compiled import SHARED_BYTES, analyse
+from fusedmm.kernels.attention.hopper.specs import kernel_specs
+
+specs = {spec.name: spec for spec in kernel_specs("sm_90")}
+for name in json.loads(sys.argv[1]):
+    report = analyse(specs[name])
+    loops = report.main_loops
+    print(json.dumps({
+        "name": name,
+        "spills": report.spills,
+        "fits": report.shared_bytes <= SHARED_BYTES["sm_90"],
+        "registers": report.register_requests,
+        "copies": report.mix["UTMALDG"],
+        "products": [loop.mix["HGMMA"] for loop in loops],
+        "waits": [loop.group_waits for loop in loops],
+        "in_flight": [loop.in_flight_at("MUFU") for loop in loops],
+    }))
+"""
+
+
+@pytest.mark.slow
+def test_softmax_runs_under_matrix_products() -> None:
+    root = Path(__file__).parent.parent
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", REPORT, json.dumps(NAMES)]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    reports = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [report["name"] for report in reports] == list(NAMES)
+    for report in reports:
+        assert report["spills"] == 0, report
+        assert report["fits"], report
+        assert {24, 240} <= set(report["registers"]), report
+        assert report["copies"] > 0, report
+        assert len(report["products"]) == 2, report  # one main loop for each consumer
+        assert min(report["products"]) > 0, report
+        # as many waits as the source has: ptxas adds some where it serialises products
+        assert max(len(waits) for waits in report["waits"]) <= 3, report
+        for counts in report["in_flight"]:
+            assert "0" not in counts, report
+            assert sum(counts.values()) >= 16, report
+
+
+LOOP = """
+	.section	.text.kernel,"ax",@progbits
+.L_x_0:
+        /*0000*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT, gsb0 ;
+        /*0010*/                   HGMMA.64x128x16.F32.BF16 R88, gdesc[UR8], R88, gsb0 ;
+        /*0020*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0030*/              @!P1 BRA `(.L_x_1) ;
+        /*0040*/                   {detour} ;
+.L_x_1:
+        /*0050*/                   MUFU.EX2 R24, R24 ;
+        /*0060*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0070*/                   STL [R1], R2 ;
+        /*0080*/               @P0 BRA `(.L_x_0) ;
+        /*0090*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("detour", "in_flight"), [("NOP", {1: 1}), ("WARPGROUP.DEPBAR.LE gsb0, 0x0", {0: 1})], ids=["kept", "lost"]
+)
+def test_products_in_flight_are_the_least_over_all_paths(detour: str, in_flight: dict[int, int]) -> None:
+    (function,) = parse_sass(LOOP.replace("{detour}", detour))
+    (loop,) = function.main_loops
+    assert dict(loop.in_flight_at("MUFU")) == in_flight
+    assert loop.spills == 1
+    assert len(loop.instructions) == 9
+    assert len(loop.steady_path) == 8
+    assert loop.mix["HGMMA"] == 2
