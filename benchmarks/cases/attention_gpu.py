@@ -66,7 +66,7 @@ def varlen_merge(problem: Problem) -> Prepared:
                 return_aux=AuxRequest(lse=True),
             )
             outputs.append(output)
-            lses.append(lse.transpose(0, 1))
+            lses.append(lse if lse.shape == query.shape[:2] else lse.transpose(0, 1))  # it moved between versions
         scores = torch.stack(lses, -1)  # [total_q, H, M]
         empty = (lengths == 0)[layout.query_samples()][:, None]
         scores = scores.masked_fill(empty, -torch.inf)
