@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fusedmm
 from fusedmm import LinearHead, Logits, TopKLogProbs, distillation_loss, distillation_scores
+from fusedmm.eager import waves
 from fusedmm.reference import distillation as reference
 
 IMPLEMENTATIONS = ("eager", "triton")
@@ -313,6 +314,17 @@ def test_no_row_and_no_row_that_counts(rows: int, impl: str, device: torch.devic
     assert all(bool((gradient == 0).all()) for gradient in gradients)
     scores = distillation_scores(student, teacher, labels, beta=0.5, impl=impl)
     assert all(bool((field == 0).all()) and field.shape == (rows,) for field in scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_too_large_to_convert_at_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(device=torch.device("cpu"), dtype=dtype, bias=True, num_classes=50)
+    results = [case.gradients(beta=0.4, impl="eager")]
+    monkeypatch.setattr(waves, "CONVERTED_ELEMENTS", 200)
+    results.append(case.gradients(beta=0.4, impl="eager"))
+    for a, b in zip((results[0][0], *results[0][1]), (results[1][0], *results[1][1]), strict=True):
+        assert a.dtype == b.dtype
+        assert relative(a, b) <= 1e-3  # of the same sums, rounded to the dtype
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

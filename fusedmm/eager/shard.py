@@ -45,9 +45,9 @@ class Shard:
 
     def argmax(self, z: Tensor) -> Tensor:
         """Class with the largest value of each row [rows], the first of equals."""
-        value, index = z.max(-1)
         if self.group is None:
-            return index
+            return z.argmax(-1)
+        value, index = z.max(-1)
         best = self.max(value.clone())
         candidate = torch.where(value == best, index + self.first, self.total)
         dist.all_reduce(candidate, dist.ReduceOp.MIN, group=self.group)

@@ -43,18 +43,19 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 def convert_small(head: Head) -> Head:
     """The head with its weight in the compute dtype where that is cheap; CUDA multiplies half precision as it is."""
-    if isinstance(head, LinearHead) and head.weight.device.type != "cuda" and head.weight.numel() <= CONVERTED_ELEMENTS:
-        return replace(head, weight=head.weight.to(compute_dtype(head.weight)))
-    return head
+    if not isinstance(head, LinearHead) or head.weight.dtype == compute_dtype(head.weight) or head.weight.is_cuda:
+        return head
+    is_small = head.weight.numel() <= CONVERTED_ELEMENTS
+    return replace(head, weight=head.weight.to(compute_dtype(head.weight))) if is_small else head
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """``a @ b`` in the compute dtype without rounding the product: [n, k] by [k, m]; written to `out` where given."""
     dtype = compute_dtype(a)
-    if out is None:
-        out = a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
     if a.dtype == b.dtype == dtype:
         return torch.mm(a, b, out=out)
+    if out is None:
+        out = a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
     if a.is_cuda and a.dtype == b.dtype:
         return torch.mm(a, b, out_dtype=dtype, out=out)
     a = a.to(dtype)
@@ -143,7 +144,10 @@ class HeadGradient:
             return
         if self.needs_input:
             weight = head.weight[: self.num_classes]
-            self.input[rows] = _grad_hidden(grad_logits, weight)
+            if grad_logits.dtype == weight.dtype == self.input.dtype:
+                torch.mm(grad_logits, weight, out=self.input[rows])
+            else:
+                self.input[rows] = _grad_hidden(grad_logits, weight)
         if self.needs_weight:
             hidden = head.hidden[rows].to(self.dtype)
             if self.weight is None:

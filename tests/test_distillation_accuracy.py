@@ -1,0 +1,174 @@
+"""The accuracy promise, measured against float64: bfloat16 heads at logit std 3, 10 and 30, and a nearly converged
+student; and what bfloat16 logits do.
+
+``python tests/test_distillation_accuracy.py`` prints the table of docs/distillation.md.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedmm import LinearHead, distillation_loss, distillation_scores
+
+ROWS, CLASSES, DIM = 256, 4096, 128
+BETAS = {"forward KL": 0.0, "JSD(0.5)": 0.5, "reverse KL": 1.0}
+GAP = 1e-3  # nats between a nearly converged student and its teacher
+PROMISE = 0.01  # relative norm of the error of a gradient
+Gradients = tuple[Tensor, Tensor]
+
+
+def heads(std: float, near: bool) -> tuple[LinearHead, LinearHead]:
+    """bfloat16 heads whose logits have this standard deviation; near: the student's hidden states are the teacher's
+    plus noise.
+    """
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw)
+
+    hidden, weight = normal(ROWS, DIM), normal(CLASSES, DIM) * std / DIM**0.5
+    if near:
+        noisy = hidden + normal(ROWS, DIM) * (2 * GAP) ** 0.5 / std
+        return LinearHead(noisy.bfloat16(), weight.bfloat16()), LinearHead(hidden.bfloat16(), weight.bfloat16())
+    other = LinearHead(normal(ROWS, DIM).bfloat16(), (normal(CLASSES, DIM) * std / DIM**0.5).bfloat16())
+    return LinearHead(hidden.bfloat16(), weight.bfloat16()), other
+
+
+def cases() -> Iterator[tuple[str, LinearHead, LinearHead]]:
+    for std in (3.0, 10.0, 30.0):
+        yield f"std {std:.0f}", *heads(std, near=False)
+    for std in (3.0, 10.0, 30.0):
+        yield f"std {std:.0f}, gap {GAP:g}", *heads(std, near=True)
+
+
+def gradient_of_logits(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Gradient of the mean divergence in the student's logits, by autograd in the dtype of the logits."""
+    z = student.detach().requires_grad_()
+    log_p, log_t = torch.log_softmax(z, -1), torch.log_softmax(teacher, -1)
+    p, t = log_p.exp(), log_t.exp()
+    if beta == 0.0:
+        rows = (t * (log_t - log_p)).sum(-1)
+    elif beta == 1.0:
+        rows = (p * (log_p - log_t)).sum(-1)
+    else:
+        mixture = (beta * t + (1 - beta) * p).clamp_min(1e-30).log()
+        rows = beta * (t * (log_t - mixture)).sum(-1) + (1 - beta) * (p * (log_p - mixture)).sum(-1)
+    return torch.autograd.grad(rows.mean(), z)[0]
+
+
+def exact(student: LinearHead, teacher: LinearHead, beta: float) -> Gradients:
+    hidden, weight = student.hidden.double(), student.weight.double()
+    grad = gradient_of_logits(hidden @ weight.T, teacher.hidden.double() @ teacher.weight.double().T, beta)
+    return grad @ weight, grad.T @ hidden
+
+
+def bfloat16_logits(student: LinearHead, teacher: LinearHead, beta: float) -> Gradients:
+    """Chunks of logits from a bfloat16 matmul, the divergence in float32: what Liger's fused linear JSD and TRL's
+    function do to numbers.
+    """
+    logits = [(head.hidden.float() @ head.weight.float().T).bfloat16().float() for head in (student, teacher)]
+    grad = gradient_of_logits(logits[0], logits[1], beta).bfloat16().float()
+    return grad @ student.weight.float(), grad.T @ student.hidden.float()
+
+
+def fast_on_a_gpu(student: LinearHead, teacher: LinearHead, beta: float) -> Gradients:
+    """Roundings of the fast path with bfloat16 matmuls: float32 logits, their gradient rounded once, dX and dW rounded,
+    dW after each of 8 waves.
+    """
+    logits = [head.hidden.float() @ head.weight.float().T for head in (student, teacher)]
+    z = logits[0].requires_grad_()
+    (grad,) = torch.autograd.grad(distillation_from_logits(z, logits[1], beta), z)
+    grad = grad.bfloat16().float()
+    total = torch.zeros_like(student.weight)
+    for wave_grad, wave_hidden in zip(grad.chunk(8), student.hidden.chunk(8), strict=True):
+        total = (total.float() + wave_grad.T @ wave_hidden.float()).bfloat16()
+    return (grad @ student.weight.float()).bfloat16(), total
+
+
+def distillation_from_logits(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    from fusedmm import Logits
+
+    return distillation_loss(Logits(student), Logits(teacher), beta=beta, impl="eager")
+
+
+def ours(memory: str) -> Callable[[LinearHead, LinearHead, float], Gradients]:
+    def gradients(student: LinearHead, teacher: LinearHead, beta: float) -> Gradients:
+        hidden, weight = student.hidden.clone().requires_grad_(), student.weight.clone().requires_grad_()
+        loss = distillation_loss(LinearHead(hidden, weight), teacher, beta=beta, memory=memory, impl="eager")
+        grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden, weight))
+        return grad_hidden, grad_weight
+
+    return gradients
+
+
+METHODS: dict[str, Callable[[LinearHead, LinearHead, float], Gradients]] = {
+    "eager, fast": ours("fast"),
+    "eager, lean": ours("lean"),
+    "roundings of the GPU path": fast_on_a_gpu,
+    "bfloat16 logits (peers)": bfloat16_logits,
+}
+
+
+def errors(method: str, student: LinearHead, teacher: LinearHead, beta: float) -> tuple[float, float]:
+    """Relative norm of the error of dX and dW."""
+    pairs = zip(METHODS[method](student, teacher, beta), exact(student, teacher, beta), strict=True)
+    error_hidden, error_weight = (float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+    return error_hidden, error_weight
+
+
+@pytest.mark.parametrize("beta", BETAS.values(), ids=BETAS.keys())
+@pytest.mark.parametrize(("name", "student", "teacher"), list(cases()), ids=[name for name, _, _ in cases()])
+def test_gradients_are_within_the_promise(name: str, student: LinearHead, teacher: LinearHead, beta: float) -> None:
+    for method in ("eager, fast", "eager, lean", "roundings of the GPU path"):
+        assert max(errors(method, student, teacher, beta)) <= PROMISE, method
+
+
+def test_bfloat16_logits_break_the_promise() -> None:
+    """The table's point: the test above would notice rounded logits."""
+    assert max(errors("bfloat16 logits (peers)", *heads(10.0, near=True), 0.5)) > PROMISE
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("std", [3.0, 30.0])
+def test_identical_heads_give_zero(std: float, impl: str, device: torch.device) -> None:
+    dtype = torch.bfloat16 if impl == "eager" else torch.float32  # the interpreter cannot multiply bfloat16
+    hidden, weight = (
+        torch.randn(8, 32, device=device).to(dtype),
+        (torch.randn(300, 32, device=device) * std / 32**0.5).to(dtype),
+    )
+    student, teacher = LinearHead(hidden, weight), LinearHead(hidden.clone(), weight.clone())
+    scores = distillation_scores(student, teacher, beta=0.3, impl=impl)
+    for name in ("forward_kl", "reverse_kl", "hellinger", "grad_norm", "divergence", "total_variation"):
+        assert getattr(scores, name).abs().max() <= 1e-6, name
+    assert bool((scores.agreement == 1).all())
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_scores_of_a_nearly_converged_student(impl: str, device: torch.device) -> None:
+    """A gap of 1e-3 nats at logit std 30: closed forms that subtract sums lose it."""
+    draw = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(16, 32, generator=draw), torch.randn(300, 32, generator=draw) * 30 / 32**0.5
+    noisy = hidden + torch.randn(16, 32, generator=draw) * (2 * GAP) ** 0.5 / 30
+    student, teacher = LinearHead(noisy.to(device), weight.to(device)), LinearHead(hidden.to(device), weight.to(device))
+    doubled = [LinearHead(head.hidden.double(), head.weight.double()) for head in (student, teacher)]
+    expected = distillation_scores(*doubled, beta=0.5, impl="reference")
+    got = distillation_scores(student, teacher, beta=0.5, impl=impl)
+    for name in ("forward_kl", "reverse_kl", "hellinger", "divergence", "total_variation", "grad_norm"):
+        a, b = getattr(got, name).double(), getattr(expected, name).double()
+        assert (a - b).norm() <= PROMISE * b.norm(), name
+
+
+def main() -> None:
+    """Print the table: worst of dX and dW."""
+    print("| case | divergence | " + " | ".join(METHODS) + " |")
+    print("|---" * (2 + len(METHODS)) + "|")
+    for name, student, teacher in cases():
+        for label, beta in BETAS.items():
+            cells = [f"{100 * max(errors(method, student, teacher, beta)):.2f} %" for method in METHODS]
+            print(f"| {name} | {label} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
