@@ -19,7 +19,13 @@ Measured = Mapping[tuple[str, str, str], tuple[Run, Result]]
 def run(out: Path) -> int:
     """Draw every figure for which there are results; 1 where there are none."""
     found = latest("cuda") or latest("cpu")
-    timed = {key: pair for key, pair in found.items() if pair[1].status == TIMED}
+    ours = {(case, mode): result.run for (case, mode, variant), (_, result) in found.items() if variant == "fusedmm"}
+    # Only rows of the run that this project's row is from: a time of another day says nothing beside it.
+    timed = {
+        key: (run, result)
+        for key, (run, result) in found.items()
+        if result.status == TIMED and ours.get(key[:2]) == run.id
+    }
     if not timed:
         print("plot: no committed results. Run python -m benchmarks --save, or ci/gpu on a GPU machine.")
         return 1
@@ -32,10 +38,10 @@ def run(out: Path) -> int:
 
 
 def speed_and_memory(timed: Measured, file: Path) -> None:
-    """Time and peak memory of forward and backward, as multiples of this project's, for every case and variant."""
+    """Time and peak memory of forward and backward (of the forward, for scores), as multiples of this project's."""
     cases = sorted({case for case, mode, variant in timed if variant == "fusedmm"})
     variants = _variants(timed)
-    figure, axes = _figure(1, 2, width=11, height=0.9 + 0.32 * len(cases))
+    figure, axes = _figure(1, 2, width=11, height=1.4 + 0.3 * len(cases))
     for axis, attribute, title in zip(axes, ("median_ms", "peak_mib"), ("time", "peak memory"), strict=True):
         for place, case in enumerate(cases):
             mode = "both" if (case, "both", "fusedmm") in timed else "forward"
@@ -43,14 +49,14 @@ def speed_and_memory(timed: Measured, file: Path) -> None:
             for rank, variant in enumerate(variants):
                 if (case, mode, variant) in timed:
                     multiple = getattr(timed[case, mode, variant][1], attribute) / max(base, 1e-9)
-                    label = variant if place == 0 or not _labelled(axis, variant) else None
+                    label = None if _labelled(axis, variant) else variant
                     axis.plot(multiple, -place, "o", color=COLOURS[rank % len(COLOURS)], label=label, markersize=5)
         axis.axvline(1.0, color=OURS, linewidth=1)
         axis.set_xscale("log")
         axis.set_xlabel(f"{title}, multiple of fusedmm's (left of the line is better than it)")
         axis.set_yticks([-place for place in range(len(cases))], cases if attribute == "median_ms" else [])
         axis.grid(axis="x", alpha=0.3)
-    axes[0].legend(fontsize=7, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="lower center", ncols=len(variants))
     _save(figure, timed, file)
 
 
@@ -140,6 +146,6 @@ def _save(figure: Any, timed: Measured, file: Path) -> None:
     threads = f", {last.threads} threads" if last.threads else ""
     caption = f"{last.device}{threads}, torch {last.versions['torch']}, triton {last.versions['triton']}"
     figure.suptitle(f"{caption}, commit {last.commit}, {last.began[:10]}", fontsize=8)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)

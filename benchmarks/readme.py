@@ -82,8 +82,11 @@ def _row(name: str, mode: str, found: Latest, *, with_rate: bool) -> str:
     others = [
         result
         for (case, found_mode, variant), (_, result) in found.items()
-        if (case, found_mode) == (name, mode) and not variant.startswith("fusedmm") and result.status == TIMED
+        if (case, found_mode, result.run) == (name, mode, ours.run)
+        and not variant.startswith("fusedmm")
+        and result.status == TIMED
     ]
+    # Only of the same run: a time of another day says nothing beside this one.
     best = min(others, key=lambda result: result.median_ms or float("inf"), default=None)
     times = None if best is None else ratio(ours, best)
     compared = "no ratio: clocks differ" if times is None else f"{times:.2f}"
