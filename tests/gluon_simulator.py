@@ -1,11 +1,12 @@
-"""Runs Gluon kernels for Hopper on NumPy: the same Python source, with its barriers, TMA copies and asynchronous products.
+"""Runs Gluon kernels for Hopper on NumPy: the same Python source, with its barriers, TMA copies and asynchronous
+products.
 
-Triton's interpreter knows no Gluon. Here each partition of a warp-specialised kernel is a thread; one runs at a time and
-a seeded scheduler switches between them wherever hardware could. What is checked:
+Triton's interpreter knows no Gluon. Here each partition of a warp-specialised kernel is a thread; one runs at a time
+and a seeded scheduler switches between them wherever hardware could. What is checked:
 
 * numbers: float32 arithmetic, rounding at ``.to(bfloat16)`` and ``.to(float16)``, int32 overflow;
 * the barrier protocol: arrival counts, bytes, phases, deadlock;
-* hazards: a TMA copy fills its buffer with NaN when it is issued and lands at a random later moment, bytes count then; a
+* hazards: a TMA copy fills its buffer with NaN when it is issued and lands at a random later moment with its bytes; a
   product reads shared memory at a random moment between its issue and the wait that covers it; an accumulator that was
   not waited for cannot be used.
 
@@ -35,7 +36,7 @@ _FLOATS = ("bf16", "fp16", "fp32")
 
 
 def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Values of a dtype held in NumPy: bfloat16 and float16 as rounded float32, integers as int64 within their range."""
+    """Values of a dtype in NumPy: bfloat16 and float16 as rounded float32, integers as int64 within their range."""
     if dtype == "bf16":
         bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
         nearest = ((bits + ((bits >> 16) & 1) + 0x7FFF) & 0xFFFF0000).astype(np.uint32).view(np.float32)
@@ -242,8 +243,7 @@ class Simulator:
             kernel: the ``@gluon.jit`` function.
             programs: size of the grid.
             arguments: by name; flat NumPy arrays come as `Pointer`, tensor descriptors as `Descriptor`.
-            substitutes: (object that the kernel's modules refer to, name of the method that replaces it), for names that
-                differ between versions of Triton.
+            substitutes: (object that the kernel's modules refer to, name of the method that replaces it).
         """
         self.replacements = {id(thing): getattr(self, name) for thing, name in substitutes}
         function = self._convert(kernel, {})
@@ -448,10 +448,22 @@ class Simulator:
             return None
 
         return types.SimpleNamespace(
-            **dict(bfloat16="bf16", float16="fp16", float32="fp32", int32="int32", int64="int64", constexpr=object),
-            **dict(load=load, store=store, allocate_shared_memory=allocate, static_range=range, where=where),
-            **dict(max=reduce(np.max), sum=reduce(np.sum), exp2=elementwise(np.exp2), log2=elementwise(np.log2)),
-            **dict(maximum=elementwise(np.maximum), minimum=elementwise(np.minimum)),
+            bfloat16="bf16",
+            float16="fp16",
+            float32="fp32",
+            int32="int32",
+            int64="int64",
+            constexpr=object,
+            static_range=range,
+            where=where,
+            load=load,
+            store=store,
+            allocate_shared_memory=allocate,
+            max=reduce(np.max),
+            sum=reduce(np.sum),
+            exp2=elementwise(np.exp2),
+            log2=elementwise(np.log2),
+            maximum=elementwise(np.maximum),
             **dict.fromkeys(("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout"), no_layout),
             arange=lambda start, stop, layout: Value(np.arange(start, stop), "int32"),
             full=lambda shape, value, dtype, layout: Value(np.full(shape, value), dtype),

@@ -1,4 +1,5 @@
-"""The Hopper kernels against the float64 reference, run from their Gluon source on NumPy (see gluon_simulator.py).
+"""The Hopper kernels against the float64 reference: on a Hopper GPU, or from their Gluon source on NumPy (see
+gluon_simulator.py).
 
 Layouts, times, switched-off segments and the schedule of partitions are drawn at random: every seed is another order of
 loads, products and waits.
@@ -21,6 +22,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fusedmm.kernels.attention.hopper import compat, launch, passes
+from fusedmm.kernels.launch import device_arch
 
 SUBSTITUTES = (
     (compat.load_tile, "load_tile"),
@@ -70,8 +72,12 @@ def simulate(launched: passes.Launch, seed: int) -> None:
 
 
 @pytest.fixture
-def schedule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches of the Hopper kernels run in the simulator, two CTAs at most, each with a new schedule."""
+def schedule(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Without a GPU, launches of the Hopper kernels run in the simulator: two CTAs at most, always a new schedule."""
+    if device.type == "cuda":
+        if device_arch(device) != "sm_90":
+            pytest.skip("needs a Hopper GPU, or none")
+        return
     seeds = iter(range(1000))
     monkeypatch.setattr(passes, "multiprocessors", lambda device: 2)
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 2)
@@ -129,9 +135,11 @@ CASES = [
 @pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("features", "shape"), CASES)
-def test_joint(name: str, features: tuple[str, ...], shape: dict[str, int]) -> None:
+def test_joint(name: str, features: tuple[str, ...], shape: dict[str, int], device: torch.device) -> None:
     for seed in range(2):
-        example = attention_example(seed, *LAYOUTS[name], dtype=torch.bfloat16, features=features, **shape)
+        example = attention_example(
+            seed, *LAYOUTS[name], dtype=torch.bfloat16, device=device, features=features, **shape
+        )
         truth = attention_truth(example)
         actual = hopper_attention(example, "joint", example.grad_output, example.grad_mass)
         delta = (example.grad_output * truth["output"]).abs().sum(-1) + (example.grad_mass * truth["mass"]).abs().sum(
@@ -143,9 +151,9 @@ def test_joint(name: str, features: tuple[str, ...], shape: dict[str, int]) -> N
 @pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("features", "shape"), CASES)
-def test_per_modality(name: str, features: tuple[str, ...], shape: dict[str, int]) -> None:
+def test_per_modality(name: str, features: tuple[str, ...], shape: dict[str, int], device: torch.device) -> None:
     example = attention_example(
-        5, *LAYOUTS[name], dtype=torch.bfloat16, softmax="per_modality", features=features, **shape
+        5, *LAYOUTS[name], dtype=torch.bfloat16, softmax="per_modality", device=device, features=features, **shape
     )
     actual = hopper_attention(example, "per_modality", example.grad_output, example.grad_mass)
     assert over_budget(actual, attention_truth(example), plain_attention(example)) == []
@@ -154,12 +162,12 @@ def test_per_modality(name: str, features: tuple[str, ...], shape: dict[str, int
 @pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("features", "shape"), CASES)
-def test_partials(name: str, features: tuple[str, ...], shape: dict[str, int]) -> None:
+def test_partials(name: str, features: tuple[str, ...], shape: dict[str, int], device: torch.device) -> None:
     kept = [feature for feature in features if feature in ("active", "times", "lookback")]
-    example = attention_example(7, *LAYOUTS[name], dtype=torch.bfloat16, features=kept, **shape)
+    example = attention_example(7, *LAYOUTS[name], dtype=torch.bfloat16, device=device, features=kept, **shape)
     layout, active = example.layout, example.tensors.get("active")
     query = example.tensors["query"]
-    grad_output = torch.randn(*example.grad_mass.shape, query.shape[-1])
+    grad_output = torch.randn(*example.grad_mass.shape, query.shape[-1]).to(device)
     actual = hopper_attention(example, "partials", grad_output, example.grad_mass)
 
     def reference(dtype: torch.dtype) -> dict[str, Tensor]:

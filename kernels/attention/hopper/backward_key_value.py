@@ -5,16 +5,15 @@
 
 with offset, shift, slope and gate from the portable `backward_rows`; the formulas stand there.
 
-A CTA owns 128 keys of one segment and one key head, a consumer (4 warps) 64 of them. The producer (1 warp) loads the keys
-and values once and streams, for each query head of the group, blocks of queries, output gradients and their four row terms
-through a ring. Tiles are transposed, [keys, queries], so both products accumulate onto rows the consumer owns and their
-left operand comes from registers. exp2 runs under V dO^T, dz under P dO.
+A CTA owns 128 keys of one segment and one key head, a consumer (4 warps) 64 of them. The producer (1 warp) loads the
+keys and values once and streams, for each query head of the group, blocks of queries, output gradients and their
+four row terms through a ring. Tiles are transposed, [keys, queries], so both products accumulate onto rows the
+consumer owns and their left operand comes from registers. exp2 runs under V dO^T, dz under P dO.
 
-Rows past the end of a sample arrive as zeros and have offset -inf: p = dz = 0 without a mask. With time ranges blocks that
-some query does not see whole are masked after exp2. Keys that no query may see are not read; their gradients are 0.
-Precision: p, R and dz in float32, rounded once to the inputs' dtype for the products; sums in float32; results rounded
-once. Determinism: fixed order, bitwise reproducible.
-"""
+Rows past the end of a sample arrive as zeros and have offset -inf: p = dz = 0 without a mask. With time ranges
+blocks that some query does not see whole are masked after exp2. Keys that no query may see are not read; their
+gradients are 0. Precision: p, R and dz in float32, rounded once to the inputs' dtype for the products; sums in
+float32; results rounded once. Determinism: fixed order, bitwise reproducible."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -31,8 +30,9 @@ from fusedmm.kernels.attention.hopper.tiles import (
     CONSUMERS,
     ENTRY,
     ROWS,
+    allocate_barriers,
+    allocate_boxes,
     first_item,
-    init_ring,
     load_visible,
     ring_slot,
     store_rows,
@@ -200,7 +200,7 @@ def _key_value_consumer(
         offset = terms.slice(0, 1).load(SCORES)
         # [ROWS, BLOCK_Q], under V dO^T
         probs = gl.exp2(scores * scale2 + offset)
-        if HAS_VISIBLE:
+        if HAS_VISIBLE:  # noqa: SIM102 (decided when compiled)
             if (first_query < full_low) | (first_query + BLOCK_Q > full_high):
                 offs_q = gl.arange(0, BLOCK_Q, BY_QUERY)
                 mask_q = first_query + offs_q < end_query
@@ -267,17 +267,14 @@ def _attention_backward_key_value_hopper_kernel(
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     """Set up the ring and start producer and consumers on one (key tile, key head)."""
-    query_smem = gl.allocate_shared_memory(query_desc.dtype, [STAGES] + query_desc.block_shape, query_desc.layout)
-    grad_output_smem = gl.allocate_shared_memory(query_desc.dtype, [STAGES] + query_desc.block_shape, query_desc.layout)
-    key_smem = gl.allocate_shared_memory(key_desc.dtype, [CONSUMERS] + key_desc.block_shape, key_desc.layout)
-    value_smem = gl.allocate_shared_memory(key_desc.dtype, [CONSUMERS] + key_desc.block_shape, key_desc.layout)
-    terms_smem = gl.allocate_shared_memory(gl.float32, [STAGES] + terms_desc.block_shape, terms_desc.layout)
-    key_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for part in gl.static_range(CONSUMERS):
-        mbarrier.init(key_full.index(part), count=1)
-    init_ring(full, empty, STAGES, CONSUMERS)
+    query_smem = allocate_boxes(query_desc, STAGES)
+    grad_output_smem = allocate_boxes(query_desc, STAGES)
+    key_smem = allocate_boxes(key_desc, CONSUMERS)
+    value_smem = allocate_boxes(key_desc, CONSUMERS)
+    terms_smem = allocate_boxes(terms_desc, STAGES)
+    key_full = allocate_barriers(CONSUMERS, 1)
+    full = allocate_barriers(STAGES, 1)
+    empty = allocate_barriers(STAGES, CONSUMERS)
     fence_async_shared()
     descriptors = (query_desc, grad_output_desc, key_desc, value_desc, terms_desc)
     buffers = (query_smem, grad_output_smem, key_smem, value_smem, terms_smem)

@@ -4,16 +4,16 @@
     dq_i = scale sum_j dz_ij k_j                 dgate_i,m = sum_{j in m} p_ij R_ij
     dlog_prior_i,m = slope_i dgate_i,m + shift_i mass_i,m
 
-with offset, shift and slope from the portable `backward_rows`; the formulas stand there. DELTA_ONLY is the pass that the
-per-modality softmax needs before all others: two of the three products, and shift = -slope dgate into the row terms.
+with offset, shift and slope from the portable `backward_rows`; the formulas stand there. DELTA_ONLY is the pass that
+the per-modality softmax needs before all others: two of the three products, and shift = -slope dgate into the row
+terms.
 
-A CTA owns 128 queries of one sample and one head, a consumer (4 warps) 64 of them; the producer (1 warp) streams the key
-and value tiles of all segments. exp2 runs under dO V^T. A segment's row terms are loaded and its gradients stored when the
-segment changes, for partials also its output gradient.
+A CTA owns 128 queries of one sample and one head, a consumer (4 warps) 64 of them; the producer (1 warp) streams the
+key and value tiles of all segments. exp2 runs under dO V^T. A segment's row terms are loaded and its gradients
+stored when the segment changes, for partials also its output gradient.
 
-Precision: p, R and dz in float32, dz rounded once to the keys' dtype for its product; sums in float32; grad_query rounded
-once. Determinism: fixed order, bitwise reproducible.
-"""
+Precision: p, R and dz in float32, dz rounded once to the keys' dtype for its product; sums in float32; grad_query
+rounded once. Determinism: fixed order, bitwise reproducible."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -29,8 +29,9 @@ from fusedmm.kernels.attention.hopper.tiles import (
     CONSUMERS,
     ENTRY,
     ROWS,
+    allocate_barriers,
+    allocate_boxes,
     first_item,
-    init_ring,
     load_entry,
     load_visible,
     mask_tile,
@@ -284,21 +285,15 @@ def _attention_backward_query_hopper_kernel(
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     """Set up the rings and start producer and consumers on one (query tile, head)."""
-    query_smem = gl.allocate_shared_memory(query_desc.dtype, [CONSUMERS] + query_desc.block_shape, query_desc.layout)
-    grad_output_smem = gl.allocate_shared_memory(
-        query_desc.dtype, [CONSUMERS] + query_desc.block_shape, query_desc.layout
-    )
-    key_smem = gl.allocate_shared_memory(key_desc.dtype, [STAGES] + key_desc.block_shape, key_desc.layout)
-    value_smem = gl.allocate_shared_memory(key_desc.dtype, [STAGES] + key_desc.block_shape, key_desc.layout)
-    query_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    gradient_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    gradient_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for part in gl.static_range(CONSUMERS):
-        mbarrier.init(query_full.index(part), count=1)
-    init_ring(gradient_full, gradient_empty, CONSUMERS, 1)
-    init_ring(full, empty, STAGES, CONSUMERS)
+    query_smem = allocate_boxes(query_desc, CONSUMERS)
+    grad_output_smem = allocate_boxes(query_desc, CONSUMERS)
+    key_smem = allocate_boxes(key_desc, STAGES)
+    value_smem = allocate_boxes(key_desc, STAGES)
+    query_full = allocate_barriers(CONSUMERS, 1)
+    gradient_full = allocate_barriers(CONSUMERS, 1)
+    gradient_empty = allocate_barriers(CONSUMERS, 1)
+    full = allocate_barriers(STAGES, 1)
+    empty = allocate_barriers(STAGES, CONSUMERS)
     fence_async_shared()
     descriptors = (query_desc, grad_output_desc, key_desc, value_desc)
     buffers = (query_smem, grad_output_smem, key_smem, value_smem)

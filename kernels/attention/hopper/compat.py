@@ -1,4 +1,5 @@
-"""Gluon's names that changed between Triton 3.6, 3.7 and 3.9, under one name each: everything else imports them from here.
+"""Gluon's names that changed between Triton 3.6, 3.7 and 3.9, under one name each: everything else imports them from
+here.
 
 | here | 3.6 | 3.7 | 3.9 |
 |---|---|---|---|

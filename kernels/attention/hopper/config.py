@@ -1,8 +1,7 @@
 """Tiles of the Hopper kernels and what they support: pure functions over one table.
 
-Registers: 65,536 a CTA. Two consumers of 4 warps take 240 a thread, the producer's warp 24 (it is allotted those of four
-warps), and 168 is what the launch reserves for each of the 12.
-"""
+Registers: 65,536 a CTA. Two consumers of 4 warps take 240 a thread, the producer's warp 24 (it is allotted those of
+four warps), and 168 is what the launch reserves for each of the 12."""
 
 from collections.abc import Collection
 

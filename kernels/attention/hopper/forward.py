@@ -5,18 +5,17 @@
     mass_m = exp(lse_m - logsumexp_m lse_m)
     output = sigmoid(output_gate) sum_m gate_m sum_{j in m} exp(z_j - logsumexp_m lse_m) v_j
 
-One CTA an SM takes items (query tile, head) in turn. Its producer (1 warp) streams the key and value tiles of all segments
-of the item through a ring in shared memory; two consumers (4 warps and 64 rows each) keep two products in flight: while
-S_i = Q K_i is awaited, O += P_{i-1} V_{i-1} runs, and the softmax of tile i runs under it. A tile lies in one segment, so
-prior and gate are one number a row: the prior is part of the exponent's offset (no instruction), the gate one FMUL an
-element, mass and lse nothing inside the loop; a change of segment happens while products run.
+One CTA an SM takes items (query tile, head) in turn. Its producer (1 warp) streams the key and value tiles of all
+segments of the item through a ring in shared memory; two consumers (4 warps and 64 rows each) keep two products in
+flight: while S_i = Q K_i is awaited, O += P_{i-1} V_{i-1} runs, and the softmax of tile i runs under it. A tile lies
+in one segment, so prior and gate are one number a row: the prior is part of the exponent's offset (no instruction),
+the gate one FMUL an element, mass and lse nothing inside the loop; a change of segment happens while products run.
 
-Rows past the end of a segment arrive as zeros (ragged.py) and their scores are masked, so nothing of a neighbour is ever
-multiplied. A row that sees nothing has lse -inf, mass 0 and output 0, never NaN.
-Precision: scores, softmax and accumulator in float32; probabilities times gate are rounded to the values' dtype for the
-second product; the output is rounded once. Determinism: no atomics, fixed order: bitwise reproducible.
-Source: Shah et al. 2024, "FlashAttention-3", section 3 (warp specialisation, overlap within a warpgroup).
-"""
+Rows past the end of a segment arrive as zeros (ragged.py) and their scores are masked, so nothing of a neighbour is
+ever multiplied. A row that sees nothing has lse -inf, mass 0 and output 0, never NaN. Precision: scores, softmax and
+accumulator in float32; probabilities times gate are rounded to the values' dtype for the second product; the output
+is rounded once. Determinism: no atomics, fixed order: bitwise reproducible. Source: Shah et al. 2024,
+"FlashAttention-3", section 3 (warp specialisation, overlap within a warpgroup)."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -37,9 +36,10 @@ from fusedmm.kernels.attention.hopper.tiles import (
     LN_2,
     LOG2_E,
     ROWS,
+    allocate_barriers,
+    allocate_boxes,
     decode_item,
     first_item,
-    init_ring,
     load_entry,
     load_factor,
     load_visible,
@@ -102,7 +102,7 @@ def _forward_producer(
             load_rows(value_desc, key, high, head // GROUP, value_full.index(slot), value_smem.index(slot))
             key += BLOCK_K
             step += 1
-        turn += 1
+        turn += 1  # noqa: SIM113 (device code has no enumerate)
 
 
 @gluon.jit
@@ -261,12 +261,12 @@ def _joint_consumer(
             mass_ptr + stats_start, lse_ptr + stats_start, item_ptr, segments, running_max + gl.log2(total),
             offs_stats, mask_q, MODALITIES,
         )  # fmt: skip
-        turn += 1
+        turn += 1  # noqa: SIM113 (device code has no enumerate)
 
 
 @gluon.jit
 def _store_mass(mass_ptr, lse_ptr, item_ptr, segments, total_lse2, offs, mask, MODALITIES: gl.constexpr):
-    """Mass of every modality from the base-2 lse stored during the loop, which becomes natural; what was not listed gets 0 and -inf."""
+    """Mass of every modality from the base-2 lse stored in the loop, made natural; 0 and -inf where unlisted."""
     listed = 0
     for modality in range(MODALITIES):
         lse2 = gl.full([ROWS], -float("inf"), gl.float32, offs.type.layout)
@@ -278,7 +278,12 @@ def _store_mass(mass_ptr, lse_ptr, item_ptr, segments, total_lse2, offs, mask, M
         gl.store(lse_ptr + modality + offs, lse2 * LN_2, mask=mask)
 
 
-@gluon.jit(do_not_specialize=["num_tiles", "num_items", "num_programs"])
+@gluon.jit(
+    do_not_specialize=[
+        *("num_tiles", "num_items", "num_programs"),
+        *(f"{name}_stride_{dim}" for name in ("log_prior", "gate") for dim in "qhm"),
+    ]
+)
 def _attention_forward_hopper_kernel(
     query_desc,
     key_desc,
@@ -314,18 +319,15 @@ def _attention_forward_hopper_kernel(
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     """Set up the rings and start producer and consumers; CTAs take items until none is left."""
-    query_smem = gl.allocate_shared_memory(query_desc.dtype, [CONSUMERS] + query_desc.block_shape, query_desc.layout)
-    key_smem = gl.allocate_shared_memory(key_desc.dtype, [STAGES] + key_desc.block_shape, key_desc.layout)
-    value_smem = gl.allocate_shared_memory(value_desc.dtype, [STAGES] + value_desc.block_shape, value_desc.layout)
-    query_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    query_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    init_ring(query_full, query_empty, CONSUMERS, 1)
-    init_ring(key_full, key_empty, STAGES, CONSUMERS)
-    init_ring(value_full, value_empty, STAGES, CONSUMERS)
+    query_smem = allocate_boxes(query_desc, CONSUMERS)
+    key_smem = allocate_boxes(key_desc, STAGES)
+    value_smem = allocate_boxes(value_desc, STAGES)
+    query_full = allocate_barriers(CONSUMERS, 1)
+    query_empty = allocate_barriers(CONSUMERS, 1)
+    key_full = allocate_barriers(STAGES, 1)
+    key_empty = allocate_barriers(STAGES, CONSUMERS)
+    value_full = allocate_barriers(STAGES, 1)
+    value_empty = allocate_barriers(STAGES, CONSUMERS)
     fence_async_shared()
     descriptors = (query_desc, key_desc, value_desc)
     buffers = (query_smem, key_smem, value_smem)

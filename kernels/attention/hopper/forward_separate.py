@@ -4,10 +4,9 @@
     o_m    = sum_{j in m} exp(z_j - lse_m) v_j      mass_m = 1 where something of m is visible, else 0
     per_modality: output = sigmoid(output_gate) sum_m gate_m o_m        partials: output_m = o_m
 
-Setup and producer are those of `forward`; so is the loop over the tiles of a segment, with the softmax of tile i under
-P_{i-1} V_{i-1}. A segment is finished before the next one starts: its accumulator is divided by its sum, and added to the
-total (per_modality, in registers: no [query, modality, dim] tensor exists) or stored (partials).
-"""
+Setup and producer are those of `forward`; so is the loop over the tiles of a segment, with the softmax of tile i
+under P_{i-1} V_{i-1}. A segment is finished before the next one starts: its accumulator is divided by its sum, and
+added to the total (per_modality, in registers: no [query, modality, dim] tensor exists) or stored (partials)."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -174,4 +173,4 @@ def separate_consumer(
                 output_ptr + start, total, QUERY_HEADS * HEAD_DIM, output_gate_ptr, output_gate_strides,
                 first_query, end_query, head, DTYPE, HEAD_DIM,
             )  # fmt: skip
-        turn += 1
+        turn += 1  # noqa: SIM113 (device code has no enumerate)

@@ -1,8 +1,7 @@
 """Attention on Hopper: the launchers of the portable kernels with their signatures, over the warp-specialised passes.
 
-What they do not support is decided beforehand by `config.hopper_reasons`; the first pass of the backward, which is bound
-by memory, is the portable one.
-"""
+What they do not support is decided beforehand by `config.hopper_reasons`; the first pass of the backward, which is
+bound by memory, is the portable one."""
 
 import torch
 from torch import Tensor
@@ -57,7 +56,7 @@ def attention_forward(
         query_tiles=query_tiles,
         log_prior=log_prior,
         gate=gate,
-        output_gate=None if output_gate is None else unit_last_stride(output_gate),
+        output_gate=output_gate,
         active=active,
         visible=visible,
         softmax=softmax,

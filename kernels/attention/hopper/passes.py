@@ -1,4 +1,4 @@
-"""The passes of Hopper attention as launches: kernel, grid and arguments from tensors. Nothing here waits for the GPU."""
+"""The passes of Hopper attention as launches: kernel, grid and arguments from tensors, without waiting for the GPU."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fusedmm.kernels.attention.arguments import SoftmaxKind, strides_of, unit_last_stride
+from fusedmm.kernels.attention.arguments import SoftmaxKind, strides_of
 from fusedmm.kernels.attention.config import head_block
 from fusedmm.kernels.attention.hopper.backward_key_value import TERMS, _attention_backward_key_value_hopper_kernel
 from fusedmm.kernels.attention.hopper.backward_query import _attention_backward_query_hopper_kernel
@@ -42,9 +42,10 @@ def multiprocessors(device: torch.device) -> int:
 
 def tma_operand(x: Tensor) -> Tensor:
     """``x`` itself if TMA can read it (16-byte start and strides, last stride 1), else a contiguous copy."""
-    steps = 16 // x.element_size()
-    aligned = x.data_ptr() % 16 == 0 and all(stride % steps == 0 for stride in x.stride()[:-1])
-    return unit_last_stride(x) if aligned else x.contiguous()
+    step = 16 // x.element_size()
+    readable = x.stride(-1) == 1 and all(stride > 0 and stride % step == 0 for stride in x.stride()[:-1])
+    # clone, not contiguous(): that keeps any stride of a dimension of size 1
+    return x if readable and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def forward_launch(
@@ -95,6 +96,7 @@ def forward_launch(
         query_tiles, cu_seqlens_q, cu_seqlens_k, active, visible, query_heads=query_heads, block_k=block_k
     )
     dtype = GLUON_DTYPES[query.dtype]
+    output_gate = None if output_gate is None else tma_operand(output_gate)  # so that its rows are 16-byte loads
     num_items = query_tiles.shape[0] * query_heads
     arguments = {
         "query_desc": ragged_descriptor(tma_operand(query), ROWS.value, block_d, dtype),

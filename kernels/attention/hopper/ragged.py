@@ -1,8 +1,10 @@
-"""TMA reads that stop at the end of a sample or segment: rows past it arrive as zeros, whatever lies behind them in memory.
+"""TMA reads that stop at the end of a sample or segment: rows past it arrive as zeros, whatever lies behind them in
+memory.
 
-Packed tensors put the next sample right after a segment. A box that runs over the end would bring its rows along, and 0 * NaN is NaN: one bad sample would spoil
-its neighbour. TMA checks bounds only against the shape in the descriptor, so the descriptor here has two more dimensions whose strides cancel modulo 2^64 and moves the
-end of the run to the end of the third: a box past it is filled with zeros by the hardware, at no instruction in the kernel.
+Packed tensors put the next sample right after a segment. A box that runs over the end would bring its rows along,
+and 0 * NaN is NaN: one bad sample would spoil its neighbour. TMA checks bounds only against the shape in the
+descriptor, so the descriptor here has two more dimensions whose strides cancel modulo 2^64 and moves the end of the
+run to the end of the third: a box past it is filled with zeros by the hardware, at no instruction in the kernel.
 
 Source: ``triton/tools/ragged_tma.py`` (the same arithmetic for plain Triton).
 """
@@ -33,7 +35,7 @@ def ragged_descriptor(tensor: Tensor, rows: int, head_block: int, dtype: gl.dtyp
         head_block: columns of a box, at least dim; those past dim are zeros.
         dtype: Gluon's name of the element type.
     """
-    size_rows, size_heads, head_dim = tensor.shape
+    _, size_heads, head_dim = tensor.shape
     stride_row, stride_head, _ = tensor.stride()
     return TensorDescriptor(
         base=tensor,
@@ -46,5 +48,8 @@ def ragged_descriptor(tensor: Tensor, rows: int, head_block: int, dtype: gl.dtyp
 
 @gluon.jit
 def load_rows(descriptor, row, end, head, barrier, buffer):
-    """Start to load rows ``row : row + box`` of a head; those at or past ``end`` become zeros. The whole box counts on the barrier."""
+    """Start to load a box from ``row`` on of a head; rows at or past ``end`` become zeros.
+
+    The whole box counts on the barrier.
+    """
     load_tile(descriptor, [END, end, END - end + row, head, 0], barrier, buffer)

@@ -1,7 +1,7 @@
 """Every Hopper attention kernel in every configuration the table chooses, for ahead-of-time compilation.
 
-The variants are those that differ in code: dtype, head size, softmax, which optional tensors are there, grouped heads.
-"""
+The variants are those that differ in code: dtype, head size, softmax, which optional tensors are there, grouped
+heads."""
 
 import inspect
 from collections.abc import Iterator
@@ -18,7 +18,13 @@ from fusedmm.kernels.attention.hopper.forward import _attention_forward_hopper_k
 from fusedmm.kernels.attention.hopper.passes import GLUON_DTYPES
 from fusedmm.kernels.attention.hopper.ragged import tile_layout
 from fusedmm.kernels.attention.hopper.tiles import CONSUMERS, ROWS
-from fusedmm.kernels.launch import KernelSpec
+from fusedmm.kernels.attention.hopper.work import (
+    BLOCK_ROWS,
+    TILE,
+    _attention_key_work_kernel,
+    _attention_query_work_kernel,
+)
+from fusedmm.kernels.launch import KernelSpec, LaunchConfig
 
 HEAD_DIMS = (64, 96, 128, 256)
 QUERY_HEADS, MODALITIES = 16, 4
@@ -40,16 +46,14 @@ def kernel_specs(arch: str) -> Iterator[KernelSpec]:
     """All Hopper attention kernels; none on other architectures."""
     if arch != "sm_90":
         return
+    yield from _work_specs(arch)
     for head_dim in HEAD_DIMS:
         for variant, (features, group) in VARIANTS.items():
             for softmax in ("joint", "per_modality", "partials"):
                 # what is left out compiles to the code of another variant or head size
                 power_of_two = head_dim == head_block(head_dim)
-                if (
-                    softmax == "joint"
-                    and (power_of_two or variant == "timed")
-                    or power_of_two
-                    and variant in ("plain", "timed")
+                if (softmax == "joint" and (power_of_two or variant == "timed")) or (
+                    power_of_two and variant in ("plain", "timed")
                 ):
                     used = _accepted(softmax, features)
                     dtypes = GLUON_DTYPES if (variant, softmax) == ("gated", "joint") else (torch.bfloat16,)
@@ -59,6 +63,24 @@ def kernel_specs(arch: str) -> Iterator[KernelSpec]:
                                 yield from _specs(
                                     arch, which, softmax, variant, used, group, head_dim, GLUON_DTYPES[dtype]
                                 )
+
+
+def _work_specs(arch: str) -> Iterator[KernelSpec]:
+    for kernel, blocks in (
+        (_attention_query_work_kernel, {"BLOCK_K": 128, "BLOCK_M": MODALITIES, "TILE_ROWS": TILE}),
+        (_attention_key_work_kernel, {"BLOCK_Q": 64, "BLOCK_ROWS": BLOCK_ROWS, "TILE_ROWS": TILE}),
+    ):
+        for variant, absent in (("plain", {"active_ptr": None, "visible_ptr": None}), ("timed", {})):
+            names = [name for name in kernel.arg_names if name not in blocks and name not in absent]
+            types = {name: "*i32" if name.endswith("_ptr") else "i32" for name in names}
+            yield KernelSpec(
+                name=f"{kernel.fn.__name__.strip('_').removesuffix('_kernel')}[{variant}]",
+                kernel=kernel,
+                signature={**types, "active_ptr": "*u8"} if "active_ptr" in types else types,
+                constexprs=absent,
+                config=LaunchConfig(blocks=blocks, num_warps=4, num_stages=1),
+                arch=arch,
+            )
 
 
 def _accepted(softmax: str, features: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
-"""Device helpers that the Hopper kernels share: items, the query work, row factors, masks, the online softmax, the ring."""
+"""Device helpers that the Hopper kernels share: items, the query work, row factors, masks, the online softmax, the
+ring."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -16,13 +17,13 @@ ENTRY: gl.constexpr = gl.constexpr(8)  # integers of an entry of the query work,
 
 @gluon.jit
 def first_item():
-    """Index of this CTA, read where it is called: `gl.program_id` is hoisted above the partitions and spilled across them."""
+    """Index of this CTA, read where it is called: `gl.program_id` is hoisted above the partitions, and spilled."""
     return gl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def decode_item(item, num_tiles, GROUP: gl.constexpr):
-    """(tile, head) of an item: heads that share keys are neighbours, then come the tiles, so the L2 holds one key head at a time."""
+    """(tile, head) of an item: heads that share keys first, then tiles, so the L2 holds one key head at a time."""
     place = item // GROUP
     return place % num_tiles, place // num_tiles * GROUP + item % GROUP
 
@@ -79,7 +80,7 @@ def mask_tile(
 
 @gluon.jit
 def softmax_tile(scores, running_max, prior, scale2):
-    """Online softmax of one tile: (exp2(z - new maximum), its row sums, what older sums are multiplied by, new maximum)."""
+    """Online softmax of a tile: exp2(z - new maximum), its row sums, what older sums are multiplied by, new maximum."""
     new_max = gl.maximum(running_max, gl.max(scores, 1) * scale2 + prior)
     probs = gl.exp2(scores * scale2 + (prior - new_max)[:, None])
     return probs, gl.sum(probs, 1), gl.exp2(running_max - new_max), new_max
@@ -92,11 +93,19 @@ def ring_slot(step, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def init_ring(full, empty, SLOTS: gl.constexpr, READERS: gl.constexpr):
-    """Barriers of a ring: one producer fills a slot (its bytes complete the phase), READERS consumers empty it."""
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=READERS)
+def allocate_boxes(descriptor, COUNT: gl.constexpr):
+    """Shared memory for COUNT boxes of a descriptor."""
+    shape: gl.constexpr = [COUNT] + descriptor.block_shape  # noqa: RUF005 (device code cannot unpack)
+    return gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
+
+
+@gluon.jit
+def allocate_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers whose phases end after ARRIVALS arrivals, and their bytes."""
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for index in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(index), count=ARRIVALS)
+    return barriers
 
 
 @gluon.jit

@@ -1,15 +1,17 @@
 """What each CTA of the Hopper kernels has to do, as small integer tables written on the device before the main kernel.
 
-A persistent kernel with a producer and two consumers walks the same list of tiles three times, each on its own; the list must therefore be cheap to read and equal for
-all of them. So who sees what (segments, `active`, time ranges) is resolved once a tile here: empty, inactive and invisible segments never reach the main loop, and a
-tile that every row sees whole is told apart from one that needs a mask.
+A persistent kernel with a producer and two consumers walks the same list of tiles three times, each on its own; the
+list must therefore be cheap to read and equal for all of them. So who sees what (segments, `active`, time ranges) is
+resolved once a tile here: empty, inactive and invisible segments never reach the main loop, and a tile that every
+row sees whole is told apart from one that needs a mask.
 
 Query work, int32 [Hw, query tiles, 2 + M, 8] (Hw is Hq if `active` differs by head, else 1; the last entry may be read,
 but is never used):
     [.., 0, :] = first query, end query, segments listed, key tiles in them, padded row of the first query
-    [.., 1+e, :] = modality, first visible key, first key that all rows see, end of those, end of the visible keys     for e < segments listed
+    [.., 1+e, :] = modality, first visible key, first key that all rows see, end of those, end of the visible keys
 Key work, int32 [Hw, key tiles, 8]:
-    first key, end key, modality, shift from a query's row to its padded row, first and end query to visit, first and end query of those that see the whole tile
+    first key, end key, modality, shift from a query's row to its padded row,
+    first and end query to visit, first and end query of those that see the whole tile
     (visits start and end on BLOCK_Q rows of the sample, or at its end)
 
 Cost: one pass over `visible` for each of the two; without it a few integers a tile. No synchronisation.
@@ -20,7 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 128  # rows of an entry of the work lists
+from fusedmm.kernels import indexing
+
+TILE = indexing.TILE.value  # rows of an entry of the work lists
+
+BLOCK_ROWS = 1024  # queries looked at in one step when searching for those that see a key tile
 ENTRY = tl.constexpr(8)  # integers of an entry
 _FAR = tl.constexpr(2147483647)
 
@@ -229,7 +235,7 @@ def key_work(
         work_ptr=work,
         num_modalities=modalities,
         BLOCK_Q=block_q,
-        BLOCK_ROWS=1024,
+        BLOCK_ROWS=BLOCK_ROWS,
         TILE_ROWS=TILE,
         num_warps=4,
         **active_arguments,
