@@ -5,6 +5,9 @@ Layouts, times, switched-off segments and the schedule of partitions are drawn a
 loads, products and waits.
 """
 
+import math
+import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,8 @@ from torch import Tensor
 
 from fusedmm.reference.attention import modality_partials
 from fusedmm.testing import AttentionExample, attention_example, attention_truth, over_budget, plain_attention
-from tests.gluon_simulator import Descriptor, Pointer, Simulator
+from tests.gluon_simulator import Simulator
+from tests.gluon_values import Descriptor, Pointer
 
 pytest.importorskip("triton")
 from triton.experimental.gluon import language as gl
@@ -185,3 +189,49 @@ def test_partials(name: str, features: tuple[str, ...], shape: dict[str, int], d
     }
     assert over_budget(actual, truth, rounded) == []
     assert torch.equal(actual["mass"], torch.isfinite(truth["lse"]).float())
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("seed", range(4))
+def test_random_layouts(seed: int, device: torch.device) -> None:
+    draw = random.Random(seed)
+    samples, modalities = draw.randint(1, 3), draw.randint(1, 4)
+    q_lengths = [draw.choice((0, 1, 63, 64, 65, 129, draw.randint(1, 200))) for _ in range(samples)]
+    k_lengths = [[draw.choice((0, 1, 5, 128, 129, draw.randint(1, 200))) for _ in range(modalities)] for _ in q_lengths]
+    q_lengths[0], k_lengths[0][0] = max(q_lengths[0], 1), max(k_lengths[0][0], 1)
+    features = draw.sample(("log_prior", "gate", "output_gate", "active", "times"), draw.randint(0, 5))
+    options = {"dtype": torch.bfloat16, "device": device, "features": features}
+    example = attention_example(seed, q_lengths, k_lengths, heads=2, kv_heads=1, head_dim=64, **options)
+    truth = attention_truth(example)
+    actual = hopper_attention(example, "joint", example.grad_output, example.grad_mass)
+    delta = (example.grad_output * truth["output"]).abs().sum(-1) + (example.grad_mass * truth["mass"]).abs().sum(-1)
+    assert over_budget(actual, truth, plain_attention(example), terms={"grad_log_prior": delta}) == []
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("softmax", ["joint", "per_modality", "partials"])
+def test_nan_stays_in_its_sample_and_out_of_inactive_segments(softmax: str, device: torch.device) -> None:
+    shape = {"heads": 2, "kv_heads": 1, "head_dim": 64}
+    features = () if softmax == "partials" else ("gate",)
+    layout = ([70, 40], [[30, 9], [140, 3]])
+    kind = "joint" if softmax == "joint" else "per_modality"
+    example = attention_example(
+        1, *layout, dtype=torch.bfloat16, softmax=kind, device=device, features=features, **shape
+    )
+    active = torch.tensor([[True, False], [True, True]], device=device)[:, None].expand(2, 2, 2)
+    tensors = {**example.tensors, "active": active}
+    bounds = example.layout.cu_seqlens_k.tolist()
+    grad_output, grad_statistic = example.grad_output, example.grad_mass
+    if softmax == "partials":
+        grad_output = torch.randn(70 + 40, 2, 2, 64).to(device)
+    clean = hopper_attention(replace(example, tensors=tensors), softmax, grad_output, grad_statistic)
+    bad = {name: tensors[name].clone() for name in ("query", "key", "value")}
+    for name in ("key", "value"):
+        bad[name][bounds[1] : bounds[4]] = math.nan  # an inactive segment, and all of the next sample
+    bad["query"][70:] = math.nan
+    spoiled = hopper_attention(replace(example, tensors={**tensors, **bad}), softmax, grad_output, grad_statistic)
+    for name, x in clean.items():
+        rows = slice(0, bounds[1]) if name in ("grad_key", "grad_value") else slice(0, 70)
+        assert torch.equal(spoiled[name][rows], x[rows]), name
+    for name in ("grad_key", "grad_value"):
+        assert not spoiled[name][bounds[1] : bounds[2]].any(), name
