@@ -243,6 +243,7 @@ def sdpa_dense(problem: Problem, *, backend: str) -> Prepared:
 def variants(kind: str, features: Sequence[str], softmax: str, *, uniform: bool) -> tuple[Variant, ...]:
     """Everyone who can do all of a case's task."""
     from benchmarks.cases import attention_gpu as gpu
+    from benchmarks.cases import attention_paths as paths
 
     found = [
         Variant("fusedmm", fused, ours=True),
@@ -254,6 +255,7 @@ def variants(kind: str, features: Sequence[str], softmax: str, *, uniform: bool)
     if softmax == "joint" and "gate" not in features:
         found.append(Variant("sdpa", sdpa_padded))
     if kind == "cuda":
+        found += [Variant(f"fusedmm-{path}", partial(paths.on_path, path=path)) for path in ("portable", "hopper")]
         if dense:
             found += [Variant(f"sdpa-{name}", partial(sdpa_dense, backend=backend)) for name, backend in gpu.BACKENDS]
         if plain:

@@ -5,7 +5,7 @@ which the Hopper kernels were measured to win (``python -m benchmarks attention`
 side by side), never before.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import torch
@@ -66,11 +66,21 @@ def choose_path(
     return "hopper" if wins and not reasons else "portable"
 
 
+def choose_forward(query: Tensor, key: Tensor, arguments: Mapping[str, Any], path: Path) -> str:
+    """`choose_path` for the arguments of `attention_forward`."""
+    return _choose("forward", query, key, arguments, path)
+
+
+def choose_backward(query: Tensor, key: Tensor, arguments: Mapping[str, Any], path: Path) -> str:
+    """`choose_path` for the arguments of `attention_backward`."""
+    return _choose("backward", query, key, arguments, path)
+
+
 def attention_forward(
     query: Tensor, key: Tensor, value: Tensor, *, path: Path = "auto", **arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fusedmm.kernels.attention.forward.attention_forward` on the kernels that `choose_path` picks."""
-    if _choose("forward", query, key, arguments, path) == "portable":
+    if choose_forward(query, key, arguments, path) == "portable":
         return portable_forward(query, key, value, **arguments)
     from fusedmm.kernels.attention.hopper.launch import attention_forward as hopper_forward
 
@@ -93,14 +103,14 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """`fusedmm.kernels.attention.backward.attention_backward` on the kernels that `choose_path` picks."""
     tensors = (grad_output, grad_mass, grad_lse, query, key, value, output, mass, lse)
-    if _choose("backward", query, key, arguments, path) == "portable":
+    if choose_backward(query, key, arguments, path) == "portable":
         return portable_backward(*tensors, **arguments)
     from fusedmm.kernels.attention.hopper.launch import attention_backward as hopper_backward
 
     return hopper_backward(*tensors, **arguments)
 
 
-def _choose(direction: str, query: Tensor, key: Tensor, arguments: dict[str, Any], path: Path) -> str:
+def _choose(direction: str, query: Tensor, key: Tensor, arguments: Mapping[str, Any], path: Path) -> str:
     names = ("log_prior", "gate", "output_gate", "active", "visible")
     features = {name for name in names if arguments[name] is not None}
     if arguments["seed"] is not None:
