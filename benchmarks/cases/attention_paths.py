@@ -40,7 +40,7 @@ def on_path(problem: Problem, *, path: Any) -> Prepared:
         if visibility is not None and visibility.key_order is not None:
             key, value = key[visibility.key_order], value[visibility.key_order]
         rows = [others.get(name) for name in ROWS]
-        return _Kernels.apply(partial(_arguments, fixed), path, query, key, value, *rows)  # type: ignore[no-any-return]
+        return _Kernels.apply(partial(_arguments, fixed), path, query, key, value, *rows)  # type: ignore[no-any-return, no-untyped-call]
 
     return prepare(problem, attention)
 
