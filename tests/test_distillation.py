@@ -96,7 +96,8 @@ class Case:
         )
 
     def gradients(self, dtype: torch.dtype | None = None, **arguments: Any) -> tuple[Tensor, list[Tensor]]:
-        """The loss, weighted by fixed numbers where it is one a row, and its gradients in every tensor of the student."""
+        """The loss, weighted by fixed numbers where it is one a row, and its gradients in the tensors of the student.
+        """
         student = _leaf(self.student, dtype)
         teacher = _cast(self.teacher, dtype)
         loss = self.loss(student, teacher, **arguments)

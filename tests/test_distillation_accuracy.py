@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedmm import LinearHead, distillation_loss, distillation_scores
+from fusedmm import LinearHead, Logits, distillation_loss, distillation_scores
+from fusedmm.ops.distillation_triton import ROUNDED_SUMS
 
 ROWS, CLASSES, DIM = 256, 4096, 128
 BETAS = {"forward KL": 0.0, "JSD(0.5)": 0.5, "reverse KL": 1.0}
@@ -75,21 +76,19 @@ def bfloat16_logits(student: LinearHead, teacher: LinearHead, beta: float) -> Gr
 
 def fast_on_a_gpu(student: LinearHead, teacher: LinearHead, beta: float) -> Gradients:
     """Roundings of the fast path with bfloat16 matmuls: float32 logits, their gradient rounded once, dX and dW rounded,
-    dW after each of 8 waves.
+    dW after each of ROUNDED_SUMS waves.
     """
     logits = [head.hidden.float() @ head.weight.float().T for head in (student, teacher)]
     z = logits[0].requires_grad_()
     (grad,) = torch.autograd.grad(distillation_from_logits(z, logits[1], beta), z)
     grad = grad.bfloat16().float()
     total = torch.zeros_like(student.weight)
-    for wave_grad, wave_hidden in zip(grad.chunk(8), student.hidden.chunk(8), strict=True):
+    for wave_grad, wave_hidden in zip(grad.chunk(ROUNDED_SUMS), student.hidden.chunk(ROUNDED_SUMS), strict=True):
         total = (total.float() + wave_grad.T @ wave_hidden.float()).bfloat16()
     return (grad @ student.weight.float()).bfloat16(), total
 
 
 def distillation_from_logits(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    from fusedmm import Logits
-
     return distillation_loss(Logits(student), Logits(teacher), beta=beta, impl="eager")
 
 

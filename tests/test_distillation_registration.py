@@ -162,3 +162,12 @@ def test_every_mistake_is_told() -> None:
         with pytest.raises(error, match=message.replace("(", "\\(")) as caught:
             distillation_loss(**arguments)
         assert str(caught.value).startswith("distillation_loss: ")
+
+
+def test_a_gradient_changed_in_place_cannot_be_asked_for_again() -> None:
+    student, teacher, _ = heads()
+    hidden = student.hidden.requires_grad_()
+    loss = distillation_loss(student, teacher, impl="eager")
+    torch.autograd.grad(loss, hidden, retain_graph=True)[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, hidden)

@@ -196,8 +196,11 @@ class _Fast(torch.autograd.Function):
         count = len(ctx.needs_input_grad)
         if grad_loss is None:
             return (None,) * count
+        # On a CPU a number is read for nothing, and the upstream of a loss is mostly 1: that saves a pass over the largest
+        # tensors. Whoever changes such a gradient in place cannot run this backward again, and autograd says so.
+        is_one = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
         gradients = [
-            gradient * grad_loss if needed else None
+            None if not needed else gradient if is_one else gradient * grad_loss
             for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
         ]
         return (*gradients, *([None] * (count - 3)))

@@ -29,7 +29,7 @@ Needs = tuple[bool, bool, bool]
 FAST_ELEMENTS = 100 << 20  # logits of a wave of rows: 1 GiB at 10 bytes each
 RANGE_ELEMENTS = 16 << 20  # logits of a range of classes: 32 MiB at 2 bytes each
 RANGE_ROWS = 16384
-ROUNDED_SUMS = 8  # waves after each of which a bfloat16 weight gradient may be rounded (0.3 % in all); else float32
+ROUNDED_SUMS = 12  # waves after each of which a bfloat16 weight gradient may be rounded (0.5 % in all); else float32
 FLOAT16_SCALE = 64.0  # keeps gradients of probabilities near 1e-6 out of float16's subnormals
 
 

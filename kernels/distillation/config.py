@@ -43,7 +43,7 @@ def tile_config(
     return LaunchConfig(
         {"BLOCK_N": 128, "BLOCK_V": 64 if is_narrow else 128, "BLOCK_D": 64, "SLABS": 4 if is_narrow else 8},
         num_warps=8,
-        num_stages=3,
+        num_stages=4 if is_narrow else 3,
     )
 
 
