@@ -339,6 +339,19 @@ def test_strides(softmax: str, device: torch.device) -> None:
     assert complaints(problem) == []
 
 
+@pytest.mark.parametrize("modalities", [1, 2, 3])
+def test_active_of_any_strides(modalities: int, device: torch.device) -> None:
+    """[B, M] spread over heads, modality-major, and plain: the same as no argument where all is active."""
+    problem = draw_problem(13, "joint", [3, 2], [[5] * modalities, [4] * modalities], heads=4, device=device)
+    expected = launch(problem)
+    everything = torch.ones(2, modalities, dtype=torch.bool, device=device)
+    spread = everything[:, None].expand(2, 4, modalities)
+    for active in (spread, everything.T.contiguous().T[:, None].expand(2, 4, modalities), spread.contiguous()):
+        problem.active = active
+        results = launch(problem)
+        assert all(torch.equal(results[name], expected[name]) for name in expected)
+
+
 def test_addresses_past_32_bits() -> None:
     """A head stride over 2^31 elements, in a sparse file of which only the pages in use exist."""
     total_k, head_dim, far = 9, 16, 2**31 + 64

@@ -34,4 +34,5 @@ def find_key_ranges(
     ranges = cu_seqlens_k.as_strided((batch, num_heads, num_modalities, 2), (num_modalities, 0, 1, 1))
     if active is None:
         return ranges
-    return torch.where(active[..., None], ranges, ranges[..., :1])
+    # Contiguous, for the result of `where` takes its order of dimensions from the strides of what it is given.
+    return torch.where(active[..., None], ranges, ranges[..., :1]).contiguous()
