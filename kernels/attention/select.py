@@ -1,8 +1,9 @@
 """Which attention kernels run: the portable ones in plain Triton, or the warp-specialised ones for Hopper.
 
-The choice is a pure function of what is asked for and one committed table, `MEASURED`: an entry is added for a case in
-which the Hopper kernels were measured to win (``python -m benchmarks attention`` with ``path`` "portable" and "hopper"
-side by side), never before.
+The choice is a pure function of what is asked for and one committed table, `MEASURED`. An entry is added for a case in
+which the Hopper kernels were measured to win, never before:
+
+    python -m benchmarks attention --variants fusedmm-portable fusedmm-hopper
 """
 
 from collections.abc import Collection, Mapping
