@@ -1,8 +1,7 @@
 """Where everything lies: the packed layout of one batch, built once and used by every layer.
 
 Queries of all samples stand one after another, and so do keys: sample-major, modality-minor, without padding. Segment
-    ``(b, m)`` is the contiguous run of modality ``m`` in
-sample ``b``; a segment of length 0 is a missing modality.
+``(b, m)`` is the contiguous run of modality ``m`` in sample ``b``; a segment of length 0 is a missing modality.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ class ModalityLayout:
         num_modalities: M, 1 to 32.
         max_seqlen_q: most queries of one sample.
         max_seqlen_k: most keys of one sample, over all its modalities.
+        max_segments_k: most keys of one segment, for each modality.
         names: the modalities' names, if they have any.
         visibility: which keys a query may see by time, from `at_times`; None: all.
     """
@@ -44,6 +44,7 @@ class ModalityLayout:
     visibility: Visibility | None = None
     total_q: int = field(init=False, repr=False)
     total_k: int = field(init=False, repr=False)
+    max_segments_k: tuple[int, ...] = field(init=False, repr=False)
     query_tiles: Tensor = field(init=False, repr=False)
     key_tiles: Tensor = field(init=False, repr=False)
     _query_slots: Tensor | None = field(default=None, repr=False)
@@ -76,11 +77,17 @@ class ModalityLayout:
                 f"got {list(self.cu_seqlens_k.shape)} "
                 f"beside cu_seqlens_q {list(self.cu_seqlens_q.shape)}."
             )
-        total_q, total_k = torch.stack((self.cu_seqlens_q[-1], self.cu_seqlens_k[-1])).tolist()
+        segments = torch.cat(
+            (self.cu_seqlens_k.diff().view(-1, modalities), self.cu_seqlens_k.new_zeros(1, modalities))
+        )
+        total_q, total_k, *max_segments_k = torch.cat(
+            (self.cu_seqlens_q[-1:], self.cu_seqlens_k[-1:], segments.amax(0))
+        ).tolist()
         query_counts = self.cu_seqlens_q.diff().long()
         sample_keys = self.cu_seqlens_k[::modalities].diff().long()
         object.__setattr__(self, "total_q", total_q)
         object.__setattr__(self, "total_k", total_k)
+        object.__setattr__(self, "max_segments_k", tuple(max_segments_k))
         object.__setattr__(self, "query_tiles", _work_list(self.cu_seqlens_q, total_q, sample_keys))
         object.__setattr__(
             self, "key_tiles", _work_list(self.cu_seqlens_k, total_k, query_counts.repeat_interleave(modalities))
@@ -197,7 +204,9 @@ class ModalityLayout:
                 f"ModalityLayout.pack: keys must be given for the modalities {list(names)}, got {list(padded)}."
             )
         for index, name in enumerate(names):
-            self._check_padded(name, padded[name], self._padded_k[index] if self._padded_k else None, None)
+            self._check_padded(
+                name, padded[name], self._padded_k[index] if self._padded_k else None, self.max_segments_k[index]
+            )
         if self._key_slots is not None:
             slots = self._key_slots
         else:
@@ -226,11 +235,7 @@ class ModalityLayout:
         if self._padded_k is not None and self._key_slots is not None:
             lengths, slots = list(self._padded_k), self._key_slots
         else:
-            lengths = (
-                self.cu_seqlens_k.diff().view(-1, self.num_modalities).amax(0).tolist()
-                if self.batch_size
-                else [0] * len(names)
-            )
+            lengths = list(self.max_segments_k)
             slots = self._leading_key_slots(lengths)
         width = sum(lengths)
         flat = packed.new_zeros((self.batch_size * width, *packed.shape[1:])).index_copy(0, slots, packed)
@@ -264,11 +269,9 @@ class ModalityLayout:
             )
         return self.names
 
-    def _check_padded(self, argument: str, padded: Tensor, exact: int | None, at_least: int | None) -> None:
-        rule = f"{exact}" if exact is not None else f"at least {at_least}" if at_least is not None else "any number of"
-        wrong_length = padded.ndim >= 2 and (
-            (exact is not None and padded.shape[1] != exact) or (at_least is not None and padded.shape[1] < at_least)
-        )
+    def _check_padded(self, argument: str, padded: Tensor, exact: int | None, at_least: int) -> None:
+        rule = f"at least {at_least}" if exact is None else f"{exact}"
+        wrong_length = padded.ndim >= 2 and (padded.shape[1] < at_least if exact is None else padded.shape[1] != exact)
         if padded.ndim < 2 or padded.shape[0] != self.batch_size or wrong_length:
             raise ShapeError(
                 f"ModalityLayout.pack: {argument} must have shape [batch={self.batch_size}, {rule} tokens, ...], "

@@ -84,7 +84,7 @@ def find_visible(
 
 
 def lookback_tensor(op: str, layout: "ModalityLayout", lookback: int | Sequence[int] | Tensor | None) -> Tensor | None:
-    """Normalise a look-back to [M] int64 on the layout's device."""
+    """Normalise a look-back to [M] int64 on the layout's device; a negative one in a tensor counts as 0."""
     if lookback is None:
         return None
     if isinstance(lookback, bool) or (isinstance(lookback, int) and lookback < 0):
@@ -97,7 +97,7 @@ def lookback_tensor(op: str, layout: "ModalityLayout", lookback: int | Sequence[
         raise ShapeError(
             f"{op}: lookback must be an int or have shape [modality={layout.num_modalities}], got {list(window.shape)}."
         )
-    return window.to(layout.cu_seqlens_k.device).expand(layout.num_modalities)
+    return window.to(layout.cu_seqlens_k.device).clamp_min(0).expand(layout.num_modalities)
 
 
 def _sorted_within_segments(layout: "ModalityLayout", key_time: Tensor) -> bool:
@@ -123,7 +123,11 @@ def _visible_ranges(
     first, last = bounds[segment], bounds[segment + 1]
     steps = max_seqlen_k.bit_length()
     end = _first_later(key_time, query_time[:, None], first, last, steps)
-    start = first if lookback is None else _first_later(key_time, query_time[:, None] - lookback, first, last, steps)
+    start = first
+    if lookback is not None:
+        limit = query_time[:, None] - lookback
+        start = _first_later(key_time, limit, first, last, steps)
+        start = torch.where(limit > query_time[:, None], first, start)  # it wrapped: older than any int64
     return torch.stack((start, end), -1).to(torch.int32)
 
 

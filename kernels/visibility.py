@@ -3,7 +3,8 @@
 With keys sorted by time within their segments, query i sees keys ``low : high`` of segment (b, m), where
 
     high = first key with key_time > query_time_i
-    low  = first key with key_time > query_time_i - lookback_m       (the start of the segment without a look-back)
+    low  = first key with key_time > query_time_i - lookback_m       (the start of the segment without a look-back,
+                                                                      and where the difference is below any int64)
 
 A program owns a tile of up to 128 queries of one sample and one modality; every lane bisects by itself.
 Cost: reads 8 bytes a query and ``log2(keys)`` scattered int64 a query and bound, writes 8 bytes a query and modality.
@@ -57,7 +58,9 @@ def _visible_ranges_kernel(
     time = tl.load(query_time_ptr + offs_q, mask=mask_q, other=0)
     high = _first_later(key_time_ptr, time, start, stop, mask_q, steps)
     if lookback_ptr is not None:
-        low = _first_later(key_time_ptr, time - tl.load(lookback_ptr + modality), start, stop, mask_q, steps)
+        limit = time - tl.load(lookback_ptr + modality)
+        low = _first_later(key_time_ptr, limit, start, stop, mask_q, steps)
+        low = tl.where(limit > time, start, low)  # it wrapped: older than any int64
     else:
         low = tl.zeros_like(high) + start
     ranges_ptrs = ranges_ptr + (offs_q * num_modalities + modality) * 2

@@ -202,6 +202,31 @@ def test_far_apart_modalities_keep_their_lse() -> None:
     torch.testing.assert_close(result.lse[0, 0], torch.tensor([480.0, -480.0]))
 
 
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+def test_autocast_is_a_cast_of_the_inputs_and_nothing_else(impl: str) -> None:
+    """Under autocast query, key and value are bfloat16, in both operators; all that follows is as exact as without."""
+    layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([3, 2]), torch.tensor([[4, 1], [0, 5]]))
+    tensors = torch.randn(5, 2, 16), torch.randn(10, 2, 16).bfloat16(), torch.randn(10, 2, 16)
+    cast = [x.bfloat16() for x in tensors]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attended = fusedmm.gated_multimodal_attention(*tensors, layout, impl=impl)
+        partials = fusedmm.modality_partials(*tensors, layout, impl=impl)
+        merged, left_out = fusedmm.merge_modalities(partials), fusedmm.leave_one_out(partials)
+        double = fusedmm.modality_partials(*(x.double() for x in tensors), layout, impl=impl)
+    plain = fusedmm.modality_partials(*cast, layout, impl=impl)
+    expected = fusedmm.gated_multimodal_attention(*cast, layout, impl=impl)
+    for got, wanted in (
+        (attended, expected),
+        (partials, plain),
+        (merged, fusedmm.merge_modalities(plain)),
+        ([left_out], [fusedmm.leave_one_out(plain)]),
+    ):
+        for x, y in zip(got, wanted, strict=True):
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y)
+    assert double.output.dtype == torch.float64
+
+
 class TestBadInput:
     layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([2, 3]), torch.tensor([[4, 1], [0, 5]]))
     query, key = torch.randn(5, 2, 16), torch.randn(10, 2, 16)
@@ -218,6 +243,7 @@ class TestBadInput:
             ({"value": torch.randn(9, 2, 16)}, fusedmm.ShapeError, "value has key=9, but the layout has key=10"),
             ({"query": torch.randn(6, 2, 16)}, fusedmm.ShapeError, "query has query=6, but the layout has query=5"),
             ({"query": torch.randn(5, 3, 16)}, fusedmm.ShapeError, "query heads must be a multiple of key heads"),
+            ({"query": torch.randn(5, 0, 16)}, fusedmm.ShapeError, "at least 1, got 0 and 2"),
             ({"key": torch.randn(10, 2, 16).half()}, TypeError, "key must be float32, got float16"),
             ({"query": torch.ones(5, 2, 16).long()}, TypeError, "query must be float16 or .*, got int64"),
             ({"log_prior": torch.randn(5, 2, 3)}, fusedmm.ShapeError, "log_prior must broadcast from the right"),

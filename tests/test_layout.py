@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fusedmm import ModalityLayout, ShapeError
+from fusedmm import ModalityLayout, ShapeError, gated_multimodal_attention
 
 Q_LENGTHS, K_LENGTHS = torch.tensor([3, 0, 200]), torch.tensor([[2, 0], [5, 1], [0, 300]])
 
@@ -104,6 +104,38 @@ def test_visible_ranges_are_what_the_definition_says(lookback, sorted_keys) -> N
     assert torch.equal(seen, expected)
 
 
+EXTREME_TIMES = torch.tensor([-(2**63), -(2**63) + 1, -(2**62), -1, 0, 2**62, 2**63 - 1])
+
+
+@pytest.mark.parametrize("implementation", ["ranges", "kernel", "reference"])
+@pytest.mark.parametrize("lookback", [None, 0, 1, 2**62, 2**63 - 1])
+def test_differences_of_times_may_exceed_int64(implementation: str, lookback: int | None, device) -> None:
+    """A query and a key 2**63 apart or more are far apart, not the other way round."""
+    count = len(EXTREME_TIMES)
+    layout = ModalityLayout.from_lengths(torch.tensor([count], device=device), torch.tensor([[count]], device=device))
+    times = EXTREME_TIMES.to(device)
+    timed = layout.at_times(times, times, lookback)
+    expected = [
+        [key <= query and (lookback is None or query - key < lookback) for key in EXTREME_TIMES.tolist()]
+        for query in EXTREME_TIMES.tolist()
+    ]
+    if implementation == "reference":
+        zeros, scores = torch.zeros(count, 1, 16, device=device), torch.eye(count, 16, device=device)[:, None]
+        options = {"query_time": times, "key_time": times, "lookback": lookback, "impl": "reference"}
+        seen = gated_multimodal_attention(zeros, zeros, scores, layout, **options).output[:, 0, :count] > 0
+        assert seen.tolist() == expected
+        return
+    ranges = timed.visibility.ranges
+    if implementation == "kernel":
+        from fusedmm.kernels.visibility import visible_ranges
+
+        ranges = torch.full_like(ranges, -1)
+        window = timed.visibility.lookback if lookback is None else timed.visibility.lookback.contiguous()
+        tables = (layout.cu_seqlens_q, layout.cu_seqlens_k, layout.query_tiles)
+        visible_ranges(times, times, window, *tables, ranges, layout.max_seqlen_k)
+    assert [[low <= key < high for key in range(count)] for low, high in ranges[:, 0].tolist()] == expected
+
+
 @pytest.mark.parametrize("lookback", [None, torch.tensor([7, 0])])
 def test_the_kernel_finds_the_same_ranges(lookback, device) -> None:
     from fusedmm.kernels.visibility import visible_ranges
@@ -147,6 +179,9 @@ def test_bad_masks_and_tensors() -> None:
         layout.unpack(torch.zeros(3, 1))
     with pytest.raises(ShapeError, match=r"pack: query must have shape \[batch=1, at least 2 tokens"):
         layout.pack(torch.zeros(1, 1, 4))
+    named = ModalityLayout.from_lengths(torch.tensor([1, 1]), torch.tensor([[5, 1], [2, 1]]), names=["a", "b"])
+    with pytest.raises(ShapeError, match=r"pack: a must have shape \[batch=2, at least 5 tokens"):
+        named.pack({"a": torch.zeros(2, 3, 1), "b": torch.zeros(2, 2, 1)})
     with pytest.raises(ValueError, match=r"pack: the layout has no modality names"):
         layout.pack({"a": torch.zeros(1, 3, 4)})
     with pytest.raises(TypeError, match=r"key_time must be int64, got float32"):
@@ -157,3 +192,6 @@ def test_an_empty_batch_of_queries_and_keys() -> None:
     layout = ModalityLayout.from_lengths(torch.tensor([0, 0]), torch.tensor([[0], [0]]))
     assert (layout.total_q, layout.total_k) == (0, 0)
     assert layout.at_times(torch.zeros(0).long(), torch.zeros(0).long()).visibility.ranges.shape == (0, 1, 2)
+    nobody = ModalityLayout.from_lengths(torch.zeros(0).long(), torch.zeros(0, 2).long(), names=["a", "b"])
+    assert (nobody.batch_size, nobody.max_segments_k) == (0, (0, 0))
+    assert nobody.pack({"a": torch.zeros(0, 4, 3), "b": torch.zeros(0, 0, 3)}).shape == (0, 3)

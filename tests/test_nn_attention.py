@@ -133,6 +133,29 @@ def test_gate_learns_importance_and_switches_off() -> None:
     assert copy.deepcopy(gate).active(1).tolist() == [[True, True, False]]
 
 
+def test_importance_survives_a_cast_and_extreme_scores() -> None:
+    """The running mean stays float32 in a half-precision module, and shares of tiny scores are no 0 / 0."""
+    gate = ModalityGate(16, 2, 3, threshold=0.1).bfloat16()
+    assert gate(torch.randn(4, 16).bfloat16()).log_prior.dtype == torch.float32
+    for step in range(1, 400):
+        gate.update(torch.full((2, 3), step / 1000))
+    weights = torch.tensor([max(1 / step, 0.01) for step in range(1, 400)], dtype=torch.float64)
+    mean = torch.zeros((), dtype=torch.float64)
+    for step, weight in enumerate(weights, 1):
+        mean += weight * (step / 1000 - mean)
+    torch.testing.assert_close(gate.importance, mean.float().expand(3), rtol=1e-4, atol=0)
+    prior = torch.randn(5, 2, 3)
+    for temperature in (0.1, 1.0, 10.0):
+        loss = gate.importance_loss(prior, torch.zeros(5, 3), temperature)
+        torch.testing.assert_close(loss, -prior.log_softmax(-1).mean(), msg=f"temperature {temperature}")
+    scores = torch.tensor([[3e-6, 1e-6, 0.0]]).expand(5, 3)
+    share = torch.tensor([0.75, 0.25, 0.0])
+    expected = -(share * prior.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(gate.importance_loss(prior, scores), expected, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match=r"ModalityGate: temperature must be positive, got 0"):
+        gate.importance_loss(prior, scores, temperature=0)
+
+
 def test_a_switched_off_modality_is_not_read(batch) -> None:
     layer = GatedMultimodalAttention(64, 4, WIDTHS, threshold=0.1)
     layer.modality_gate.updates_below[1] = layer.modality_gate.patience

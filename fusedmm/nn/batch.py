@@ -222,7 +222,7 @@ def _lookback(lookback: int | Mapping[str, int] | None, modalities: Mapping[str,
         raise ValueError(
             f"{OP}: lookback names an unknown modality, got {unknown[0]!r}. The module knows {list(modalities)}."
         )
-    return torch.tensor([lookback.get(name, 2**62) for name in modalities])
+    return torch.tensor([lookback.get(name, 2**63 - 1) for name in modalities])
 
 
 def _key_source(layout: ModalityLayout, lengths: Tensor, totals: list[int]) -> Tensor:

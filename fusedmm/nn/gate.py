@@ -1,11 +1,14 @@
 """ModalityGate: the learned filter that decides how far each query trusts and uses each modality."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from fusedmm.shapes import check_shapes
+
+MIN_SCORE = 1e-12  # nats; a score below counts as this in shares of importance
 
 
 class GateOutput(NamedTuple):
@@ -82,6 +85,12 @@ class ModalityGate(nn.Module):
         for buffer in (self.importance, self.updates_below, self.updates):
             buffer.zero_()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Casts of the module spare the running mean: in half precision its small steps would round away."""
+        module = super()._apply(fn, recurse)
+        self.importance = self.importance.float()
+        return module
+
     def forward(self, query: Tensor) -> GateOutput:
         """[..., embed_dim] to log_prior and gate [..., H, M], float32."""
         shape = (*query.shape[:-1], self.num_heads, self.num_modalities)
@@ -118,6 +127,7 @@ class ModalityGate(nn.Module):
             scores: [N, M], how much the answer changed without each modality, in nats; a target, without gradient.
             temperature: the target is ``scores / scores.sum()`` sharpened by ``1 / temperature``.
         """
-        target = scores.detach().float().clamp_min(1e-12).pow(1.0 / temperature)
-        target = target / target.sum(-1, keepdim=True)
+        if not temperature > 0:
+            raise ValueError(f"ModalityGate: temperature must be positive, got {temperature}.")
+        target = torch.softmax(scores.detach().float().clamp_min(MIN_SCORE).log() / temperature, -1)
         return -(target[:, None] * torch.log_softmax(log_prior, -1)).sum(-1).mean()

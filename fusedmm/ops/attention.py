@@ -118,7 +118,8 @@ def gated_multimodal_attention(
         )
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{OP}: dropout_p must be in [0, 1), got {dropout_p}.")
-    query, key, value, output_gate = _autocast(query, key, value, output_gate)
+    query, key, value = autocast(query), autocast(key), autocast(value)
+    output_gate = None if output_gate is None else autocast(output_gate)
     check_packed(OP, query, key, value, layout)
     rows = (layout.total_q, query.shape[1], layout.num_modalities)
     log_prior = _per_modality_rows("log_prior", log_prior, rows, query)
@@ -147,21 +148,21 @@ def gated_multimodal_attention(
     scale = query.shape[2] ** -0.5 if scale is None else float(scale)
     seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
     if chosen == "reference":
-        layout = layout.with_visibility(visibility)
-        result = reference.gated_multimodal_attention(
-            query,
-            key,
-            value,
-            layout,
-            log_prior=log_prior,
-            gate=gate,
-            output_gate=output_gate,
-            active=active,
-            softmax=softmax,
-            scale=scale,
-            seed=seed,
-            dropout_p=dropout_p,
-        )
+        with torch.autocast(query.device.type, enabled=False):
+            result = reference.gated_multimodal_attention(
+                query,
+                key,
+                value,
+                layout.with_visibility(visibility),
+                log_prior=log_prior,
+                gate=gate,
+                output_gate=output_gate,
+                active=active,
+                softmax=softmax,
+                scale=scale,
+                seed=seed,
+                dropout_p=dropout_p,
+            )
         return AttentionOutput(result[0].to(query.dtype), result[1], result[2].detach())
     key, value = in_time_order(key, value, visibility)
     problem = Problem(
@@ -196,8 +197,8 @@ def check_packed(op: str, query: Tensor, key: Tensor, value: Tensor, layout: Mod
             op, argument, tensor, (query.dtype,), f". All three share one dtype; use {argument}.to({query.dtype})."
         )
     heads, kv_heads, dim = query.shape[1], key.shape[1], query.shape[2]
-    if kv_heads == 0 or heads % kv_heads:
-        raise ShapeError(f"{op}: query heads must be a multiple of key heads, got {heads} and {kv_heads}.")
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
+        raise ShapeError(f"{op}: query heads must be a multiple of key heads, at least 1, got {heads} and {kv_heads}.")
     if dim < MIN_HEAD_DIM or dim > MAX_HEAD_DIM:
         raise NotImplementedError(
             f"{op}: head dim must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {dim}. Split or pad the heads."
@@ -278,11 +279,9 @@ def _per_modality_rows(
     return check_broadcast(OP, argument, tensor, shape, ("query", "head", "modality")).to(wanted)
 
 
-def _autocast(
-    query: Tensor, key: Tensor, value: Tensor, output_gate: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    device = query.device.type
-    if not torch.is_autocast_enabled(device):
-        return query, key, value, output_gate
-    dtype = torch.get_autocast_dtype(device)
-    return query.to(dtype), key.to(dtype), value.to(dtype), None if output_gate is None else output_gate.to(dtype)
+def autocast(tensor: Tensor) -> Tensor:
+    """The tensor in the autocast dtype where autocast is on; float64 stays, as in PyTorch's own operators."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))

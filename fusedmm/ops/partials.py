@@ -13,6 +13,7 @@ from fusedmm.layout import ModalityLayout
 from fusedmm.ops.attention import (
     SOFTMAXES,
     AttentionOutput,
+    autocast,
     check_active,
     check_packed,
     in_time_order,
@@ -71,15 +72,17 @@ def modality_partials(
     Cost: the FLOPs of one attention; the output is M times larger.
     """
     op = "modality_partials"
+    query, key, value = autocast(query), autocast(key), autocast(value)
     check_packed(op, query, key, value, layout)
     active = check_active(op, active, layout, query.shape[1])
     chosen = resolve_impl(op, impl, query.device, unsupported=triton_gaps(query))
     visibility = resolve_visibility(op, layout, query_time, key_time, lookback)
     scale = query.shape[2] ** -0.5 if scale is None else float(scale)
     if chosen == "reference":
-        output, lse = reference.modality_partials(
-            query, key, value, layout.with_visibility(visibility), active=active, scale=scale
-        )
+        with torch.autocast(query.device.type, enabled=False):
+            output, lse = reference.modality_partials(
+                query, key, value, layout.with_visibility(visibility), active=active, scale=scale
+            )
         return ModalityPartials(output.to(query.dtype), lse)
     key, value = in_time_order(key, value, visibility)
     problem = Problem(
@@ -134,7 +137,7 @@ def merge_modalities(
         if gate is None
         else mass * check_broadcast(op, "gate", gate, tuple(lse.shape), ("query", "head", "modality")).to(lse.dtype)
     )
-    output = (weights[..., None, :] @ partials.output.to(lse.dtype)).squeeze(-2)
+    output = _weighted(weights[..., None, :], partials.output).squeeze(-2)
     return AttentionOutput(output.to(partials.output.dtype), mass, lse.detach())
 
 
@@ -161,7 +164,13 @@ def leave_one_out(partials: ModalityPartials, log_prior: Tensor | None = None, g
     if gate is not None:
         rows = check_broadcast("leave_one_out", "gate", gate, tuple(partials.lse.shape), ("query", "head", "modality"))
         others = others * rows.to(lse.dtype)[..., None, :]
-    return (others @ partials.output.to(lse.dtype)).to(partials.output.dtype)
+    return _weighted(others, partials.output).to(partials.output.dtype)
+
+
+def _weighted(weights: Tensor, outputs: Tensor) -> Tensor:
+    """``weights @ outputs`` [..., X, D] in the weights' dtype, under autocast too: shares are not rounded."""
+    with torch.autocast(weights.device.type, enabled=False):
+        return weights @ outputs.to(weights.dtype)
 
 
 def _with_prior(op: str, partials: ModalityPartials, log_prior: Tensor | None) -> Tensor:

@@ -127,10 +127,11 @@ def _visible(layout: ModalityLayout, sample: int, heads: int, active: Tensor | N
     if active is not None:
         visible = visible & active[sample][:, modality]
     if layout.visibility is not None:
-        age = layout.visibility.query_time[rows, None] - layout.visibility.key_time[None, keys]
-        in_time = age >= 0
+        query_time, key_time = layout.visibility.query_time[rows, None], layout.visibility.key_time[None, keys]
+        in_time = key_time <= query_time
         if layout.visibility.lookback is not None:
-            in_time &= age < layout.visibility.lookback[modality]
+            age = query_time - key_time  # negative where it does not fit in int64: older than any look-back
+            in_time &= (age >= 0) & (age < layout.visibility.lookback[modality])
         visible = visible & in_time[:, None]
     return visible
 
