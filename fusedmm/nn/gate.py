@@ -87,9 +87,9 @@ class ModalityGate(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Casts of the module spare the running mean: in half precision its small steps would round away."""
-        module = super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.importance = self.importance.float()
-        return module
+        return self
 
     def forward(self, query: Tensor) -> GateOutput:
         """[..., embed_dim] to log_prior and gate [..., H, M], float32."""
