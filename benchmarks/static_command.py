@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
         compiled[row.key] = row
         if len(compiled) % PROGRESS == 0:
             print(f"static: {len(compiled)} compiled", flush=True)
+            if args.update:  # what is compiled stays compiled when this is interrupted
+                write_rows(results_file(), list({**committed, **compiled}.values()))
     rows = [compiled.get(key) or committed[key] for key in wanted if key not in set(later)]
     print(table(rows))
     if args.json is not None:

@@ -13,7 +13,7 @@ import torch
 from benchmarks.telemetry import ENERGY_SECONDS, Telemetry
 
 L2_BYTES = 256 << 20  # more than any chip has
-MIN_ROUNDS = 5
+MIN_ROUNDS = 9
 MAX_ROUNDS = 200
 
 
