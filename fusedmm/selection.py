@@ -71,12 +71,12 @@ def select_rows(score: Tensor, keep: float, *, group: dist.ProcessGroup | None =
 def _ordered_key(score: Tensor) -> tuple[Tensor, int]:
     """int64 keys in the order of the scores, as unsigned numbers of so many bits."""
     score = score.detach() + 0.0  # -0.0 becomes 0.0
-    score = torch.where(score.isnan(), -torch.inf, score)
+    lowest = score.isnan()  # -inf has a key above 0
     if score.dtype == torch.float64:
         raw = score.view(torch.int64)
-        return raw ^ ((raw >> 63) & 0x7FFFFFFFFFFFFFFF) ^ (-(2**63)), 64
+        return (raw ^ ((raw >> 63) & 0x7FFFFFFFFFFFFFFF) ^ (-(2**63))).masked_fill_(lowest, 0), 64
     raw = score.float().view(torch.int32).long()
-    return (raw ^ ((raw >> 31) & 0x7FFFFFFF)) + 2**31, 32
+    return ((raw ^ ((raw >> 31) & 0x7FFFFFFF)) + 2**31).masked_fill_(lowest, 0), 32
 
 
 def _all_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -9,9 +9,10 @@ from fusedmm.selection import ScoreLog, select_rows
 
 def by_sorting(score: Tensor, keep: float) -> Tensor:
     """The same selection from a stable sort."""
-    score = torch.where(score.isnan(), -torch.inf, score.double())
+    order = torch.argsort(torch.where(score.isnan(), -torch.inf, score.double()), descending=True, stable=True)
+    order = torch.cat([order[~score[order].isnan()], order[score[order].isnan()]])
     chosen = torch.zeros(score.shape[0], dtype=torch.bool)
-    chosen[score.argsort(descending=True, stable=True)[: int(keep * score.shape[0] + 0.5)]] = True
+    chosen[order[: int(keep * score.shape[0] + 0.5)]] = True
     return chosen
 
 
@@ -32,6 +33,13 @@ def test_selection_is_that_of_a_stable_sort(keep: float, dtype: torch.dtype) -> 
 def test_selection_tells_float64_scores_apart_that_float32_does_not() -> None:
     score = 1 + torch.arange(9, dtype=torch.float64) * 1e-12
     assert select_rows(score, 1 / 3).tolist() == [False] * 6 + [True] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_nan_is_below_even_minus_infinity(dtype: torch.dtype) -> None:
+    score = torch.tensor([torch.nan, -torch.nan, 1.0, -torch.inf, torch.nan], dtype=dtype)
+    assert select_rows(score, 0.4).tolist() == [False, False, True, True, False]
+    assert select_rows(score, 0.6).tolist() == [True, False, True, True, False]
 
 
 def test_selection_refuses_what_is_no_score() -> None:

@@ -82,9 +82,12 @@ def wave_logits(head: Head, rows: slice, num_classes: int) -> Tensor:
 
 
 def pair_logits(student: Head, teacher: Head, rows: slice, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Logits of both heads; one matmul where they share the weight, so that it is read once."""
+    """Logits of both heads in the student's compute dtype; one matmul where they share the weight, so that it is read
+    once.
+    """
     if not shares_weight(student, teacher):
-        return wave_logits(student, rows, num_classes), wave_logits(teacher, rows, num_classes)
+        z = wave_logits(student, rows, num_classes)
+        return z, wave_logits(teacher, rows, num_classes).to(z.dtype)
     assert isinstance(student, LinearHead)
     assert isinstance(teacher, LinearHead)
     both = replace(student, hidden=torch.cat([student.hidden[rows], teacher.hidden[rows]]))

@@ -76,7 +76,8 @@ def distillation_scores(
     Args:
         student: `LinearHead` or `Logits` of N rows.
         teacher: `LinearHead`, `Logits` or `TopKLogProbs` of the same rows; its hidden size may differ.
-        labels: [N] int64, or None.
+        labels: [N] int64, or None. A label that is no class is refused on a CPU; on a GPU, where to look is to wait, it
+            is not noticed.
         temperature: positive number, or [N] tensor; divides the logits of both.
         beta: which divergence to compute beside the fixed fields, see `distillation_loss`; between 0 and 1 exclusive it
             costs a second pass.
@@ -102,6 +103,7 @@ def distillation_scores(
     if beta is not None:
         beta = check_fraction(op, "beta", beta)
     inputs = check_inputs(op, student, teacher, labels, temperature, impl)
+    _check_labels(op, inputs, ignore_index)
     second_pass = beta is not None and 0.0 < beta < 1.0
     if inputs.impl == "reference":
         fields = reference.scores(*_whole(inputs), num_classes=inputs.shard.count, beta=beta, ignore_index=ignore_index)
@@ -146,9 +148,9 @@ def distillation_loss(
     With p and t the probabilities of student and teacher at the temperature T::
 
         mix    = beta * t + (1 - beta) * p
-        D      = KL(t || p) if beta == 0 else KL(p || t) if beta == 1 else beta * KL(t || mix) + (1 - beta) * KL(p ||
-        mix) loss_n = alpha * T**2 * D + (1 - alpha) * cross_entropy(student logits, labels, label_smoothing) loss   =
-        (row_weight * loss_n).sum() / normalizer
+        D      = beta * KL(t || mix) + (1 - beta) * KL(p || mix)       # beta == 0: KL(t || p); beta == 1: KL(p || t)
+        loss_n = alpha * T**2 * D + (1 - alpha) * cross_entropy(student logits, labels, label_smoothing)
+        loss   = (row_weight * loss_n).sum() / normalizer
 
     Args:
         student: `LinearHead` or `Logits` of N rows; its tensors get gradients.
@@ -199,6 +201,7 @@ def distillation_loss(
     if normalizer is not None and reduction != "mean":
         raise ValueError(f'{op}: normalizer divides reduction="mean" only, got reduction={reduction!r}. Leave it out.')
     inputs = check_inputs(op, student, teacher, labels, temperature, impl)
+    _check_labels(op, inputs, ignore_index)
     row_scale = _row_scale(op, inputs, row_weight, ignore_index, reduction, normalizer)
     teacher_wants = (
         torch.is_grad_enabled()
@@ -276,8 +279,22 @@ def _row_scale(
     if inputs.labels is not None:
         weight = torch.where(inputs.labels == ignore_index, 0.0, weight)
     if reduction == "mean" and normalizer is None:
-        divisor = weight.sum().clamp_min(torch.finfo(dtype).tiny)
+        total = weight.sum()
+        divisor = torch.where(total == 0, 1.0, total)
     return weight / divisor
+
+
+def _check_labels(op: str, inputs: Inputs, ignore_index: int) -> None:
+    """Refuse labels that are no class, where reading them waits for nothing: on a CPU."""
+    labels, classes = inputs.labels, inputs.shard.total
+    if labels is None or labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{op}: labels must be 0 to {classes - 1} or ignore_index={ignore_index}, got {int(labels[wrong][0])}. "
+            "Give rows without a label ignore_index."
+        )
 
 
 def _whole(inputs: Inputs) -> tuple[Head, Teacher, Tensor | None, Tensor]:
