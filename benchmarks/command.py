@@ -147,7 +147,9 @@ def _other_commit(revision: str, words: list[str]) -> list[Result]:
 def _static(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks static", description=static_command.__doc__)
     static_command.add_arguments(parser)
-    return static_command.run(parser.parse_args(words))
+    args = parser.parse_args(words)
+    status = static_command.run(args)
+    return readme.run(check=False) or status if args.update else status  # the README shows the table
 
 
 def _compare(words: list[str]) -> int:
