@@ -1,10 +1,14 @@
 """Distillation at the edge of what it accepts: labels that are no class, weights of any sign, heads of two dtypes."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from fusedmm import LinearHead, Logits, distillation_loss, distillation_scores
+
+IMPLEMENTATIONS = ("eager", "triton")
 
 
 def heads(
@@ -52,3 +56,60 @@ def test_a_float64_teacher_of_a_float32_student(beta: float, memory: str) -> Non
     for ours, expected in zip(gradients("eager"), gradients("reference"), strict=True):
         assert ours.dtype == expected.dtype == torch.float32
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_any_strides(impl: str, memory: str, device: torch.device) -> None:
+    """Columns of wider tensors, transposed and expanded ones: labels, temperatures and biases too."""
+    wide = torch.randn(6, 40, device=device)
+    student = LinearHead(
+        torch.randn(16, 6, device=device).t(), wide[:5, ::2][:, :16], torch.randn(7, 1, device=device)[0].expand(5)
+    )
+    teacher = LinearHead(wide[:1, :24].expand(6, 24), torch.randn(24, 5, device=device).t(), wide[:5, 3])
+    labels = torch.randint(0, 5, (6, 3), device=device)[:, 1]
+    temperature = torch.rand(6, 2, device=device)[:, 0] + 0.5
+    weight = torch.rand(1, device=device).expand(6)
+
+    def results(student: LinearHead, teacher: LinearHead, *tensors: Tensor) -> list[Tensor]:
+        labels, temperature, weight = tensors
+        student = dataclasses.replace(student, hidden=student.hidden.detach().requires_grad_())
+        loss = distillation_loss(
+            student, teacher, labels, temperature=temperature, row_weight=weight, alpha=0.5, memory=memory, impl=impl
+        )
+        scores = distillation_scores(student, teacher, labels, temperature=temperature, impl=impl)
+        return [loss, *torch.autograd.grad(loss, student.hidden), scores.forward_kl, scores.student_nll, scores.margin]
+
+    packed = [
+        LinearHead(*(x.contiguous() for x in (head.hidden, head.weight, head.bias))) for head in (student, teacher)
+    ]
+    got = results(student, teacher, labels, temperature, weight)
+    expected = results(*packed, labels.contiguous(), temperature.contiguous(), weight.contiguous())
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_no_row_at_all_in_lean_mode(impl: str, device: torch.device) -> None:
+    hidden, weight = (torch.randn(n, 16, device=device, requires_grad=True) for n in (0, 5))
+    teacher = LinearHead(torch.randn(0, 24, device=device), torch.randn(5, 24, device=device))
+    rows = distillation_loss(LinearHead(hidden, weight), teacher, memory="lean", reduction="none", impl=impl)
+    gradients = torch.autograd.grad(rows.sum(), (hidden, weight))
+    assert rows.shape == (0,)
+    assert gradients[0].shape == (0, 16)
+    assert torch.equal(gradients[1], torch.zeros_like(weight))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")  # the interpreter's, of NaN
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_scores_of_an_ignored_row_are_0_whatever_it_holds(impl: str, device: torch.device) -> None:
+    student, teacher = (
+        LinearHead(
+            head.hidden.to(device).index_fill_(0, torch.tensor([1], device=device), torch.nan), head.weight.to(device)
+        )
+        for head in heads()
+    )
+    labels = torch.tensor([0, -100, 3, 4], device=device)
+    for name, field in distillation_scores(student, teacher, labels, impl=impl)._asdict().items():
+        assert field is None or field[1] == 0, name
+        assert field is None or torch.isfinite(field).all(), name

@@ -112,7 +112,7 @@ def wave_loss(
     valid = None if labels is None else labels != objective.ignore_index
     if grad_rows is not None and valid is not None:
         grad_rows = torch.where(valid, grad_rows, 0.0)
-    rows, grad_logits, student_log = student_logits.new_zeros(student_logits.shape[0]), None, None
+    rows, grad_logits, student_log = None, None, None
     if alpha != 0.0:
         if top is not None:
             rows, grad_logits = _top_divergence(student_logits, *top, temperature, objective, grad_rows)
@@ -134,10 +134,12 @@ def wave_loss(
         if student_log is None or not (isinstance(temperature, float) and temperature == 1.0):
             student_log = shard.log_softmax(student_logits)
         cross_entropy, grad_cross = _cross_entropy(student_log, labels, valid, objective, grad_rows)
-        rows = rows + (1 - alpha) * cross_entropy
+        cross_entropy = (1 - alpha) * cross_entropy
+        rows = cross_entropy if rows is None else rows + cross_entropy
         grad_logits = grad_cross if grad_logits is None or grad_cross is None else grad_logits.add_(grad_cross)
     if grad_logits is not None:
         _balance(grad_logits, student_logits, shard)
+    assert rows is not None  # alpha is not 0 or not 1
     return rows if valid is None else torch.where(valid, rows, 0.0), grad_logits
 
 

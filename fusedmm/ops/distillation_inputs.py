@@ -143,6 +143,8 @@ def _localize(op: str, role: str, head: Head) -> tuple[Head, int | None]:
             size = -(-weight.shape[0] // head.group.size())
         weight, bias = _local(weight, head.group is None), bias if bias is None else _local(bias, head.group is None)
     device = hidden.device.type
+    if hidden is head.hidden and weight is head.weight and not torch.is_autocast_enabled(device):
+        return head, size
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = _autocast(hidden, dtype), _autocast(weight, dtype)

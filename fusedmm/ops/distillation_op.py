@@ -78,6 +78,7 @@ def _rebuild(problem: tuple[Any, ...]) -> tuple[Head, Teacher, Tensor | None, Te
     student_softcap, softcap, temperature, beta, alpha, smoothing, ignore_index, total, first, count, group, _ = (
         problem[TENSORS:]
     )
+    labels, row_temperature = (t if t is None else t.contiguous() for t in (labels, row_temperature))  # for kernels
     shard = Shard(total, first, count, _resolve_process_group(group) if group else None)
     objective = eager.Objective(shard, beta, alpha, temperature, smoothing, ignore_index)
     teacher: Teacher = _head(values, weight, bias, softcap) if indices is None else TopKLogProbs(indices, values)
@@ -196,8 +197,8 @@ class _Fast(torch.autograd.Function):
         count = len(ctx.needs_input_grad)
         if grad_loss is None:
             return (None,) * count
-        # On a CPU a number is read for nothing, and the upstream of a loss is mostly 1: that saves a pass over the largest
-        # tensors. Whoever changes such a gradient in place cannot run this backward again, and autograd says so.
+        # On a CPU a number is read for nothing, and the upstream of a loss is mostly 1: that saves a pass over the
+        # largest tensors. Whoever changes such a gradient in place cannot run this backward again; autograd says so.
         is_one = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
         gradients = [
             None if not needed else gradient if is_one else gradient * grad_loss

@@ -25,7 +25,7 @@ import triton.language as tl
 SIZE_LOSS = tl.constexpr(13)
 SIZE_SCORES = tl.constexpr(22)
 NOTHING = tl.constexpr(-1e35)  # peak of a state that has seen no class: below any logit
-NO_CLASS = tl.constexpr(2147483647)
+NO_CLASS = tl.constexpr(1 << 30)  # beyond every class, and exact in float32
 
 
 @triton.jit

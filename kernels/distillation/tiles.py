@@ -38,7 +38,7 @@ class HeadTensors(NamedTuple):
         return {
             f"{role}_ptr": source,
             f"{role}_weight_ptr": weight,
-            f"{role}_bias_ptr": self.bias,
+            f"{role}_bias_ptr": None if self.bias is None else self.bias.contiguous(),
             f"{role}_stride_n": source.stride(0),
             f"{role}_weight_stride_v": 0 if weight is None else weight.stride(0),
             f"{role}_size_d": 0 if weight is None else weight.shape[1],
