@@ -145,7 +145,8 @@ def _visible_ranges_cuda(
 
     ranges = cu_seqlens_k.new_empty((query_time.shape[0], num_modalities, 2))
     times = query_time.contiguous(), key_time.contiguous(), None if lookback is None else lookback.contiguous()
-    visible_ranges(*times, cu_seqlens_q, cu_seqlens_k, query_tiles, ranges, max_seqlen_k)
+    with torch.cuda.device_of(query_time):
+        visible_ranges(*times, cu_seqlens_q, cu_seqlens_k, query_tiles, ranges, max_seqlen_k)
     return ranges
 
 

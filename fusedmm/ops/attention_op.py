@@ -103,9 +103,10 @@ def _alloc_backward(
 def _forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Outputs:
     problem = Problem(*arguments)
     if problem.impl == "triton":
-        from fusedmm.kernels.attention.forward import attention_forward
+        from fusedmm.kernels.attention.select import attention_forward
 
-        return attention_forward(query, key, value, **problem.launch_arguments())
+        with torch.cuda.device_of(query):
+            return attention_forward(query, key, value, **problem.launch_arguments())
     with torch.autocast(query.device.type, enabled=False):
         exact = eager.forward(problem.eager_inputs(query, key, value), problem.softmax)
     output, mass, lse = exact
@@ -130,22 +131,23 @@ def _backward(
 ) -> Gradients:
     problem = Problem(*arguments)
     if problem.impl == "triton":
-        from fusedmm.kernels.attention.backward import attention_backward
+        from fusedmm.kernels.attention.select import attention_backward
 
-        gradients = attention_backward(
-            grad_output,
-            grad_mass,
-            grad_lse,
-            query,
-            key,
-            value,
-            output,
-            mass,
-            lse,
-            needs_log_prior=needs_log_prior,
-            needs_gate=needs_gate,
-            **problem.launch_arguments(),
-        )
+        with torch.cuda.device_of(query):
+            gradients = attention_backward(
+                grad_output,
+                grad_mass,
+                grad_lse,
+                query,
+                key,
+                value,
+                output,
+                mass,
+                lse,
+                needs_log_prior=needs_log_prior,
+                needs_gate=needs_gate,
+                **problem.launch_arguments(),
+            )
         return cast(Gradients, tuple(query.new_empty((0,)) if g is None else g for g in gradients))
     inputs = problem.eager_inputs(query, key, value)
     grad = grad_output.to(inputs.compute_dtype)
