@@ -48,6 +48,8 @@ def scores(
     saved, fields = _statistics(*heads, labels, temperature, objective, for_scores=True)
     if isinstance(student, LinearHead):
         size = torch.linalg.vector_norm(student.hidden, dim=-1, dtype=torch.float32)
+        if labels is not None:
+            size = torch.where(labels == objective.ignore_index, 0.0, size)
         fields[PAIR_FIELDS.index("grad_norm")].mul_(size).div_(
             objective.temperature if temperature is None else temperature
         )
@@ -120,8 +122,8 @@ def backward(
     """
     student_head, teacher_head = _tensors(student, teacher, objective)
     num_rows, classes = student_head.source.shape[0], objective.shard.count
-    range_rows = min(num_rows, RANGE_ROWS)
-    columns = min(classes, max(128, RANGE_ELEMENTS // max(range_rows, 1) // 128 * 128))
+    range_rows = max(1, min(num_rows, RANGE_ROWS))
+    columns = min(classes, max(128, RANGE_ELEMENTS // range_rows // 128 * 128))
     if columns == classes and range_rows == num_rows and num_rows * classes > WHOLE_ELEMENTS:
         range_rows = (num_rows + 1) // 2
     gradient = _Gradient(
@@ -129,7 +131,7 @@ def backward(
         objective,
         needs,
         is_split=(range_rows < num_rows, columns < classes),
-        waves=-(-num_rows // max(range_rows, 1)),
+        waves=-(-num_rows // range_rows),
     )
     for wave in _slices(num_rows, range_rows):
         heads = [head._replace(source=head.source[wave]) for head in (student_head, teacher_head)]
