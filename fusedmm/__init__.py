@@ -9,6 +9,7 @@ from fusedmm.ops.attention import AttentionOutput, gated_multimodal_attention
 from fusedmm.ops.distillation import DistillationScores, distillation_loss, distillation_scores
 from fusedmm.ops.partials import ModalityPartials, leave_one_out, merge_modalities, modality_partials
 from fusedmm.scoring import modality_scores
+from fusedmm.selection import select_rows
 from fusedmm.shapes import ShapeError
 
 __version__ = "0.1.0"
@@ -30,4 +31,5 @@ __all__ = [
     "merge_modalities",
     "modality_partials",
     "modality_scores",
+    "select_rows",
 ]

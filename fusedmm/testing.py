@@ -146,7 +146,7 @@ def plain_attention(example: AttentionExample) -> dict[str, Tensor]:
 def check_attention(example: AttentionExample, attention: Callable[..., Sequence[Tensor]]) -> list[str]:
     """Hold one implementation to the budget; what exceeds it, in words, nothing if all is well."""
     truth = attention_truth(example)
-    # dlog_prior_m = sum_{j in m} P dP - mass_m delta may cancel, exactly so with one modality: delta is what it is made of
+    # dlog_prior_m = sum_{j in m} P dP - mass_m delta may cancel, with one modality exactly: it is made of delta
     delta = (example.grad_output * truth["output"]).abs().sum(-1) + (example.grad_mass * truth["mass"]).abs().sum(-1)
     return over_budget(
         run_attention(example, attention), truth, plain_attention(example), terms={"grad_log_prior": delta}

@@ -2,6 +2,17 @@
 
 from fusedmm.nn.attention import FusionBlock, FusionOutput, GatedMultimodalAttention
 from fusedmm.nn.batch import MultimodalBatch
+from fusedmm.nn.distillation import DistillationLoss, FeatureDistillation, MassMatching
 from fusedmm.nn.gate import GateOutput, ModalityGate
 
-__all__ = ["FusionBlock", "FusionOutput", "GateOutput", "GatedMultimodalAttention", "ModalityGate", "MultimodalBatch"]
+__all__ = [
+    "DistillationLoss",
+    "FeatureDistillation",
+    "FusionBlock",
+    "FusionOutput",
+    "GateOutput",
+    "GatedMultimodalAttention",
+    "MassMatching",
+    "ModalityGate",
+    "MultimodalBatch",
+]

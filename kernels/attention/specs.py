@@ -119,7 +119,7 @@ def _joint_specs(
     arch: str, dtype: torch.dtype, head_dim: int, variant: str, present: tuple[str, ...]
 ) -> Iterator[KernelSpec]:
     label = f"[joint,{variant},d{head_dim},{DTYPES[dtype]}]"
-    common = {"dtype": dtype, "arch": arch, "present": present, "HEAD_DIM": head_dim}
+    common: dict[str, Any] = {"dtype": dtype, "arch": arch, "present": present, "HEAD_DIM": head_dim}
     forward = _attention_forward_config(head_dim, dtype, arch)
     yield _spec(_attention_forward_kernel, f"attention_forward{label}", forward, SOFTMAX="joint", **common)
     for length, mean_segment in SEGMENTS.items():
@@ -132,12 +132,12 @@ def _joint_specs(
         yield _spec(_attention_backward_rows_kernel, f"attention_backward_rows{label}", rows, SOFTMAX="joint", **common)
     if variant != "gated":  # the gate is in row_terms: the same code as plain
         query = _attention_backward_query_config(head_dim, dtype, arch)
-        flags = {"DELTA_ONLY": False, "IS_PARTIALS": False}
+        flags: dict[str, Any] = {"DELTA_ONLY": False, "IS_PARTIALS": False}
         yield _spec(_attention_backward_query_kernel, f"attention_backward_query{label}", query, **flags, **common)
 
 
 def _other_softmax_specs(arch: str, dtype: torch.dtype, head_dim: int) -> Iterator[KernelSpec]:
-    common = {"dtype": dtype, "arch": arch, "present": (), "HEAD_DIM": head_dim}
+    common: dict[str, Any] = {"dtype": dtype, "arch": arch, "present": (), "HEAD_DIM": head_dim}
     forward = _attention_forward_config(head_dim, dtype, arch)
     rows = _attention_backward_rows_config(head_dim)
     query = _attention_backward_query_config(head_dim, dtype, arch)
@@ -145,5 +145,5 @@ def _other_softmax_specs(arch: str, dtype: torch.dtype, head_dim: int) -> Iterat
         label = f"[{softmax},plain,d{head_dim},{DTYPES[dtype]}]"
         yield _spec(_attention_forward_kernel, f"attention_forward{label}", forward, SOFTMAX=softmax, **common)
         yield _spec(_attention_backward_rows_kernel, f"attention_backward_rows{label}", rows, SOFTMAX=softmax, **common)
-        flags = {"DELTA_ONLY": softmax == "per_modality", "IS_PARTIALS": softmax == "partials"}
+        flags: dict[str, Any] = {"DELTA_ONLY": softmax == "per_modality", "IS_PARTIALS": softmax == "partials"}
         yield _spec(_attention_backward_query_kernel, f"attention_backward_query{label}", query, **flags, **common)
