@@ -3,6 +3,7 @@
 Importing it touches no GPU and imports no Triton.
 """
 
+from fusedmm import nn
 from fusedmm.heads import LinearHead, Logits, TopKLogProbs
 from fusedmm.layout import ModalityLayout
 from fusedmm.ops.attention import AttentionOutput, gated_multimodal_attention
@@ -31,5 +32,6 @@ __all__ = [
     "merge_modalities",
     "modality_partials",
     "modality_scores",
+    "nn",
     "select_rows",
 ]

@@ -45,6 +45,7 @@ PROMISED = {
     "select_rows",
     "modality_scores",
     "ShapeError",
+    "nn",
 }
 
 
