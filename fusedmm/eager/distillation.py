@@ -137,25 +137,17 @@ def wave_loss(
         cross_entropy = (1 - alpha) * cross_entropy
         rows = cross_entropy if rows is None else rows + cross_entropy
         grad_logits = grad_cross if grad_logits is None or grad_cross is None else grad_logits.add_(grad_cross)
-    if grad_logits is not None:
-        _balance(grad_logits, student_logits, shard)
     assert rows is not None  # alpha is not 0 or not 1
     return rows if valid is None else torch.where(valid, rows, 0.0), grad_logits
 
 
-def _balance(grad: Tensor, z: Tensor, shard: Shard) -> None:
-    """Set each row's gradient at its largest logit to minus the sum of the others, in place: a row's gradient sums to
-    0.
+def _balance(grad: Tensor, dominant: Tensor, shard: Shard) -> Tensor:
+    """Make each row of `grad` sum to 0, as a gradient of logits does, at the class with a probability above one half.
 
-    Where p rounds to 1 that entry is the difference of two numbers near 1, and everything is lost; the other entries
-    are exact.
+    Where p rounds to 1 that entry is the difference of two numbers near 1, and all is lost; the others are exact.
     """
     residual = shard.sum(grad.sum(-1, keepdim=True))
-    top = shard.argmax(z)[:, None]
-    if shard.group is not None:
-        mine = (top >= shard.first) & (top < shard.first + shard.count)
-        residual, top = torch.where(mine, residual, 0.0), torch.where(mine, top - shard.first, 0)
-    grad.scatter_add_(1, top, residual.neg_())
+    return grad.sub_(dominant * residual)
 
 
 def tempered(z: Tensor, temperature: float | Tensor) -> Tensor:
@@ -181,11 +173,15 @@ def divergence(
     if beta == 0.0:
         t = teacher_log.exp()
         rows = shard.sum((t * (teacher_log - student_log)).sum(-1))
-        return rows, None if scale is None else p.sub_(t).mul_(scale[:, None])
+        if scale is None:
+            return rows, None
+        return rows, _balance(torch.sub(p, t, out=t).mul_(scale[:, None]), p > 0.5, shard)
     if beta == 1.0:
         ratio = student_log - teacher_log
         rows = shard.sum((p * ratio).sum(-1))
-        return rows, None if scale is None else ratio.sub_(rows[:, None]).mul_(p).mul_(scale[:, None])
+        if scale is None:
+            return rows, None
+        return rows, _balance(ratio.sub_(rows[:, None]).mul_(p).mul_(scale[:, None]), p > 0.5, shard)
     ratio = teacher_log - student_log
     student_ratio, at_top = _mixture_ratio(student_log, ratio, beta, shard)
     teacher_ratio = torch.log1p(ratio.neg_().clamp_(max=EXP_LIMIT).expm1_().mul_(1 - beta)).neg_()  # log(t / mix)
@@ -257,7 +253,6 @@ def _top_divergence(
     rows, coarse = divergence(student_log, teacher_log, objective.beta, objective.shard, scale)
     if coarse is None:
         return rows, None
-    _balance(coarse, student_log, Shard(coarse.shape[1]))
     top = indices.shape[1]
     if top == share.shape[1]:
         return rows, torch.empty_like(share).scatter_(1, indices, coarse)
@@ -281,7 +276,9 @@ def _cross_entropy(
         return rows, None
     scale = (1 - objective.alpha) * grad_rows
     grad = log_probs.exp()
+    dominant = grad > 0.5
     if smoothing:
         grad -= smoothing / shard.total
     grad.mul_(scale[:, None])
-    return rows, grad.scatter_add_(1, target[:, None], torch.where(mine, -(1 - smoothing) * scale, 0.0)[:, None])
+    grad.scatter_add_(1, target[:, None], torch.where(mine, -(1 - smoothing) * scale, 0.0)[:, None])
+    return rows, _balance(grad, dominant, shard)

@@ -37,7 +37,8 @@ def tile_config(
             {"BLOCK_N": 32, "BLOCK_V": 16 if is_narrow else 32, "BLOCK_D": 32, "SLABS": 1}, num_warps=4, num_stages=2
         )
     if arch == "sm_80":
-        return LaunchConfig({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 64, "SLABS": 2}, num_warps=4, num_stages=3)
+        block_v = 32 if is_narrow else 64
+        return LaunchConfig({"BLOCK_N": 64, "BLOCK_V": block_v, "BLOCK_D": 64, "SLABS": 2}, num_warps=4, num_stages=3)
     if arch == "gfx942":
         return LaunchConfig({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 64, "SLABS": 2}, num_warps=4, num_stages=2)
     return LaunchConfig(
