@@ -161,9 +161,14 @@ def over_budget(
 ) -> list[str]:
     """Compare results by name: ``norm(actual - truth) <= 2 * norm(plain - truth) + eps * norm(truth)``.
 
-    eps is one rounding in the result's own dtype. Where a result is the difference of larger ``terms``, their norm
-    stands in for the truth's. Infinities must agree exactly, and nothing may be NaN.
+    eps is one rounding in the result's own dtype, and for gradients that of the float32 lse they start from, which is
+    an error of ``eps32 * |lse|`` in every probability. Where a result is the difference of larger ``terms``, their
+    norm stands in for the truth's. Infinities must agree exactly, and nothing may be NaN.
     """
+    lse_rounding = 0.0
+    if "lse" in truth:
+        sizes = truth["lse"][torch.isfinite(truth["lse"])].abs()
+        lse_rounding = torch.finfo(actual["lse"].dtype).eps * float(sizes.max() if sizes.numel() else 0.0)
     complaints = []
     for name, expected in truth.items():
         got, naive = actual[name].double(), plain[name].double()
@@ -173,7 +178,8 @@ def over_budget(
             continue
         error, plain_error = ((x - expected)[finite].norm().item() for x in (got, naive))
         size = max(expected[finite].norm().item(), terms[name].norm().item() if terms and name in terms else 0.0)
-        allowed = 2 * plain_error + torch.finfo(actual[name].dtype).eps * size
+        rounding = torch.finfo(actual[name].dtype).eps + (lse_rounding if name.startswith("grad_") else 0.0)
+        allowed = 2 * plain_error + rounding * size
         if error > allowed:
             complaints.append(f"{name}: error {error:.2e} in norm, allowed {allowed:.2e}")
     return complaints
