@@ -1,7 +1,7 @@
-"""`python -m benchmarks readme`: writes the README's performance section from committed results alone.
+"""`python -m benchmarks readme`: writes the README's performance section and docs/performance.md.
 
-Nothing in that section is typed by hand: what has no committed result says "not measured yet", with the command that
-will measure it.
+Both come from committed results alone. Nothing in them is typed by hand: what has no committed result says "not measured yet", with the command that will
+measure it. The README holds the GPU's table and one line each on the rest; docs/performance.md holds every row.
 """
 
 from collections.abc import Sequence
@@ -12,36 +12,79 @@ from benchmarks.results import RESULTS, ROOT, TIMED, Result, Run, latest
 from benchmarks.static import Row, read_rows
 
 README = ROOT / "README.md"
+DETAILS = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 NOT_MEASURED = "not measured yet: `ci/gpu --quick`"
 GPU_COMMAND = "`ci/gpu` on a machine with a GPU, then append its results.jsonl to benchmarks/results/"
+MODES = ("forward", "both")
 STATIC_ARCH = "sm_90"
 STATIC_NAMES = ("d64,bf16", "d128,bf16", "distillation")
 Latest = dict[tuple[str, str, str], tuple[Run, Result]]
 
 
 def run(*, check: bool) -> int:
-    """Rewrite the section; with ``check`` only say whether it would change."""
+    """Rewrite both; with ``check`` only say whether they would change."""
     text = README.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         print(f"readme: README.md must have one {BEGIN} and one {END}.")
         return 1
     head, rest = text.split(BEGIN)
     _, tail = rest.split(END)
-    new = f"{head}{BEGIN}\n{section()}\n{END}{tail}"
+    pages = {README: f"{head}{BEGIN}\n{section()}\n{END}{tail}", DETAILS: details()}
     if check:
-        fresh = new == text
-        print("readme: up to date" if fresh else "readme: out of date. Run python -m benchmarks readme.")
-        return 0 if fresh else 1
-    README.write_text(new)
-    print("readme: wrote the performance section")
+        stale = [page.name for page, new in pages.items() if not page.exists() or page.read_text() != new]
+        print(f"readme: {', '.join(stale)} out of date. Run python -m benchmarks readme." if stale else "readme: fresh")
+        return 1 if stale else 0
+    for page, new in pages.items():
+        page.write_text(new)
+    print("readme: wrote the performance section and docs/performance.md")
     return 0
 
 
 def section() -> str:
-    """The whole section."""
-    parts = [gpu_part(latest("cuda")), cpu_part(latest("cpu")), static_part()]
-    return "\n\n".join(part for part in parts if part)
+    """The README's part: the GPU's rows, and a line on the CPU and on the compiled kernels."""
+    gpu = latest("cuda")
+    first = gpu_part(gpu) if gpu else f"**GPU: not measured yet.** Command: {GPU_COMMAND}."
+    return "\n\n".join(
+        (first, cpu_line(latest("cpu")), static_line(), "Every row: [docs/performance.md](docs/performance.md).")
+    )
+
+
+def details() -> str:
+    """Every row that is committed, and what is missing."""
+    title = "# Performance\n\nWritten by `python -m benchmarks readme` from benchmarks/results."
+    return "\n\n".join((title, gpu_part(latest("cuda")), cpu_part(latest("cpu")), static_part())) + "\n"
+
+
+def cpu_line(found: Latest) -> str:
+    """How many rows of the CPU comparison are at least as fast as the fastest composition, and the worst."""
+    ratios = {}
+    for (name, mode, variant), (_, ours) in found.items():
+        shown = variant == "fusedmm" and mode in MODES and ours.status == TIMED
+        best = _fastest_other(name, mode, ours, found) if shown else None
+        times = None if best is None else ratio(ours, best)
+        if times is not None:
+            ratios[f"{name} {mode}"] = times
+    if not ratios:
+        return cpu_part({})
+    good = sum(times >= 1.0 for times in ratios.values())
+    worst = min(ratios, key=lambda row: ratios[row])
+    return (
+        f"**CPU, the eager path ({_machine(found)}):** {good} of {len(ratios)} rows at least as fast as the fastest of "
+        f"PyTorch's compositions; the worst, {worst}, takes {1 / ratios[worst]:.1f} times as long."
+    )
+
+
+def static_line() -> str:
+    """How many Hopper kernels are compiled, and whether any spills where it matters."""
+    version, rows = _static_rows()
+    if not rows:
+        return static_part()
+    spilling = sum(row.main_spills > 0 for row in rows)
+    return (
+        f"**Compiled for {STATIC_ARCH} by Triton {version}:** {len(rows)} kernels with matrix products, "
+        f"{spilling} of them with spills in the main loop (`python -m benchmarks static`)."
+    )
 
 
 def gpu_part(found: Latest) -> str:
@@ -53,7 +96,7 @@ def gpu_part(found: Latest) -> str:
     lines += ["| case | mode | median ms | TFLOP/s | of ceiling | peak MiB | fastest other | times as long |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     for name in builders("cuda"):
-        modes = [mode for mode in ("forward", "both") if (name, mode, "fusedmm") in found]
+        modes = [mode for mode in MODES if (name, mode, "fusedmm") in found]
         if not modes:
             lines.append(f"| {name} | | {NOT_MEASURED} | | | | | |")
         for mode in modes:
@@ -71,7 +114,7 @@ def cpu_part(found: Latest) -> str:
         "|---|---|---|---|---|",
     ]
     for name in builders("cpu"):
-        for mode in ("forward", "both"):
+        for mode in MODES:
             if (name, mode, "fusedmm") in found:
                 lines.append(_row(name, mode, found, with_rate=False))
     return "\n".join(lines)
@@ -79,15 +122,7 @@ def cpu_part(found: Latest) -> str:
 
 def _row(name: str, mode: str, found: Latest, *, with_rate: bool) -> str:
     ours = found[name, mode, "fusedmm"][1]
-    others = [
-        result
-        for (case, found_mode, variant), (_, result) in found.items()
-        if (case, found_mode, result.run) == (name, mode, ours.run)
-        and not variant.startswith("fusedmm")
-        and result.status == TIMED
-    ]
-    # Only of the same run: a time of another day says nothing beside this one.
-    best = min(others, key=lambda result: result.median_ms or float("inf"), default=None)
+    best = _fastest_other(name, mode, ours, found)
     times = None if best is None else ratio(ours, best)
     compared = "no ratio: clocks differ" if times is None else f"{times:.2f}"
     rival = "-" if best is None else best.variant
@@ -102,17 +137,33 @@ def _row(name: str, mode: str, found: Latest, *, with_rate: bool) -> str:
     )
 
 
-def static_part() -> str:
-    """The Hopper kernels from the newest committed static table: read from machine code, the share modelled."""
+def _fastest_other(name: str, mode: str, ours: Result, found: Latest) -> Result | None:
+    """Only of the same run: a time of another day says nothing beside this one."""
+    others = [
+        result
+        for (case, found_mode, variant), (_, result) in found.items()
+        if (case, found_mode, result.run) == (name, mode, ours.run)
+        and not variant.startswith("fusedmm")
+        and result.status == TIMED
+    ]
+    return min(others, key=lambda result: result.median_ms or float("inf"), default=None)
+
+
+def _static_rows() -> tuple[str, list[Row]]:
+    """Triton's version and the Hopper kernels of the newest committed static table."""
     files = sorted(RESULTS.glob("static-*.jsonl"), key=lambda file: [int(x) for x in file.stem[7:].split(".")])
     if not files:
+        return "", []
+    rows = [row for row in read_rows(files[-1]).values() if row.arch == STATIC_ARCH and row.matrix]
+    return files[-1].stem.removeprefix("static-"), rows
+
+
+def static_part() -> str:
+    """The kernels people ask about: read from machine code, the share modelled."""
+    version, rows = _static_rows()
+    if not rows:
         return "**Static table: not compiled yet.** Command: `python -m benchmarks static --update`."
-    rows = [
-        row
-        for row in read_rows(files[-1]).values()
-        if row.arch == STATIC_ARCH and row.matrix and any(part in row.name for part in STATIC_NAMES)
-    ]
-    version = files[-1].stem.removeprefix("static-")
+    rows = [row for row in rows if any(part in row.name for part in STATIC_NAMES)]
     lines = [
         f"**Compiled for {STATIC_ARCH} by Triton {version}** (`python -m benchmarks static`; the share is a model's)",
         "",
