@@ -1,7 +1,7 @@
 """`python -m benchmarks readme`: writes the README's performance section and docs/performance.md.
 
-Both come from committed results alone. Nothing in them is typed by hand: what has no committed result says "not measured yet", with the command that will
-measure it. The README holds the GPU's table and one line each on the rest; docs/performance.md holds every row.
+Both come from committed results alone, nothing is typed by hand: what has no committed result says "not measured yet",
+with the command that will measure it. The README holds the GPU's table and one line each on the rest.
 """
 
 from collections.abc import Sequence
