@@ -86,7 +86,7 @@ def test_scripts_are_executable_and_valid(name: str) -> None:
 def test_check_refuses_what_it_does_not_know() -> None:
     done = subprocess.run([ROOT / "ci" / "check", "nonsense"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "unknown check 'nonsense', expected one of: lint format types package tests." in done.stderr
+    assert "unknown check 'nonsense', expected one of: lint format types package tests speed." in done.stderr
 
 
 def test_setup_without_a_venv_uses_the_active_python() -> None:
