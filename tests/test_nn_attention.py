@@ -106,6 +106,9 @@ def test_a_batch_built_once_serves_many_layers(batch) -> None:
     for layer in layers:
         x = layer(x, packed).output
     torch.testing.assert_close(packed.restore_query(x, query), expected)
+    for layer in (layers[0], layers[0].attention):
+        with pytest.raises(ValueError, match="a batch holds its own masks, got both"):
+            layer(x, packed, masks=arguments["masks"])
 
 
 def test_no_modality_at_all_gives_only_the_bias() -> None:

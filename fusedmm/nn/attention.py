@@ -144,26 +144,26 @@ class GatedMultimodalAttention(nn.Module):
         Args:
             query: [B, Lq, embed_dim] padded, or jagged nested; [total_q, embed_dim] beside a MultimodalBatch.
             tokens: {name: [B, Lm, width]} padded or nested, missing modalities left out; or a `MultimodalBatch` built
-                once for many layers (then nothing else is given).
+                once for many layers (then nothing else may be given).
             masks, query_mask, times, query_time, lookback, active: see `MultimodalBatch.build`.
 
         Returns:
             FusionOutput(output, mass).
+
+        Raises:
+            ValueError, ShapeError, TypeError: as `MultimodalBatch.build`; ValueError too for anything beside a batch.
         """
-        if isinstance(tokens, MultimodalBatch):
-            batch = tokens
-        else:
-            batch = MultimodalBatch.build(
-                query,
-                tokens,
-                self.modalities,
-                masks=masks,
-                query_mask=query_mask,
-                times=times,
-                query_time=query_time,
-                lookback=lookback,
-                active=active,
-            )
+        batch = MultimodalBatch.of(
+            query,
+            tokens,
+            self.modalities,
+            masks=masks,
+            query_mask=query_mask,
+            times=times,
+            query_time=query_time,
+            lookback=lookback,
+            active=active,
+        )
         packed = batch.pack_query(query)
         key, value = self._keys_values(batch)
         prior_and_gate = self.modality_gate(packed)
@@ -188,11 +188,13 @@ class GatedMultimodalAttention(nn.Module):
     def _keys_values(self, batch: MultimodalBatch) -> tuple[Tensor, Tensor]:
         """Project every modality's tokens and put them in the layout's order: [total_k, Hkv, D] each."""
         heads = (self.num_kv_heads, self.head_dim)
-        key = torch.cat([self.key_proj[name](batch.tokens[name]) for name in self.modalities])
-        value = torch.cat([self.value_proj[name](batch.tokens[name]) for name in self.modalities])
-        return key.index_select(0, batch.key_source).unflatten(-1, heads), value.index_select(
-            0, batch.key_source
-        ).unflatten(-1, heads)
+        key, value = (
+            torch.cat([proj[name](batch.tokens[name]) for name in self.modalities])
+            .index_select(0, batch.key_source)
+            .unflatten(-1, heads)
+            for proj in (self.key_proj, self.value_proj)
+        )
+        return key, value
 
     def _active(self, batch: MultimodalBatch) -> Tensor | None:
         switched = self.modality_gate.active(batch.layout.batch_size)
@@ -266,20 +268,17 @@ class FusionBlock(nn.Module):
         active: Tensor | None = None,
     ) -> FusionOutput:
         """As `GatedMultimodalAttention.forward`."""
-        if isinstance(tokens, MultimodalBatch):
-            batch = tokens
-        else:
-            batch = MultimodalBatch.build(
-                query,
-                tokens,
-                self.modalities,
-                masks=masks,
-                query_mask=query_mask,
-                times=times,
-                query_time=query_time,
-                lookback=lookback,
-                active=active,
-            )
+        batch = MultimodalBatch.of(
+            query,
+            tokens,
+            self.modalities,
+            masks=masks,
+            query_mask=query_mask,
+            times=times,
+            query_time=query_time,
+            lookback=lookback,
+            active=active,
+        )
         x = batch.pack_query(query)
         fused = self.attention(self.attention_norm(x), batch)
         x = x + self.residual_dropout(fused.output)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,28 @@ class MultimodalBatch:
     active: Tensor | None
     query_slots: Tensor | None
     query_shape: tuple[int, int]
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        tokens: "Mapping[str, Tensor] | MultimodalBatch",
+        modalities: Mapping[str, int],
+        **described: Any,
+    ) -> "MultimodalBatch":
+        """The batch itself where ``tokens`` is one, else `build`'s.
+
+        Raises:
+            ValueError: for a batch beside masks, times or anything else that it holds already.
+        """
+        if not isinstance(tokens, MultimodalBatch):
+            return cls.build(query, tokens, modalities, **described)
+        given = [name for name, value in described.items() if value is not None]
+        if given:
+            raise ValueError(
+                f"{OP}: a batch holds its own {given[0]}, got both. Give {given[0]} to MultimodalBatch.build."
+            )
+        return tokens
 
     @classmethod
     def build(
