@@ -26,11 +26,13 @@ class Prepared:
         forward: computes the outputs, by name; differentiable in ``inputs``.
         inputs: leaves, by name.
         upstream: gradient of each output that has one, by name.
+        order: of an input whose rows this variant keeps in an order of its own, by name: the task's row of each.
     """
 
     forward: Callable[[], dict[str, Tensor]]
     inputs: Mapping[str, Tensor]
     upstream: Mapping[str, Tensor]
+    order: Mapping[str, Tensor] = field(default_factory=dict)
 
     def gradients(self, outputs: Mapping[str, Tensor], *, keep: bool = False) -> tuple[Tensor, ...]:
         """Gradients of all inputs; ``keep`` the graph to take them again."""
@@ -49,7 +51,10 @@ class Prepared:
         found = {name: output.detach() for name, output in outputs.items()}
         if gradients and self.upstream:
             for (name, leaf), gradient in zip(self.inputs.items(), self.gradients(outputs), strict=True):
-                found[f"grad_{name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+                gradient = torch.zeros_like(leaf) if gradient is None else gradient
+                if name in self.order:
+                    gradient = torch.empty_like(gradient).index_copy(0, self.order[name], gradient)
+                found[f"grad_{name}"] = gradient
         return found
 
 

@@ -163,6 +163,8 @@ def _why(error: Exception) -> tuple[str, str]:
     """Status and reason of a variant that did not come to be timed."""
     if isinstance(error, Unavailable):
         return "skipped", str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return "skipped", f"it needs {error.name}, which is not installed"
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory", str(error).split(". ")[0]
     lines = str(error).strip().splitlines() or [""]

@@ -1,48 +1,157 @@
 """Attention compositions that exist only on a GPU: variable-length calls with a merge, FlexAttention, libraries."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from benchmarks.case import Prepared, Unavailable
-from benchmarks.cases.attention_peers import Problem, prepare
+from benchmarks.cases.attention_peers import Problem, prepare, repeat_heads
 from benchmarks.peers import require
+from fusedmm import ModalityLayout
 
 BACKENDS = (("flash", "FLASH_ATTENTION"), ("cudnn", "CUDNN_ATTENTION"))
+NOTHING = -1e30  # LSE of no key: finite, so that its gradient is 0 and not NaN
+
+# (query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> output and LSE [total_q, H]
+Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 
 
 def varlen(problem: Problem) -> Prepared:
     """PyTorch's variable-length attention over all keys of a sample."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError as error:
-        raise Unavailable("torch.nn.attention.varlen is not in this torch") from error
-    layout = problem.example.layout
-    cu_k = layout.cu_seqlens_k[:: layout.num_modalities].contiguous()
-
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
-        key, value = _grouped(query, key, value)
-        bounds = (layout.cu_seqlens_q, cu_k, layout.max_seqlen_q, layout.max_seqlen_k)
-        return (cast(Tensor, varlen_attn(query, key, value, *bounds)),)
-
-    return prepare(problem, attention)
+    return _plain(problem, _torch_varlen())
 
 
 def varlen_merge(problem: Problem) -> Prepared:
-    """One variable-length call for each modality, merged by their LSE; forward only, the LSE has no gradient."""
+    """One call of it for each modality, merged by their LSE, which has no gradient: forward only."""
+    return _merged(problem, _torch_varlen())
+
+
+def flash_attention_4(problem: Problem) -> Prepared:
+    """FlashAttention's CuTe kernels over all keys of a sample."""
+    return _plain(problem, _flash_4())
+
+
+def flash_attention_4_merge(problem: Problem) -> Prepared:
+    """One call of them for each modality, merged by their LSE, which has a gradient."""
+    return _merged(problem, _flash_4())
+
+
+def _torch_varlen() -> Varlen:
     try:
         from torch.nn.attention.varlen import AuxRequest, varlen_attn
     except ImportError as error:
         raise Unavailable("torch.nn.attention.varlen with an LSE is not in this torch") from error
+    has_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+    def call(query: Tensor, key: Tensor, value: Tensor, *bounds: Any) -> tuple[Tensor, Tensor]:
+        grouped: dict[str, Any] = {}
+        if query.shape[1] != key.shape[1]:
+            if has_groups:
+                grouped["enable_gqa"] = True
+            else:
+                key, value = (repeat_heads(x, query.shape[1], 1) for x in (key, value))
+        output, lse = varlen_attn(query, key, value, *bounds, return_aux=AuxRequest(lse=True), **grouped)
+        return output, lse if lse.shape == query.shape[:2] else lse.transpose(0, 1)  # it moved between versions
+
+    return call
+
+
+def _flash_4() -> Varlen:
+    require("flash-attn-4")
+    from flash_attn.cute import flash_attn_varlen_func
+
+    def call(query: Tensor, key: Tensor, value: Tensor, *bounds: Any) -> tuple[Tensor, Tensor]:
+        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+        named = dict(zip(names, bounds, strict=True))
+        output, lse = flash_attn_varlen_func(query, key, value, **named, return_lse=True)
+        return output, lse.transpose(0, 1)
+
+    return call
+
+
+def _plain(problem: Problem, call: Varlen) -> Prepared:
     layout = problem.example.layout
+    cu_k = layout.cu_seqlens_k[:: layout.num_modalities].contiguous()
+    bounds = (layout.cu_seqlens_q, cu_k, layout.max_seqlen_q, layout.max_seqlen_k)
+    return prepare(problem, lambda query, key, value: (call(query, key, value, *bounds)[0],))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The keys of one modality, as whoever calls once for each modality holds them: together, over all samples."""
+
+    modality: int
+    rows: slice
+    cu_seqlens: Tensor
+    longest: int
+    absent: Tensor | None  # [total_q, 1] bool: the query's sample has none; None: every sample has some
+
+
+def _parts(layout: ModalityLayout, wanted: Sequence[int]) -> tuple[list[_Part], Tensor]:
+    """Modalities that have keys, and the packed row of each key in their order."""
     modalities = layout.num_modalities
     lengths = layout.cu_seqlens_k.diff().view(-1, modalities)
-    modality = layout.key_segments() % modalities
-    rows = [torch.nonzero(modality == m).flatten() for m in range(modalities)]
-    bounds = [torch.nn.functional.pad(lengths[:, m].cumsum(0), (1, 0)).to(torch.int32) for m in range(modalities)]
-    longest = [int(lengths[:, m].max()) for m in range(modalities)]
+    order = torch.argsort(layout.key_segments() % modalities, stable=True)
+    sample = layout.query_samples()
+    parts, start = [], 0
+    for modality in range(modalities):
+        length = lengths[:, modality]
+        rows = slice(start, start + int(length.sum()))
+        start = rows.stop
+        if modality in wanted and rows.stop > rows.start:
+            bounds = torch.nn.functional.pad(length.cumsum(0), (1, 0)).to(torch.int32)
+            absent = (length == 0)[sample][:, None]
+            parts.append(_Part(modality, rows, bounds, int(length.max()), absent if bool(absent.any()) else None))
+    return parts, order
+
+
+def _switched_on(problem: Problem) -> list[int]:
+    """Modalities that are on: who calls once for each leaves the others out."""
+    active = problem.example.tensors.get("active")
+    modalities = range(problem.example.layout.num_modalities)
+    if active is None:
+        return list(modalities)
+    on = active.flatten(0, 1)
+    if not bool((on == on[0]).all()):
+        raise Unavailable("switches modalities off for some samples only")
+    return [m for m in modalities if bool(on[0, m])]
+
+
+def merge(
+    outputs: list[Tensor],
+    lses: list[Tensor],
+    log_prior: Tensor | None,
+    gate: Tensor | None,
+    places: list[int],
+    modalities: int,
+    kind: str,
+) -> tuple[Tensor, Tensor]:
+    """Join the outputs [total_q, H, D] of modalities ``places`` by their LSE [total_q, H]: output and mass."""
+    scores = torch.stack(lses, -1)
+    hidden = scores <= NOTHING
+    if kind == "per_modality":
+        mass = (~hidden).to(scores.dtype)
+    else:
+        prior = 0.0 if log_prior is None else log_prior[..., places]
+        mass = (scores + prior).masked_fill(hidden, NOTHING).softmax(-1).masked_fill(hidden, 0.0)
+    weights = (mass if gate is None else mass * gate[..., places]).to(outputs[0].dtype)
+    output = sum(each * weights[..., place, None] for place, each in enumerate(outputs))
+    if len(places) < modalities:
+        mass = torch.zeros(*mass.shape[:-1], modalities, device=mass.device).index_copy(
+            -1, torch.tensor(places, device=mass.device), mass
+        )
+    return cast(Tensor, output), mass
+
+
+def _merged(problem: Problem, call: Varlen) -> Prepared:
+    layout, kind = problem.example.layout, problem.example.softmax
+    parts, order = _parts(layout, _switched_on(problem))
+    places = [part.modality for part in parts]
+    join: Any = torch.compile(merge, dynamic=False)
 
     def attention(
         query: Tensor,
@@ -52,47 +161,28 @@ def varlen_merge(problem: Problem) -> Prepared:
         gate: Tensor | None = None,
         active: Tensor | None = None,
     ) -> Sequence[Tensor]:
-        key, value = _grouped(query, key, value)
         outputs, lses = [], []
-        for m in range(modalities):
-            output, lse = varlen_attn(
-                query,
-                key[rows[m]],
-                value[rows[m]],
-                layout.cu_seqlens_q,
-                bounds[m],
-                layout.max_seqlen_q,
-                longest[m],
-                return_aux=AuxRequest(lse=True),
-            )
+        for part in parts:
+            bounds = (layout.cu_seqlens_q, part.cu_seqlens, layout.max_seqlen_q, part.longest)
+            output, lse = call(query, key[part.rows], value[part.rows], *bounds)
+            if part.absent is not None:
+                output, lse = output.masked_fill(part.absent[..., None], 0.0), lse.masked_fill(part.absent, NOTHING)
             outputs.append(output)
-            lses.append(lse if lse.shape == query.shape[:2] else lse.transpose(0, 1))  # it moved between versions
-        scores = torch.stack(lses, -1)  # [total_q, H, M]
-        empty = (lengths == 0)[layout.query_samples()][:, None]
-        scores = scores.masked_fill(empty, -torch.inf)
-        if active is not None:
-            scores = scores.masked_fill(~active[layout.query_samples()], -torch.inf)
-        if problem.example.softmax == "joint":
-            mass = (scores if log_prior is None else scores + log_prior).softmax(-1).nan_to_num()
-        else:
-            mass = torch.isfinite(scores).to(scores.dtype)
-        weights = mass if gate is None else mass * gate
-        total = sum(output * weights[..., m, None].to(output.dtype) for m, output in enumerate(outputs))
-        assert isinstance(total, Tensor)
-        return total, mass
+            lses.append(lse)
+        return join(outputs, lses, log_prior, gate, places, layout.num_modalities, kind)  # type: ignore[no-any-return]
 
-    return prepare(problem, attention)
+    return prepare(problem, attention, order)
 
 
 def flex(problem: Problem, *, count_mask: bool = False) -> Prepared:
     """FlexAttention, compiled: one call where nothing about modalities is asked for, else one for each and a merge.
 
-    Its LSE has a gradient, so the merge has one too. Building the block masks is timed where ``count_mask``.
+    Its LSE has a gradient, so the merge has one too. Building the block masks is timed where ``count_mask``. What tells
+    one mask from another is in tensors that its function captures: in its code, each would be compiled anew.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    example = problem.example
-    layout = example.layout
+    layout, kind = problem.example.layout, problem.example.softmax
     modalities = layout.num_modalities
     total_q, total_k = layout.total_q, layout.total_k
     if not total_k:
@@ -100,27 +190,34 @@ def flex(problem: Problem, *, count_mask: bool = False) -> Prepared:
     segments = layout.key_segments()
     sample_of_query, sample_of_key = layout.query_samples(), segments // modalities
     modality_of_key = segments % modalities
-    visible = None if layout.visibility is None else layout.visibility.ranges
-    active = example.tensors.get("active")
+    visibility = layout.visibility
     run: Any = torch.compile(flex_attention, dynamic=False)
-    build = torch.compile(create_block_mask)
+    join: Any = torch.compile(merge, dynamic=False)
+    build: Any = torch.compile(create_block_mask, dynamic=False)
 
-    def mask_of(chosen: int | None):  # type: ignore[no-untyped-def]
+    def mask_function(
+        chosen: Tensor | None = None, first: Tensor | None = None, last: Tensor | None = None
+    ) -> Callable[..., Tensor]:
         def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             seen = sample_of_query[q] == sample_of_key[k]
             if chosen is not None:
                 seen = seen & (modality_of_key[k] == chosen)
-            if visible is not None:
-                ranges = visible[q, modality_of_key[k]]
-                seen = seen & (k >= ranges[0]) & (k < ranges[1])
-            if active is not None:
-                seen = seen & active[sample_of_query[q], 0, modality_of_key[k]]
+            if first is not None and last is not None:
+                seen = seen & (k >= first[q]) & (k < last[q])
             return seen
 
-        return build(mask, None, None, total_q, total_k, device=str(segments.device))
+        return mask
 
-    wanted: list[int | None] = list(range(modalities)) if problem.asks_mass else [None]
-    made = [mask_of(chosen) for chosen in wanted]
+    places = _switched_on(problem) if problem.asks_mass else []
+    functions = [] if places else [mask_function()]
+    for place in places:
+        ranges = [] if visibility is None else [x.contiguous() for x in visibility.ranges[:, place].unbind(-1)]
+        functions.append(mask_function(torch.tensor(place, device=segments.device), *ranges))
+
+    def masks() -> list[Any]:
+        return [build(mask, None, None, total_q, total_k, device=str(segments.device)) for mask in functions]
+
+    made = masks()
 
     def attention(
         query: Tensor,
@@ -130,50 +227,16 @@ def flex(problem: Problem, *, count_mask: bool = False) -> Prepared:
         gate: Tensor | None = None,
         active: Tensor | None = None,
     ) -> Sequence[Tensor]:
-        masks = [mask_of(chosen) for chosen in wanted] if count_mask else made
+        blocks = masks() if count_mask else made
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
         gqa = query.shape[1] != key.shape[1]
-        if not problem.asks_mass:
-            return (run(q, k, v, block_mask=masks[0], enable_gqa=gqa)[0].transpose(0, 1),)
-        pairs = [run(q, k, v, block_mask=mask, enable_gqa=gqa, return_lse=True) for mask in masks]
-        scores = torch.stack([lse[0].transpose(0, 1) for _, lse in pairs], -1)  # [total_q, H, M]
-        hidden = scores < -1e30
-        scores = (scores if log_prior is None else scores + log_prior).masked_fill(hidden, -1e30)
-        if example.softmax == "joint":
-            mass = scores.softmax(-1).masked_fill(hidden, 0.0)
-        else:
-            mass = (~hidden).to(scores.dtype) + 0.0 * scores
-        weights = (mass if gate is None else mass * gate).to(query.dtype)
-        outputs = torch.stack([output[0].transpose(0, 1) for output, _ in pairs], -1)  # [total_q, H, D, M]
-        return (outputs.nan_to_num() @ weights[..., None])[..., 0], mass
+        if not places:
+            return (run(q, k, v, block_mask=blocks[0], enable_gqa=gqa)[0].transpose(0, 1),)
+        pairs = [run(q, k, v, block_mask=mask, enable_gqa=gqa, return_lse=True) for mask in blocks]
+        outputs = [output[0].transpose(0, 1) for output, _ in pairs]
+        lses = [lse[0].transpose(0, 1).clamp_min(NOTHING) for _, lse in pairs]
+        return join(outputs, lses, log_prior, gate, places, modalities, kind)  # type: ignore[no-any-return]
 
+    if visibility is not None and visibility.key_order is not None:
+        return prepare(problem, attention, visibility.key_order)
     return prepare(problem, attention)
-
-
-def flash_attention_4(problem: Problem) -> Prepared:
-    """FlashAttention's CuTe kernels over all keys of a sample."""
-    require("flash-attn-4")
-    from flash_attn.cute import flash_attn_varlen_func
-
-    layout = problem.example.layout
-    cu_k = layout.cu_seqlens_k[:: layout.num_modalities].contiguous()
-
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
-        result = flash_attn_varlen_func(
-            query,
-            key,
-            value,
-            cu_seqlens_q=layout.cu_seqlens_q,
-            cu_seqlens_k=cu_k,
-            max_seqlen_q=layout.max_seqlen_q,
-            max_seqlen_k=layout.max_seqlen_k,
-        )
-        return (result[0] if isinstance(result, tuple) else result,)
-
-    return prepare(problem, attention)
-
-
-def _grouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Key heads repeated for their group: these calls want one for each query head."""
-    group = query.shape[1] // key.shape[1]
-    return (key, value) if group == 1 else (key.repeat_interleave(group, 1), value.repeat_interleave(group, 1))

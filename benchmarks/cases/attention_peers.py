@@ -7,6 +7,7 @@ outside the timed call, except where a name says ``+mask``; that favours the oth
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,71 +34,103 @@ class Problem:
 
 
 class Padded:
-    """Where packed rows lie in padded tensors [B, L], and what each query may see.
+    """The batch as padded tensors [B, H, L, X], and what each query may see.
+
+    Samples of one length are viewed, not copied, and a mask that hides nothing is left out: with one, neither PyTorch's
+    flash kernels nor cuDNN's run. Padding goes through index_copy and index_select, whose gradients are cheap.
 
     Attributes:
-        q_rows, k_rows: [B, Lq], [B, Lk] packed row of each place; padding repeats row 0.
-        q_valid: [B, Lq] bool.
         one_hot: [B, Lk, M] modality of each key, float32; 0 in the padding.
-        visible: [B, 1 or Hq, Lq or 1, Lk] bool.
-        blind: [B, 1 or Hq, Lq or 1, 1] bool, queries that see nothing.
+        visible: [B, 1 or Hq, Lq or 1, Lk] bool; None: all.
+        blind: [B, 1 or Hq, Lq or 1, 1] bool, queries that see nothing; None: there are none.
     """
 
     def __init__(self, example: AttentionExample) -> None:
         layout = example.layout
         modalities = layout.num_modalities
-        self.q_rows, self.q_valid = _places(layout.cu_seqlens_q)
-        self.k_rows, k_valid = _places(layout.cu_seqlens_k[::modalities])
-        modality = (layout.key_segments() % modalities)[self.k_rows]  # [B, Lk]
-        self.one_hot = F.one_hot(modality, modalities).float() * k_valid[..., None]
-        visible = k_valid[:, None, None]
+        self._queries = _Places(layout.cu_seqlens_q)
+        self._keys = _Places(layout.cu_seqlens_k[::modalities])
+        segments = layout.key_segments()
+        modality = self._keys.pad(segments % modalities)  # [B, Lk]
+        valid = self._keys.pad(torch.ones_like(segments, dtype=torch.bool))
+        self.one_hot = F.one_hot(modality, modalities).float() * valid[..., None]
+        visible = valid[:, None, None]
         if "active" in example.tensors:
             chosen = modality[:, None].expand(-1, example.tensors["active"].shape[1], -1)
             visible = visible & example.tensors["active"].gather(2, chosen)[:, :, None]
         if layout.visibility is not None:
-            ranges = layout.visibility.ranges[self.q_rows]  # [B, Lq, M, 2]
+            ranges = self._queries.pad(layout.visibility.ranges)  # [B, Lq, M, 2]
             index = modality[:, None].expand(-1, ranges.shape[1], -1)
             low, high = (ranges[..., side].gather(2, index) for side in (0, 1))
-            rows = self.k_rows[:, None]
+            rows = self._keys.pad(torch.arange(layout.total_k, device=modality.device))[:, None]
             visible = visible & ((rows >= low) & (rows < high))[:, None]
-        self.visible = visible
-        self.blind = ~visible.any(-1, keepdim=True)
+        blind = ~visible.any(-1, keepdim=True)
+        self.visible = None if bool(visible.all()) else visible
+        self.blind = blind if bool(blind.any()) else None
 
     def queries(self, packed: Tensor) -> Tensor:
         """[total_q, H, X] to [B, H, Lq, X]."""
-        return packed[self.q_rows].transpose(1, 2)
+        return self._queries.pad(packed).transpose(1, 2)
 
     def keys(self, packed: Tensor, heads: int) -> Tensor:
         """[total_k, Hkv, X] to [B, H, Lk, X], key heads repeated for their group."""
-        return packed[self.k_rows].transpose(1, 2).repeat_interleave(heads // packed.shape[1], 1)
+        return repeat_heads(self._keys.pad(packed).transpose(1, 2), heads, 1)
 
     def pack(self, padded: Tensor) -> Tensor:
         """[B, H, Lq, X] to [total_q, H, X]."""
-        return padded.transpose(1, 2)[self.q_valid]
+        return self._queries.unpad(padded.transpose(1, 2))
 
 
-def _places(bounds: Tensor) -> tuple[Tensor, Tensor]:
-    starts, lengths = bounds[:-1].long(), bounds.diff().long()
-    place = torch.arange(int(lengths.max()), device=bounds.device)
-    valid = place < lengths[:, None]
-    return torch.where(valid, starts[:, None] + place, 0), valid
+class _Places:
+    """Where packed rows lie among B * L padded ones; `index` is None where every sample has L rows."""
+
+    def __init__(self, bounds: Tensor) -> None:
+        starts, lengths = bounds[:-1].long(), bounds.diff().long()
+        self.shape = (lengths.numel(), int(lengths.max()))
+        place = torch.arange(self.shape[1], device=bounds.device)
+        valid = place < lengths[:, None]
+        self.index = None if bool(valid.all()) else valid.flatten().nonzero().flatten()
+        assert int(starts[0]) == 0
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """[total, ...] to [B, L, ...], zeros in the padding."""
+        if self.index is not None:
+            rows = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
+            packed = rows.index_copy(0, self.index, packed)
+        return packed.view(*self.shape, *packed.shape[1:])
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """[B, L, ...] to [total, ...]."""
+        rows = padded.flatten(0, 1)
+        return rows if self.index is None else rows.index_select(0, self.index)
 
 
-def prepare(problem: Problem, attention: Attention) -> Prepared:
-    """Bind ``attention(query, key, value, **others)``, which gives the output and, if the task asks, the mass."""
+def repeat_heads(x: Tensor, heads: int, dim: int) -> Tensor:
+    """Key heads repeated for their group; ``x`` itself where each query head has one."""
+    group = heads // x.shape[dim]
+    return x if group == 1 else x.repeat_interleave(group, dim)
+
+
+def prepare(problem: Problem, attention: Attention, key_order: Tensor | None = None) -> Prepared:
+    """Bind ``attention(query, key, value, **others)``, which gives the output and, if the task asks, the mass.
+
+    With ``key_order`` keys and values are handed over in that order of their packed rows.
+    """
     example = problem.example
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in example.tensors.items() if name != "active"}
+    order = {} if key_order is None else dict.fromkeys(("key", "value"), key_order)
+    tensors = {name: x[order[name]] if name in order else x for name, x in example.tensors.items()}
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items() if name != "active"}
     others = {name: x for name, x in leaves.items() if name not in ("query", "key", "value")}
-    if "active" in example.tensors:
-        others["active"] = example.tensors["active"]
+    if "active" in tensors:
+        others["active"] = tensors["active"]
     names = ("output", "mass") if problem.asks_mass else ("output",)
 
     def forward() -> dict[str, Tensor]:
         results = attention(leaves["query"], leaves["key"], leaves["value"], **others)
         return dict(zip(names, results, strict=False))
 
-    upstream = {"output": example.grad_output.to(example.tensors["query"].dtype), "mass": example.grad_mass}
-    return Prepared(forward, leaves, {name: upstream[name] for name in names})
+    upstream = {"output": example.grad_output.to(tensors["query"].dtype), "mass": example.grad_mass}
+    return Prepared(forward, leaves, {name: upstream[name] for name in names}, order)
 
 
 def fused(problem: Problem) -> Prepared:
@@ -118,30 +151,47 @@ def fused(problem: Problem) -> Prepared:
 
 
 def formula(
-    query: Tensor, key: Tensor, value: Tensor, prior: Tensor | None, gate: Tensor | None, padded: Padded, kind: str
+    query: Tensor, key: Tensor, value: Tensor, prior: Tensor | None, gate: Tensor | None, masks: Any, kind: str
 ) -> tuple[Tensor, Tensor]:
     """The definition on padded tensors [B, H, L, X], as one writes it in plain PyTorch: output and mass."""
-    one_hot = padded.one_hot[:, None]  # [B, 1, Lk, M]
+    one_hot = masks.one_hot[:, None]  # [B, 1, Lk, M]
     scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
     if prior is not None:
         scores = scores + prior @ one_hot.transpose(-1, -2)
-    scores = scores.masked_fill(~padded.visible, -torch.inf)
-    if kind == "joint":
-        probabilities = scores.softmax(-1).masked_fill(padded.blind, 0.0)
-    else:
-        weights = (scores - scores.amax(-1, keepdim=True).masked_fill(padded.blind, 0.0)).exp()
+    if masks.visible is not None:
+        scores = scores.masked_fill(~masks.visible, -torch.inf)
+    if kind == "per_modality":
+        peak = scores.amax(-1, keepdim=True)
+        weights = (scores - (peak if masks.blind is None else peak.masked_fill(masks.blind, 0.0))).exp()
         sums = weights @ one_hot  # [B, H, Lq, M]
         probabilities = weights * (sums.clamp_min(1e-30).reciprocal() @ one_hot.transpose(-1, -2))
+    else:
+        probabilities = scores.softmax(-1)
+        if masks.blind is not None:
+            probabilities = probabilities.masked_fill(masks.blind, 0.0)
     mass = probabilities @ one_hot
     if gate is not None:
         probabilities = probabilities * (gate @ one_hot.transpose(-1, -2))
     return probabilities.to(value.dtype) @ value, mass
 
 
+def plain_formula(query: Tensor, key: Tensor, value: Tensor, masks: Any) -> Tensor:
+    """The same where nothing about modalities is asked for."""
+    scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
+    if masks.visible is not None:
+        scores = scores.masked_fill(~masks.visible, -torch.inf)
+    probabilities = scores.softmax(-1)
+    if masks.blind is not None:
+        probabilities = probabilities.masked_fill(masks.blind, 0.0)
+    output: Tensor = probabilities.to(value.dtype) @ value
+    return output
+
+
 def eager(problem: Problem, *, compiled: bool = False) -> Prepared:
     """The formula on padded tensors, plain or through `torch.compile`."""
     padded, kind = problem.padded, problem.example.softmax
-    run = torch.compile(formula, dynamic=False) if compiled else formula
+    asked: Callable[..., Any] = formula if problem.asks_mass else plain_formula
+    run = torch.compile(asked, dynamic=False) if compiled else asked
 
     def attention(
         query: Tensor,
@@ -152,30 +202,42 @@ def eager(problem: Problem, *, compiled: bool = False) -> Prepared:
         active: Tensor | None = None,
     ) -> Sequence[Tensor]:
         heads = query.shape[1]
+        q, k, v = padded.queries(query), padded.keys(key, heads), padded.keys(value, heads)
+        if not problem.asks_mass:
+            return (padded.pack(run(q, k, v, padded)),)
         prior, gates = (None if x is None else padded.queries(x) for x in (log_prior, gate))
-        output, mass = run(
-            padded.queries(query), padded.keys(key, heads), padded.keys(value, heads), prior, gates, padded, kind
-        )
+        output, mass = run(q, k, v, prior, gates, padded, kind)
         return padded.pack(output), padded.pack(mass)
 
     return prepare(problem, attention)
 
 
+@dataclass(frozen=True)
+class _Masks:
+    """Of one sample: what `Padded` has of the batch."""
+
+    one_hot: Tensor
+    visible: Tensor | None
+    blind: Tensor | None
+
+
 def loops(problem: Problem) -> Prepared:
     """A Python loop over samples, each the formula on exactly its own tokens: how models with packed inputs do it."""
     layout, kind = problem.example.layout, problem.example.softmax
-    modalities = layout.num_modalities
-    q_bounds, k_bounds = layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k[::modalities].tolist()
-    masks = problem.padded
+    q_bounds, k_bounds = layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k[:: layout.num_modalities].tolist()
+    padded = problem.padded
     samples = []
     for b in range(layout.batch_size):
         q, k = slice(q_bounds[b], q_bounds[b + 1]), slice(k_bounds[b], k_bounds[b + 1])
-        view = object.__new__(Padded)
-        view.one_hot = masks.one_hot[b : b + 1, : k.stop - k.start]
-        rows = slice(0, q.stop - q.start) if masks.visible.shape[2] > 1 else slice(0, 1)
-        view.visible = masks.visible[b : b + 1, :, rows, : k.stop - k.start]
-        view.blind = masks.blind[b : b + 1, :, rows]
-        samples.append((q, k, view))
+        queries, keys = slice(0, q.stop - q.start), slice(0, k.stop - k.start)
+        visible, blind = (None if x is None else x[b : b + 1] for x in (padded.visible, padded.blind))
+        if visible is not None:
+            visible = visible[:, :, queries if visible.shape[2] > 1 else slice(None), keys]
+            visible = None if bool(visible.all()) else visible
+        if blind is not None:
+            blind = blind[:, :, queries if blind.shape[2] > 1 else slice(None)]
+            blind = blind if bool(blind.any()) else None
+        samples.append((q, k, _Masks(padded.one_hot[b : b + 1, keys], visible, blind)))
 
     def attention(
         query: Tensor,
@@ -185,15 +247,18 @@ def loops(problem: Problem) -> Prepared:
         gate: Tensor | None = None,
         active: Tensor | None = None,
     ) -> Sequence[Tensor]:
-        group = query.shape[1] // key.shape[1]
         outputs, masses = [], []
-        for q, k, view in samples:
+        for q, k, masks in samples:
+            queries = query[q].transpose(0, 1)[None]
+            keys, values = (repeat_heads(x[k].transpose(0, 1)[None], query.shape[1], 1) for x in (key, value))
+            if not problem.asks_mass:
+                outputs.append(plain_formula(queries, keys, values, masks)[0].transpose(0, 1))
+                continue
             prior, gates = (None if x is None else x[q].transpose(0, 1)[None] for x in (log_prior, gate))
-            keys, values = (x[k].transpose(0, 1)[None].repeat_interleave(group, 1) for x in (key, value))
-            output, mass = formula(query[q].transpose(0, 1)[None], keys, values, prior, gates, view, kind)
+            output, mass = formula(queries, keys, values, prior, gates, masks, kind)
             outputs.append(output[0].transpose(0, 1))
             masses.append(mass[0].transpose(0, 1))
-        return torch.cat(outputs), torch.cat(masses)
+        return (torch.cat(outputs), torch.cat(masses)) if problem.asks_mass else (torch.cat(outputs),)
 
     return prepare(problem, attention)
 
@@ -204,7 +269,9 @@ def sdpa_padded(problem: Problem) -> Prepared:
     Where the task asks for priors and mass, they ride along as one more query and key column and as one-hot value
     columns for each modality; gates cannot."""
     padded = problem.padded
-    mask = padded.visible | padded.blind  # a row that sees nothing would be NaN
+    mask = padded.visible
+    if mask is not None and padded.blind is not None:
+        mask = mask | padded.blind  # a row that sees nothing would be NaN
     columns = padded.one_hot[:, None]
 
     def attention(
@@ -219,8 +286,8 @@ def sdpa_padded(problem: Problem) -> Prepared:
                 k = torch.cat((k, one_hot), -1)
             v = torch.cat((v, one_hot), -1)
         output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=dim**-0.5)
-        output = padded.pack(output.masked_fill(padded.blind, 0.0))
-        return output[..., :dim], output[..., dim:].float()
+        output = padded.pack(output if padded.blind is None else output.masked_fill(padded.blind, 0.0))
+        return (output[..., :dim], output[..., dim:].float()) if problem.asks_mass else (output,)
 
     return prepare(problem, attention)
 
@@ -261,6 +328,9 @@ def variants(kind: str, features: Sequence[str], softmax: str, *, uniform: bool)
         if plain:
             found += [Variant("varlen", gpu.varlen), Variant("flash-attn-4", gpu.flash_attention_4)]
         elif "times" not in features:
-            found.append(Variant("varlen+merge", gpu.varlen_merge, modes=("forward",)))
+            found += [
+                Variant("varlen+merge", gpu.varlen_merge, modes=("forward",)),  # its LSE has no gradient
+                Variant("flash-attn-4+merge", gpu.flash_attention_4_merge),
+            ]
         found += [Variant("flex", gpu.flex), Variant("flex+mask", partial(gpu.flex, count_mask=True))]
     return tuple(found)

@@ -128,12 +128,12 @@ def chunked_loss(problem: Problem) -> Prepared:
 
 
 def liger(problem: Problem) -> Prepared:
-    """Liger's fused linear JSD."""
+    """Liger's fused linear JSD; its beta is ours."""
     require("liger-kernel")
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
     run = LigerFusedLinearJSD(jsd_beta=problem.beta)
-    return prepare(problem, lambda hidden, weight: run(hidden, weight, problem.teacher, problem.teacher_weight))
+    return prepare(problem, lambda hidden, weight: run(hidden, weight, problem.teacher, problem.teacher_weight, None))
 
 
 def liger_chunked(problem: Problem) -> Prepared:
@@ -146,6 +146,15 @@ def liger_chunked(problem: Problem) -> Prepared:
     return prepare(problem, lambda hidden, weight: run(hidden, weight, *fixed))
 
 
+def liger_cross_entropy(problem: Problem) -> Prepared:
+    """Liger's fused linear cross entropy."""
+    require("liger-kernel")
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    run = LigerFusedLinearCrossEntropyLoss()
+    return prepare(problem, lambda hidden, weight: run(weight, hidden, problem.labels))
+
+
 def fla(problem: Problem) -> Prepared:
     """flash-linear-attention's fused KL divergence."""
     require("fla-core")
@@ -155,13 +164,20 @@ def fla(problem: Problem) -> Prepared:
     return prepare(problem, lambda hidden, weight: run(hidden, problem.teacher, weight, problem.teacher_weight))
 
 
+def fla_cross_entropy(problem: Problem) -> Prepared:
+    """flash-linear-attention's fused linear cross entropy."""
+    require("fla-core")
+    from fla.modules import FusedLinearCrossEntropyLoss
+
+    run = FusedLinearCrossEntropyLoss()
+    return prepare(problem, lambda hidden, weight: run(hidden, problem.labels, weight))
+
+
 def trl(problem: Problem) -> Prepared:
     """TRL's generalised JSD, on logits."""
     require("trl")
-    try:
-        from trl.experimental.gkd import GKDTrainer
-    except ImportError:
-        from trl import GKDTrainer
+    from trl.experimental.gkd import GKDTrainer
+
     rows = problem.student.shape[0]
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -180,12 +196,31 @@ def cut_cross_entropy(problem: Problem) -> Prepared:
     return prepare(problem, lambda hidden, weight: linear_cross_entropy(hidden, weight, problem.labels))
 
 
+def quack(problem: Problem) -> Prepared:
+    """QuACK's chunked linear cross entropy, with the scaled-exponential pipeline where it has one."""
+    require("quack-kernels")
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    if problem.student.shape[0] % 8 or problem.student_weight.shape[0] % 8:
+        raise Unavailable("quack wants rows and classes in multiples of 8")
+    return prepare(problem, lambda hidden, weight: chunked_linear_cross_entropy(hidden, weight, problem.labels))
+
+
 def torch_linear_cross_entropy(problem: Problem) -> Prepared:
-    """PyTorch's own fused linear cross entropy."""
+    """PyTorch's own fused linear cross entropy, in chunks as it chooses."""
     run = getattr(F, "linear_cross_entropy", None)
     if run is None:
         raise Unavailable("torch.nn.functional.linear_cross_entropy is not in this torch")
     return prepare(problem, lambda hidden, weight: run(hidden, weight, problem.labels))
+
+
+CROSS_ENTROPIES = {
+    "cut-cross-entropy": cut_cross_entropy,
+    "quack": quack,
+    "liger": liger_cross_entropy,
+    "fla": fla_cross_entropy,
+}
+DIVERGENCES = {"liger": liger, "liger-chunked": liger_chunked, "trl": trl}
 
 
 def losses(kind: str, beta: float, alpha: float) -> tuple[Variant, ...]:
@@ -197,19 +232,16 @@ def losses(kind: str, beta: float, alpha: float) -> tuple[Variant, ...]:
         Variant("compile", partial(eager_loss, compiled=True), MODES),
         Variant("chunked", chunked_loss, MODES),
     ]
-    if kind != "cuda":
-        return tuple(found)
+    libraries: dict[str, Callable[[Problem], Prepared]] = {}
     if alpha == 0.0:
-        found.append(Variant("cut-cross-entropy", cut_cross_entropy, MODES))
         found.append(Variant("torch-linear-ce", torch_linear_cross_entropy, MODES))
-        return tuple(found)
-    found += [
-        Variant("liger", liger, MODES),
-        Variant("liger-chunked", liger_chunked, MODES),
-        Variant("trl", trl, MODES),
-    ]
-    if beta == 0.0:
-        found.append(Variant("fla", fla, MODES))
+        libraries |= CROSS_ENTROPIES
+    else:
+        libraries |= DIVERGENCES
+        if beta == 0.0:
+            libraries["fla"] = fla
+    if kind == "cuda":
+        found += [Variant(name, library, MODES) for name, library in libraries.items()]
     return tuple(found)
 
 
