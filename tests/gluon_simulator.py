@@ -5,7 +5,9 @@ Triton's interpreter knows no Gluon. Here each partition of a warp-specialised k
 and a seeded scheduler switches between them wherever hardware could. What is checked:
 
 * numbers: float32 arithmetic, rounding at ``.to(bfloat16)`` and ``.to(float16)``, int32 overflow;
-* the barrier protocol: arrival counts, bytes, phases, deadlock;
+* the barrier protocol: arrival counts, bytes, phases, deadlock, and that no barrier ends in the middle of a phase;
+* races: of any two accesses to a buffer by copies, products and loads one must have happened before the other through
+  barriers, whatever the schedule of this run made of them;
 * hazards: a TMA copy fills its buffer with NaN when it is issued and lands at a random later moment with its bytes; a
   product reads shared memory at a random moment between its issue and the wait that covers it; an accumulator that was
   not waited for cannot be used.
@@ -28,6 +30,7 @@ from tests.gluon_values import (
     InFlight,
     Pointer,
     Shared,
+    Slot,
     Value,
     common_dtype,
     plain,
@@ -75,7 +78,11 @@ class Simulator:
             wrapped[parameter.name] = value
         for self.program in range(programs):
             self.copies = []
+            self.barriers: list[Barrier] = []
+            self.events = 0
             function(**wrapped)
+            if not all(barrier.at_rest for barrier in self.barriers):
+                raise RuntimeError("a barrier ended in the middle of a phase")
 
     def _convert(self, kernel: Any, done: dict[Any, Any]) -> Any:
         """A kernel as a Python function whose globals are the simulator's."""
@@ -109,6 +116,7 @@ class Simulator:
         def body(index: int) -> None:
             self.turns[index].acquire()
             self.partition.index, self.partition.products = index, []
+            self.partition.known = set()  # events that happened before what this partition does next
             try:
                 if self.error is None:
                     functions[index][0](*functions[index][1])
@@ -164,24 +172,34 @@ class Simulator:
         if self.error is not None:
             raise RuntimeError("stopped: another partition failed")
 
+    def _event(self) -> int:
+        self.events += 1
+        return self.events
+
     # ---- what replaces Gluon
 
     def load_tile(self, descriptor: Descriptor, start: Sequence[Any], barrier: Shared, buffer: Shared) -> None:
         """TMA: poison the buffer now, fill it and count the bytes later."""
         coordinates = [int(plain(x)) for x in start]
+        event = self._event()
+        buffer.slot.fill(event, self.partition.known)
+        known = self.partition.known | {event}
         buffer.data[...] = np.nan
 
         def land() -> None:
             buffer.data[...] = descriptor.read(coordinates)
-            barrier.barrier.update(add_bytes=-int(np.prod(descriptor.block_shape)) * descriptor.element_bytes)
+            barrier.barrier.update(known, add_bytes=-int(np.prod(descriptor.block_shape)) * descriptor.element_bytes)
 
         self.copies.append(land)
         self._switch()
 
     def product(self, left: Any, right: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> Any:
         """wgmma."""
-        issued = InFlight(left, right, acc, use_acc)
+        issued = InFlight(left, right, acc, use_acc, self._event())
         assert is_async
+        for operand in (left, right):
+            if isinstance(operand, Shared):
+                operand.slot.read(issued.event, self.partition.known)
         self.partition.products.append(issued)
         if self.random.random() < 0.3:
             issued.finish()
@@ -192,11 +210,19 @@ class Simulator:
         self._switch()
         flying = self.partition.products
         while len(flying) > num_outstanding:
-            flying.pop(0).finish()
+            done = flying.pop(0)
+            done.finish()
+            self.partition.known.add(done.event)
         if any(dep in flying for dep in deps):
             raise RuntimeError("an accumulator was used while its product was in flight")
         values = [dep.value if isinstance(dep, InFlight) else dep for dep in deps]
         return values[0] if len(values) == 1 else tuple(values)
+
+    def loaded(self, slot: Slot) -> None:
+        """Registers were loaded from a buffer."""
+        event = self._event()
+        slot.read(event, self.partition.known)
+        self.partition.known.add(event)
 
     def nothing(self, *_: Any, **__: Any) -> None:
         """A fence or barrier of threads that the simulator runs as one."""
@@ -205,16 +231,20 @@ class Simulator:
     def _barriers(self) -> types.SimpleNamespace:
         def arrive(barrier: Shared, *, count: int = 1, pred: Any = True) -> None:
             if pred:
-                barrier.barrier.update(arrivals=count)
+                barrier.barrier.update(self.partition.known, arrivals=count)
             self._switch()
 
         def wait(barrier: Shared, phase: Any) -> None:
             self._switch(lambda: barrier.barrier.phase != int(plain(phase)))
+            self.partition.known |= barrier.barrier.released
+
+        def expect(barrier: Shared, size: int) -> None:
+            barrier.barrier.update(self.partition.known, arrivals=1, add_bytes=size)
 
         return types.SimpleNamespace(
             MBarrierLayout=lambda: None,
             init=lambda barrier, *, count: barrier.barrier.init(count),
-            expect=lambda barrier, size: barrier.barrier.update(arrivals=1, add_bytes=size),
+            expect=expect,
             arrive=arrive,
             wait=wait,
         )
@@ -241,8 +271,9 @@ class Simulator:
                 barriers = np.empty(shape, object)
                 for index in np.ndindex(*barriers.shape):
                     barriers[index] = Barrier()
+                    self.barriers.append(barriers[index])
                 return Shared(barriers, dtype)
-            return Shared(np.full(shape, np.nan, np.float32), dtype)
+            return Shared(np.full(shape, np.nan, np.float32), dtype, self.loaded)
 
         def reduce(function: Callable[..., Any]) -> Callable[[Value, int], Value]:
             return lambda value, axis: Value(function(value.data, axis=axis), value.dtype)

@@ -134,7 +134,7 @@ class Descriptor:
 
 
 class Barrier:
-    """An mbarrier: arrivals and bytes of the current phase."""
+    """An mbarrier: arrivals and bytes of the current phase, and what a completed phase makes known to who waits."""
 
     def __init__(self) -> None:
         self.count: int | None = None
@@ -142,43 +142,88 @@ class Barrier:
     def init(self, count: int) -> None:
         self.count = self.pending = count
         self.bytes = self.phase = 0
+        self.gathered: set[int] = set()
+        self.released: set[int] = set()
 
-    def update(self, arrivals: int = 0, add_bytes: int = 0) -> None:
+    def update(self, known: set[int], *, arrivals: int = 0, add_bytes: int = 0) -> None:
+        """Arrive, or count bytes; ``known`` are the events that happened before."""
         if self.count is None:
             raise RuntimeError("barrier used before init")
         self.pending -= arrivals
         self.bytes += add_bytes
+        self.gathered |= known
         if self.pending < 0:
             raise RuntimeError("more arrivals in a phase than the barrier counts")
         if self.pending == 0 and self.bytes == 0:
             self.phase ^= 1
             self.pending = self.count
+            self.released, self.gathered = self.gathered, set()
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether no phase has begun that did not end."""
+        return self.pending == self.count and self.bytes == 0
+
+
+class Slot:
+    """Accesses to one buffer of a ring: the copy that filled it last, and the reads since."""
+
+    def __init__(self) -> None:
+        self.filled: set[int] = set()
+        self.reads: set[int] = set()
+
+    def fill(self, event: int, known: set[int]) -> None:
+        """A copy into it; everything before must have happened for whoever issues it."""
+        if not self.filled | self.reads <= known:
+            raise RaceError("a copy into a buffer that may still be read or written")
+        self.filled, self.reads = {event}, set()
+
+    def read(self, event: int, known: set[int]) -> None:
+        """A read of it; the copy must have been waited for."""
+        if not self.filled or not self.filled <= known:
+            raise RaceError("a read of a buffer whose copy was not waited for")
+        self.reads.add(event)
+
+
+class RaceError(RuntimeError):
+    """Two accesses to a buffer that no chain of barriers orders."""
 
 
 class Shared:
-    """A view of shared memory; views of barriers carry them along."""
+    """A view of shared memory: of all buffers, or of one `Slot` once it is indexed; views of barriers carry them along.
 
-    def __init__(self, data: np.ndarray, dtype: str) -> None:
-        self.data, self.dtype = data, dtype
+    Args:
+        reads: called with the slot when registers are loaded from it.
+    """
+
+    def __init__(
+        self, data: np.ndarray, dtype: str, reads: Callable[[Slot], None] | None = None, slot: Slot | None = None
+    ) -> None:
+        self.data, self.dtype, self.reads, self.slot = data, dtype, reads, slot
+        self.slots = [Slot() for _ in data] if slot is None else []
 
     shape = property(lambda self: list(self.data.shape))
 
     def index(self, position: Any) -> "Shared":
-        return Shared(self.data[int(position)], self.dtype)
+        return self._view(self.data[int(position)], self.slots[int(position)])
 
     def permute(self, order: Sequence[int]) -> "Shared":
-        return Shared(self.data.transpose(order), self.dtype)
+        return self._view(self.data.transpose(order), self.slot)
 
     def reshape(self, shape: Sequence[int]) -> "Shared":
         view = self.data.reshape(shape)
         assert np.shares_memory(view, self.data)
-        return Shared(view, self.dtype)
+        return self._view(view, self.slot)
 
     def slice(self, start: int, length: int) -> "Shared":
-        return Shared(self.data[start : start + length], self.dtype)
+        return self._view(self.data[start : start + length], self.slot)
 
     def load(self, layout: None = None) -> Value:
+        self.reads(self.slot)
         return Value(self.data.copy(), self.dtype)
+
+    def _view(self, data: np.ndarray, slot: Slot) -> "Shared":
+        return Shared(data, self.dtype, self.reads, slot)
 
     @property
     def barrier(self) -> Barrier:
@@ -188,8 +233,8 @@ class Shared:
 class InFlight:
     """The accumulator of a product that was issued and not waited for."""
 
-    def __init__(self, left: Any, right: Shared, acc: Any, use_acc: bool) -> None:
-        self.left, self.right, self.acc, self.use_acc = left, right, acc, use_acc
+    def __init__(self, left: Any, right: Shared, acc: Any, use_acc: bool, event: int) -> None:
+        self.left, self.right, self.acc, self.use_acc, self.event = left, right, acc, use_acc, event
         self.value: Value | None = None
 
     def finish(self) -> None:

@@ -8,71 +8,18 @@ loads, products and waits.
 import math
 import random
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fusedmm.reference.attention import modality_partials
-from fusedmm.testing import AttentionExample, attention_example, attention_truth, over_budget, plain_attention
-from tests.gluon_simulator import Simulator
-from tests.gluon_values import Descriptor, Pointer
+from fusedmm.testing import attention_example, attention_truth, over_budget, plain_attention
 
 pytest.importorskip("triton")
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-from fusedmm.kernels.attention.hopper import compat, launch, passes
+from fusedmm.kernels.attention.hopper import launch, passes
 from fusedmm.kernels.launch import device_arch
-
-SUBSTITUTES = (
-    (compat.load_tile, "load_tile"),
-    (compat.partition_barrier, "nothing"),
-    (hopper.fence_async_shared, "nothing"),
-    (hopper.warpgroup_mma, "product"),
-    (hopper.warpgroup_mma_wait, "wait"),
-)
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "int32"}
-GLUON_DTYPES = {gl.bfloat16: "bf16", gl.float16: "fp16", gl.float32: "fp32"}
-
-
-def simulate(launched: passes.Launch, seed: int) -> None:
-    """Run a launch in the simulator and copy what it wrote back into its tensors."""
-    memories: dict[int, tuple[Tensor, np.ndarray]] = {}
-
-    def memory(tensor: Tensor) -> np.ndarray:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in memories:
-            flat = torch.empty(0, dtype=tensor.dtype).set_(storage)
-            memories[storage.data_ptr()] = (
-                flat,
-                flat.to(torch.float32 if flat.is_floating_point() else flat.dtype).numpy(force=True).copy(),
-            )
-        return memories[storage.data_ptr()][1][tensor.storage_offset() :]
-
-    def convert(name: str, argument: Any) -> Any:
-        if isinstance(argument, TensorDescriptor):
-            base = argument.base
-            return Descriptor(
-                memory(base),
-                DTYPES[base.dtype],
-                argument.shape,
-                argument.strides,
-                argument.block_shape,
-                base.element_size(),
-            )
-        if isinstance(argument, Tensor):
-            return Pointer(memory(argument), DTYPES[argument.dtype])
-        return argument
-
-    arguments = {name: convert(name, argument) for name, argument in launched.arguments.items()}
-    options = {name: value for name, value in launched.options.items() if name in launched.kernel.arg_names}
-    Simulator(seed).run(launched.kernel, launched.grid[0], {**arguments, **options}, SUBSTITUTES)
-    for flat, array in memories.values():
-        flat.copy_(torch.from_numpy(array))
+from tests.gluon_launch import hopper_attention, simulate
 
 
 @pytest.fixture
@@ -85,40 +32,7 @@ def schedule(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     seeds = iter(range(1000))
     monkeypatch.setattr(passes, "multiprocessors", lambda device: 2)
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 2)
-    monkeypatch.setattr(passes.Launch, "run", lambda self: simulate(self, next(seeds)))
-
-
-def hopper_attention(
-    example: AttentionExample, softmax: str, grad_output: Tensor, grad_statistic: Tensor
-) -> dict[str, Tensor]:
-    """Outputs and every gradient from the Hopper launchers; ``grad_statistic`` is that of mass, for partials of lse."""
-    layout, tensors = example.layout, example.tensors
-    inputs = [tensors[name] for name in ("query", "key", "value")]
-    arguments: dict[str, Any] = {
-        **{name: getattr(layout, name) for name in ("cu_seqlens_q", "cu_seqlens_k", "query_tiles", "key_tiles")},
-        **{name: tensors.get(name) for name in ("log_prior", "gate", "output_gate", "active")},
-        "visible": None if layout.visibility is None else layout.visibility.ranges,
-        "seed": None,
-        "dropout_p": 0.0,
-        "softmax": softmax,
-        "scale": inputs[0].shape[-1] ** -0.5,
-    }
-    output, mass, lse = launch.attention_forward(*inputs, **arguments)
-    gradients = launch.attention_backward(
-        grad_output.to(output.dtype),
-        grad_statistic if softmax == "joint" else None,
-        grad_statistic if softmax == "partials" else None,
-        *inputs,
-        output,
-        mass,
-        lse,
-        **arguments,
-        needs_log_prior="log_prior" in tensors,
-        needs_gate="gate" in tensors,
-    )
-    names = ("query", "key", "value", "log_prior", "gate", "output_gate")
-    results = {f"grad_{name}": x for name, x in zip(names, gradients, strict=True) if x is not None}
-    return {"output": output, "mass": mass, "lse": lse, **results}
+    monkeypatch.setattr(passes.Launch, "run", lambda self: simulate(self, next(seeds)).write_back())
 
 
 LAYOUTS = {

@@ -43,6 +43,7 @@ for name in json.loads(sys.argv[1]):
         "copies": report.mix["UTMALDG"],
         "products": [loop.mix["HGMMA"] for loop in loops],
         "waits": [loop.group_waits for loop in loops],
+        "barriers": [i.operands for loop in loops for i in loop.instructions if i.base == "BAR"],
         "in_flight": [loop.in_flight_at("MUFU") for loop in loops],
     }))
 """
@@ -66,6 +67,8 @@ def test_softmax_runs_under_matrix_products() -> None:
         assert min(report["products"]) > 0, report
         # as many waits as the source has: ptxas adds some where it serialises products
         assert max(len(waits) for waits in report["waits"]) <= 3, report
+        # of one consumer's 128 threads: one of all threads would wait for the producer for ever
+        assert all(operands.endswith(", 0x80") for operands in report["barriers"]), report
         for counts in report["in_flight"]:
             assert "0" not in counts, report
             assert sum(counts.values()) >= 16, report
