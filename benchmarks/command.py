@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks [case ...]`, and `static`, `compare`, `plot`, `readme`, `wheels`."""
+"""The command line: `python -m benchmarks [case ...]`, and one more command for each name in `COMMANDS`."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare, peers, plot, readme, results, roofline, static_command
+from benchmarks import compare, overheads, paths, peers, plot, readme, results, roofline, static_command, targets
 from benchmarks.cases import Builder, builders
 from benchmarks.harness import Harness, ratio
 from benchmarks.results import ROOT, Result, Run
@@ -35,6 +35,7 @@ def _bench(words: list[str]) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--quick", action="store_true", help="the shorter list of cases and shorter timing")
     parser.add_argument("--variants", nargs="+", default=[], help="only these, by name")
+    parser.add_argument("--without", nargs="+", default=[], help="not these variants")
     parser.add_argument("--seconds", type=float, help="timing of one case and mode, over all variants")
     parser.add_argument("--budget-s", type=float, default=_budget(), help="start no case after this many seconds")
     parser.add_argument("--energy", action="store_true", help="measure energy too (a second a variant and mode more)")
@@ -84,7 +85,7 @@ def _measure(args: argparse.Namespace, kind: str, chosen: dict[str, Builder]) ->
     if kind == "cuda" and telemetry.missing:
         print(f"clocks, power and energy are not read ({telemetry.missing}): no ratios are shown")
     seconds = args.seconds or (QUICK_SECONDS if args.quick else FULL_SECONDS)
-    harness = Harness(device, ceilings, telemetry, run.id, seconds, args.energy, args.variants)
+    harness = Harness(device, ceilings, telemetry, run.id, seconds, args.energy, args.variants, args.without)
     found: list[Result] = []
     for name, build in chosen.items():
         if time.monotonic() > deadline:
@@ -172,6 +173,36 @@ def _readme(words: list[str]) -> int:
     return readme.run(check=parser.parse_args(words).check)
 
 
+def _targets(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks targets", description=targets.__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where the page is out of date")
+    return targets.run(check=parser.parse_args(words).check)
+
+
+def _paths(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks paths", description=paths.__doc__)
+    parser.add_argument("results", type=Path, help="a result file; its newest run of each case counts")
+    return paths.run(parser.parse_args(words).results)
+
+
+def _overheads(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks overheads", description=overheads.__doc__)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--json", type=Path, help="append the results to this file")
+    parser.add_argument("--save", action="store_true", help="append the results to benchmarks/results/<device>.jsonl")
+    args = parser.parse_args(words)
+    kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(kind)
+    telemetry = Telemetry(device)
+    ceilings = roofline.measure(device)
+    run = results.describe_run(device, ceilings.copy_gb_s, dict(ceilings.matrix_tflops), telemetry.power_limit_w())
+    found = list(overheads.Overheads(device, telemetry, run.id).rows())
+    print(overheads.table(found))
+    for file in [args.json] * bool(args.json) + [results.RESULTS / f"{results.slug(run.device)}.jsonl"] * args.save:
+        results.append(file, [run, *found])
+    return int(any(row.status not in (results.TIMED, "skipped") for row in found))
+
+
 def _wheels(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="ci/wheels", description=peers.__doc__)
     parser.add_argument("--group", default="default")
@@ -180,4 +211,13 @@ def _wheels(words: list[str]) -> int:
     return peers.gather(args.group, args.out)
 
 
-COMMANDS = {"static": _static, "compare": _compare, "plot": _plot, "readme": _readme, "wheels": _wheels}
+COMMANDS = {
+    "static": _static,
+    "compare": _compare,
+    "overheads": _overheads,
+    "paths": _paths,
+    "plot": _plot,
+    "readme": _readme,
+    "targets": _targets,
+    "wheels": _wheels,
+}

@@ -33,6 +33,7 @@ class Harness:
         seconds: timing budget of one case and mode, over all its variants.
         energy: also measure energy, about a second a variant and mode more.
         only: names of variants to run; empty: all.
+        without: names of variants not to run.
     """
 
     device: torch.device
@@ -42,6 +43,7 @@ class Harness:
     seconds: float = 2.0
     energy: bool = False
     only: Sequence[str] = field(default_factory=tuple)
+    without: Sequence[str] = field(default_factory=tuple)
 
     def results(self, case: Case) -> list[Result]:
         """Run one case."""
@@ -59,7 +61,7 @@ class Harness:
         gate = Gate(case, self.device)
         problem = case.problem(self.device)
         for variant in case.variants:
-            if self.only and variant.name not in self.only:
+            if (self.only and variant.name not in self.only) or variant.name in self.without:
                 continue
             status, reason, prepared, worst = self._prepare(case, variant, gate, problem)
             if prepared is not None:

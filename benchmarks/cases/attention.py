@@ -120,6 +120,7 @@ def shapes(kind: str) -> dict[str, dict[str, object]]:
             found[f"dense-plain-d{dim}-{label}"] = {**dense(batch, length), **common, **PLAIN}
             found[f"dense-prior-d{dim}-{label}"] = {**dense(batch, length), **common, **PRIOR}
             found[f"dense-gated-d{dim}-{label}"] = {**dense(batch, length), **common}
+        found[f"dense-single-d{dim}-4k"] = {**dense(4, 4096, modalities=1), **common, **PLAIN}
     grouped: dict[str, object] = {"heads": 64, "kv_heads": 8, "head_dim": 128}  # cuDNN's published shape
     found["dense-plain-d128-gqa-4k"] = {**dense(2, 4096), **grouped, **PLAIN}
     half: dict[str, object] = {"heads": 16, "kv_heads": 16, "head_dim": 64}
@@ -168,6 +169,8 @@ def build(name: str, kind: str, arguments: Mapping[str, object]) -> Case:
     )
     softmax = "plain" if not asks_modalities else "gated" if "gate" in shape.features else "plain"
     kernel = f"attention_forward[{shape.softmax},{softmax},d{shape.head_dim},bf16]"
+    variants = peers.variants(kind, shape.features, shape.softmax, uniform=len(set(shape.q_lengths)) == 1)
+    who = "fusedmm" if shape.modalities == 1 else ""  # what others make of one modality, dense-plain shows
     return Case(
         name=name,
         devices=(kind,),
@@ -180,13 +183,14 @@ def build(name: str, kind: str, arguments: Mapping[str, object]) -> Case:
             "kv_heads": shape.kv_heads,
             "head_dim": shape.head_dim,
             "active": shape.active,
+            "softmax": shape.softmax,
             "visible_pairs": pairs,
             "dtype": str(dtype).removeprefix("torch."),
         },
         problem=lambda device: Problem(shape.example(dtype, device), asks_modalities),
         small=lambda device: Problem(small.example(dtype, device), asks_modalities),
         reference=prepare_reference,
-        variants=peers.variants(kind, shape.features, shape.softmax, uniform=len(set(shape.q_lengths)) == 1),
+        variants=tuple(variant for variant in variants if variant.name.startswith(who)),
         flops={"forward": forward, "backward": 2.5 * forward, "both": 3.5 * forward},
         bytes={"forward": moved, "backward": 2 * moved, "both": 3 * moved},
         dtype=dtype,

@@ -64,16 +64,20 @@ def shapes(kind: str) -> dict[str, Shape]:
         "kl-4096-4096": Shape(8192, vocabulary, 4096, 4096),
         "jsd-2048-4096": Shape(8192, vocabulary, 2048, 4096, beta=0.5),
         "jsd-4096-4096": Shape(8192, vocabulary, 4096, 4096, beta=0.5),
+        "kl-n1024": Shape(1024, vocabulary, 4096, 4096),
         "jsd-n1024": Shape(1024, vocabulary, 4096, 4096, beta=0.5),
         "cross-entropy": Shape(8192, vocabulary, 4096, 4096, alpha=0.0),
+        "small-v-64": Shape(64, 10, 128, 128),
+        "small-v-1k": Shape(1024, 2, 256, 256),
         "small-v": Shape(65536, 100, 512, 512),
+        "small-v-1000": Shape(65536, 1000, 512, 512),
         "small-v-1m": Shape(1 << 20, 10, 128, 128),
         "scores-2048-4096": Shape(8192, vocabulary, 2048, 4096, task="scores"),
         "scores-small-v": Shape(65536, 100, 512, 512, task="scores"),
     }
 
 
-SLOW = ("kl-4096", "jsd-2048", "small-v-1m")
+SLOW = ("kl-4096", "jsd-2048", "kl-n1024", "small-v-64", "small-v-1000", "small-v-1m")
 
 
 def builders(kind: str) -> dict[str, Callable[[], Case]]:
