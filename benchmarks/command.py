@@ -190,8 +190,15 @@ def _overheads(words: list[str]) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", type=Path, help="append the results to this file")
     parser.add_argument("--save", action="store_true", help="append the results to benchmarks/results/<device>.jsonl")
+    parser.add_argument("--list", action="store_true", help="only name what is measured")
     args = parser.parse_args(words)
+    if args.list:
+        print("\n".join(overheads.CASES))
+        return 0
     kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        print("benchmarks: overheads of a GPU skipped: no CUDA device here. On one, run ci/gpu.", file=sys.stderr)
+        return 2
     device = torch.device(kind)
     telemetry = Telemetry(device)
     ceilings = roofline.measure(device)

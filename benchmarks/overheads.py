@@ -23,6 +23,13 @@ from fusedmm import ModalityLayout
 from fusedmm.nn import GatedMultimodalAttention
 
 TINY = {"q_lengths": [16] * 8, "k_lengths": [[32] * 4] * 8}  # 1024 keys
+CASES = {  # and the mode of their rows
+    "overheads/launch": "host",
+    "overheads/capture": "forward",
+    "overheads/metadata": "forward",
+    "overheads/recompile": "host",
+    "overheads/matmuls-4096-4096": "both",
+}
 ROUNDS, CALLS = 15, 40
 CHANGES = 5
 
@@ -49,14 +56,8 @@ class Overheads:
 
     def rows(self) -> Iterator[Result]:
         """One row for each comparison and variant; what fails says so in its row."""
-        measures: tuple[tuple[str, str, Callable[[Result], Iterator[Result]]], ...] = (
-            ("overheads/launch", "host", self.launch),
-            ("overheads/capture", "forward", self.capture),
-            ("overheads/metadata", "forward", self.metadata),
-            ("overheads/recompile", "host", self.recompile),
-            ("overheads/matmuls-4096-4096", "both", self.matmuls),
-        )
-        for case, mode, measure in measures:
+        measures = (self.launch, self.capture, self.metadata, self.recompile, self.matmuls)
+        for (case, mode), measure in zip(CASES.items(), measures, strict=True):
             blank = Result(self.run, case, mode, "fusedmm", {}, status="failed")
             try:
                 yield from measure(blank)

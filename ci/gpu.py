@@ -1,54 +1,87 @@
 """The steps of `ci/gpu`, each with its share of the time budget, its output in one log, and a table at the end."""
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESERVE_S = 15.0  # kept back to write the table
+KILL_S = 10.0  # a process whose GPU hangs may take so long to die, or longer: then it is left behind
 NVIDIA_SMI = "nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv,noheader"
+
+
+HOPPER = "tests/test_hopper_numerics.py"
+HOPPER_S = 120.0  # what a kernel that waits for ever may cost
+# what says nothing about kernels on a GPU: it runs in ci/check, on any machine
+ELSEWHERE = (
+    *("benchmarks", "ci", "cpu_speed", "hopper_numerics", "hopper_overlap", "hopper_protocol"),
+    *("package", "static", "targets"),
+)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command and the share of the time still left that it may take."""
+    """A command and the time it may take.
+
+    Attributes:
+        name: in the table.
+        command: to run.
+        share: of the time still left.
+        limit_s: seconds, whatever is left.
+        relies_on: name of an earlier step.
+        otherwise: arguments added to the command where that step did not pass.
+    """
 
     name: str
     command: list[str]
     share: float
+    limit_s: float = math.inf
+    relies_on: str = ""
+    otherwise: tuple[str, ...] = ()
 
 
 def steps(args: argparse.Namespace, out: Path) -> list[Step]:
-    """What runs, in order: is it right, does it keep the contract, how fast is it."""
+    """What runs, in order: is it right, does it keep the contract, how fast is it, which kernels should run.
+
+    The warp-specialised Hopper kernels have a step of their own: a fault in their barriers is a hang. It costs that
+    step alone, and the benchmarks then leave them out.
+    """
     python = sys.executable
     # The machine's packages are not those of ci/constraints.txt: their deprecation warnings are not this project's.
-    pytest = [python, "-m", "pytest", "-W", "default", "--numprocesses", str(args.workers)]
-    tests = [
-        "tests",
-        "--ignore-glob=tests/test_train*",
-        "--ignore=tests/test_static.py",
-        "--ignore=tests/test_benchmarks.py",
+    pytest = [python, "-m", "pytest", "-W", "default", "-m", "not speed", "--numprocesses", str(args.workers)]
+    ignored = ["--ignore-glob=tests/test_train*", *(f"--ignore=tests/test_{name}.py" for name in ELSEWHERE)]
+    found = [
+        Step("tests", [*pytest, "tests", *ignored], 0.4),
+        Step("Hopper tests", [*pytest, "-v", "-o", "faulthandler_timeout=60", HOPPER], 0.5, HOPPER_S),
     ]
-    found = [Step("tests", [*pytest, *tests], 0.45)]
     if args.conformance is not None:
         run = str(args.conformance / "run.py")
         check = [python, run, "--device", "cuda", "--impl", "triton", "--cases", "24"]
-        found += [Step(f"conformance seed {seed}", [*check, "--seed", str(seed)], 0.25) for seed in range(3)]
-    bench = [python, "-m", "benchmarks", "--device", "cuda", "--json", str(out / "results.jsonl")]
-    found.append(Step("benchmarks", [*bench, "--quick"] if args.quick else bench, 1.0))
-    return found
+        found += [Step(f"conformance seed {seed}", [*check, "--seed", str(seed)], 0.2) for seed in range(3)]
+    results = str(out / "results.jsonl")
+    bench = [python, "-m", "benchmarks"]
+    cases = [*bench, "--device", "cuda", "--json", results, *["--quick"] * args.quick]
+    without = ("--without", "fusedmm-hopper")
+    return [
+        *found,
+        Step("overheads", [*bench, "overheads", "--device", "cuda", "--json", results], 0.3, 60.0),
+        Step("benchmarks", cases, 0.9, relies_on="Hopper tests", otherwise=without),
+        Step("choice of kernels", [*bench, "paths", results], 1.0),
+    ]
 
 
 def run_step(step: Step, deadline: float, log: Path) -> tuple[str, float]:
     """Run one step inside its share of the time, its output to the screen and the log; (verdict, seconds)."""
     began = time.monotonic()
-    limit = (deadline - began) * step.share
+    limit = min((deadline - began) * step.share, step.limit_s)
     if limit < 5:
         return "not run: the time budget is spent", 0.0
     environment = {**os.environ, "FUSEDMM_BENCH_BUDGET_S": f"{limit - 5:.0f}"}
@@ -64,7 +97,8 @@ def run_step(step: Step, deadline: float, log: Path) -> tuple[str, float]:
             verdict = "passed" if code == 0 else f"FAILED with exit status {code}"
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # test workers and compilers too
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=KILL_S)
             verdict = f"STOPPED after its {limit:.0f} s"
     with log.open() as file:
         file.seek(start)
@@ -120,25 +154,34 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="test processes")
     parser.add_argument("--wheels", type=Path, help="folder of peers' wheels, from ci/wheels")
     parser.add_argument("--conformance", type=Path, help="folder with the conformance oracle's run.py")
+    parser.add_argument("--dry-run", action="store_true", help="only name the steps; needs no GPU")
     args = parser.parse_args()
     deadline = time.monotonic() + args.budget_s - RESERVE_S
+    out = args.out.resolve()
+    if args.dry_run:
+        for step in steps(args, out):
+            print(
+                f"{step.name}, at most {min(step.limit_s, args.budget_s * step.share):.0f} s: {' '.join(step.command)}"
+            )
+        return 0
 
     import torch
 
     if not torch.cuda.is_available():
         print("ci/gpu: no CUDA device here. Run ci/test on a machine without one.", file=sys.stderr)
         return 2
-    out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     (out / "provenance.json").write_text(json.dumps(provenance(), indent=1) + "\n")
     if args.wheels is not None:
         add_wheels(args.wheels, out)
+    verdicts: dict[str, str] = {}
     rows = []
-    failed = False
     for step in steps(args, out):
-        verdict, seconds = run_step(step, deadline, out / "log.txt")
-        failed |= verdict != "passed"
-        rows.append(f"{step.name:<22}{seconds:7.1f} s  {verdict}")
+        if verdicts.get(step.relies_on, "passed") != "passed":
+            step = replace(step, command=[*step.command, *step.otherwise])
+        verdicts[step.name], seconds = run_step(step, deadline, out / "log.txt")
+        rows.append(f"{step.name:<22}{seconds:7.1f} s  {verdicts[step.name]}")
+    failed = any(verdict != "passed" for verdict in verdicts.values())
     table = "\n".join(rows)
     (out / "table.txt").write_text(table + "\n")
     print(f"\n{table}\nresults in {out}; append results.jsonl to benchmarks/results/ and commit it")

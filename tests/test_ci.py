@@ -12,6 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from benchmarks.command import main
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("setup", "demo", "test", "check", "gpu", "wheels")
 
@@ -61,10 +63,48 @@ def test_a_step_is_stopped_when_its_share_of_the_budget_is_spent(
     assert "not run: the time budget is spent" in table
 
 
-def test_the_gpu_tests_come_first_and_the_benchmarks_last(gpu: ModuleType) -> None:
+def test_the_gpu_tests_come_first_and_the_choice_of_kernels_last(gpu: ModuleType) -> None:
     args = argparse.Namespace(workers=2, conformance=Path("oracle"), quick=True)
-    names = [step.name for step in gpu.steps(args, Path("out"))]
-    assert names == ["tests", "conformance seed 0", "conformance seed 1", "conformance seed 2", "benchmarks"]
+    found = gpu.steps(args, Path("out"))
+    seeds = [f"conformance seed {seed}" for seed in range(3)]
+    names = ["tests", "Hopper tests", *seeds, "overheads", "benchmarks", "choice of kernels"]
+    assert [step.name for step in found] == names
+    assert not [word for step in found for word in step.command if word.startswith("tests/") and not exists(word)]
+    assert exists(gpu.HOPPER)
+    assert all(exists(f"tests/test_{name}.py") for name in gpu.ELSEWHERE)
+    for step in found:
+        if step.command[1:3] == ["-m", "benchmarks"]:
+            assert main([*step.command[3:], "--list"] if "paths" not in step.command else ["paths", "none"]) in (0, 2)
+
+
+def exists(name: str) -> bool:
+    return (ROOT / name).exists()
+
+
+def test_a_hang_costs_its_limit_and_what_relies_on_it_goes_without(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hang = gpu.Step("hang", [sys.executable, "-c", "import time; time.sleep(60)"], 1.0, limit_s=6.0)
+    echo = [sys.executable, "-c", "import sys; print('given', sys.argv[1:])"]
+    relies = gpu.Step("relies", echo, 0.5, relies_on="hang", otherwise=("--without", "it"))
+    monkeypatch.setattr(gpu, "provenance", dict)
+    monkeypatch.setattr(gpu, "steps", lambda args, out: [hang, relies])
+    monkeypatch.setattr(sys, "argv", ["ci/gpu", "--out", str(tmp_path), "--budget-s", "120"])
+    assert gpu.main() == 1
+    assert [line.split(" s  ")[1] for line in (tmp_path / "table.txt").read_text().splitlines()] == [
+        "STOPPED after its 6 s",
+        "passed",
+    ]
+    assert "given ['--without', 'it']" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_dry_run_needs_no_gpu(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["ci/gpu", "--dry-run", "--quick"])
+    assert gpu.main() == 0
+    assert f"Hopper tests, at most {gpu.HOPPER_S:.0f} s" in capsys.readouterr().out
 
 
 def test_without_a_gpu_it_says_so() -> None:

@@ -17,6 +17,8 @@ import torch
 from fusedmm.testing import attention_example
 
 pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("needs Triton's interpreter for the work lists; ci/check runs it", allow_module_level=True)
 from fusedmm.kernels.attention.hopper import backward_key_value, backward_query, forward, launch, passes
 from tests.gluon_launch import Memory, hopper_attention, simulate
 

@@ -1,9 +1,10 @@
 """Which attention kernels run: the portable ones in plain Triton, or the warp-specialised ones for Hopper.
 
 The choice is a pure function of what is asked for and one committed table, `MEASURED`. An entry is added for a case in
-which the Hopper kernels were measured to win, never before:
+which the Hopper kernels were measured to win, never before; the second command says which those are:
 
-    python -m benchmarks attention --variants fusedmm-portable fusedmm-hopper
+    python -m benchmarks attention --variants fusedmm-portable fusedmm-hopper --json FILE
+    python -m benchmarks paths FILE
 """
 
 from collections.abc import Collection, Mapping
