@@ -43,7 +43,7 @@ class GatedMultimodalAttention(nn.Module):
         prior: learn a log prior of each modality from the query (joint only).
         gate: learn a gate of each modality from the query.
         output_gate: learn a sigmoid gate of every output channel from the query.
-        threshold: switch a modality off once its score stays below, see `ModalityGate`; None: never.
+        threshold, patience, momentum: when a modality is switched off, see `ModalityGate`; threshold None: never.
         dropout: attention dropout in training.
         bias: biases of the projections.
         impl: as in `fusedmm.gated_multimodal_attention`.
@@ -65,6 +65,8 @@ class GatedMultimodalAttention(nn.Module):
         gate: bool = True,
         output_gate: bool = False,
         threshold: float | None = None,
+        patience: int = 100,
+        momentum: float = 0.99,
         dropout: float = 0.0,
         bias: bool = True,
         impl: str = "auto",
@@ -109,6 +111,8 @@ class GatedMultimodalAttention(nn.Module):
             prior=prior and softmax == "joint",
             gate=gate,
             threshold=threshold,
+            patience=patience,
+            momentum=momentum,
             device=device,
             dtype=dtype,
         )
@@ -221,7 +225,7 @@ class FusionBlock(nn.Module):
         mlp_ratio: hidden width of the MLP over embed_dim.
         residual_dropout: dropout of both branches in training.
         attention_options: further arguments of `GatedMultimodalAttention` (num_kv_heads, softmax, prior, gate,
-            output_gate, threshold, dropout, bias, impl, device, dtype).
+            output_gate, threshold, patience, momentum, dropout, bias, impl, device, dtype).
     """
 
     def __init__(

@@ -29,8 +29,9 @@ class ModalityGate(nn.Module):
     Both start neutral (weights 0: prior 0, gate 1), so that a new module is plain attention over all tokens. They read
     the query alone: nothing a query may not see can reach it through them. `update` keeps a running mean of how much
     the answer changes without each modality (`fusedmm.modality_scores`); a modality whose mean has stayed under
-    ``threshold`` for ``patience`` updates is switched off, and its keys are no longer read. `importance_loss` teaches
-    the prior the same importances.
+    ``threshold`` for ``patience`` updates is switched off for good, and its keys are no longer read. One goes at a
+    time, the least important, and then the counts start anew: of two that stand for each other neither is missed alone,
+    and the one that is left is. `importance_loss` teaches the prior the same importances.
 
     Args:
         embed_dim: width of the query.
@@ -111,7 +112,17 @@ class ModalityGate(nn.Module):
         weight = torch.clamp(1.0 / self.updates, min=1.0 - self.momentum)  # a plain mean at first
         self.importance.lerp_(mean, weight)
         if self.threshold is not None:
-            self.updates_below.copy_(torch.where(self.importance < self.threshold, self.updates_below + 1, 0))
+            self.updates_below.copy_(self._count_below(self.threshold))
+
+    def _count_below(self, threshold: float) -> Tensor:
+        """[M] updates in a row under the threshold, after this one; ``patience`` for those that are off."""
+        off = self.updates_below >= self.patience
+        count = torch.where(self.importance < threshold, self.updates_below + 1, 0)
+        due = ~off & (count >= self.patience)
+        least = self.importance.masked_fill(~due, torch.inf).argmin()
+        gone = off | (due & (torch.arange(self.num_modalities, device=due.device) == least))
+        count = torch.where(due.any(), 0, count)
+        return torch.where(gone, self.patience, count)
 
     def active(self, batch_size: int) -> Tensor | None:
         """[B, M] bool, False where a modality is switched off; None where this gate never switches."""

@@ -139,6 +139,12 @@ class VariantConfig:
         "gated: this project's module. plain: one softmax over all tokens. concat: mean of each modality, concatenated",
         choices=FUSIONS,
     )
+    filter: float = key(
+        0.0,
+        "gated only: a modality goes for good once it earns less than this share of what all earn on dev; 0: none goes",
+        low=0.0,
+        high=1.0,
+    )
 
 
 @dataclass(frozen=True)
@@ -274,6 +280,11 @@ def _check_together(recipe: Recipe, origin: str) -> None:
             raise RecipeError(
                 f"train: variant.name in {origin} must be letters, digits, _, - or + (it names a folder), "
                 f"got {variant.name!r}."
+            )
+        if variant.filter and variant.fusion != "gated":
+            raise RecipeError(
+                f"train: variant.filter in {origin} must be 0 where fusion is not 'gated', got {variant.filter:g} in "
+                f"{variant.name!r}."
             )
 
 

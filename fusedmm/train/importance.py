@@ -4,7 +4,7 @@ Attention mass says where a model looks, not what it needs; hiding a modality sa
 report, and both are checked against the known importances of a simulated market.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,6 +115,17 @@ def checks_against_truth(uses: Sequence[ModalityUse]) -> list[Check]:
         text = f"noise modalities {', '.join(noise)} have {share:.1%} of the importance (at most {NOISE_LIMIT:.0%})"
         checks.append(Check(bool(share <= NOISE_LIMIT), text))
     return checks + _mass_checks(regimes)
+
+
+def check_filter(use: ModalityUse, switched_off: Mapping[str, int], runs: int) -> Check:
+    """The filter switched off the noise in every run, and nothing else in any."""
+    assert use.known is not None
+    noise = {name for name, share in zip(use.names, use.known, strict=True) if share < NOISE_SHARE}
+    passed = all(count == (runs if name in noise else 0) for name, count in switched_off.items())
+    gone = ", ".join(name for name, count in switched_off.items() if count)
+    return Check(
+        passed, f"the filter switched off {gone or 'nothing'} (truth: {', '.join(sorted(noise)) or 'nothing'})"
+    )
 
 
 def rank_correlation(measured: Float64Array, known: Float64Array) -> float:

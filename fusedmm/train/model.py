@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fusedmm.nn import FusionBlock, FusionOutput
 from fusedmm.train.config import ModelConfig
+from fusedmm.train.filter import MOMENTUM, PATIENCE
 
 GAP_FREQUENCIES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Frequencies of the time-gap encoding over log(1 + gap): from one period over 11 powers of ten to one over a factor
@@ -69,15 +70,18 @@ class GatedBlock(nn.Module):
     With one softmax a modality every mass is 1 or 0: what is returned then is the gates' share.
     """
 
-    def __init__(self, dim: int, heads: int, modalities: tuple[str, ...], config: ModelConfig) -> None:
+    def __init__(self, modalities: tuple[str, ...], config: ModelConfig, filter_below: float) -> None:
         super().__init__()
         self.fusion = FusionBlock(
-            dim,
-            heads,
+            config.dim,
+            config.heads,
             modalities,
             mlp_ratio=config.mlp_ratio,
             softmax=config.softmax,
             output_gate=config.output_gate,
+            threshold=filter_below or None,
+            patience=PATIENCE,
+            momentum=MOMENTUM,
         )
 
     def forward(self, query: Tensor, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> FusionOutput:
@@ -161,13 +165,14 @@ class Forecaster(nn.Module):
         sizes: of the data, restricted to the modalities this model may see.
         config: widths and options.
         fusion: "gated", "plain" or "concat".
+        filter_below: importance under which the gated fusion lets a modality go, see `fusedmm.train.filter`; 0: never.
     """
 
     skip_weight: Tensor
     skip_bias: Tensor
     target_scale: Tensor
 
-    def __init__(self, sizes: Sizes, config: ModelConfig, fusion: str) -> None:
+    def __init__(self, sizes: Sizes, config: ModelConfig, fusion: str, filter_below: float = 0.0) -> None:
         super().__init__()
         dim, names = config.dim, tuple(sizes.modalities)
         self.modalities, self.fusion = names, fusion
@@ -176,7 +181,7 @@ class Forecaster(nn.Module):
         )
         self.latents = nn.Parameter(0.02 * torch.randn(config.latents, dim))
         self.context = nn.Linear(sizes.num_past, dim) if sizes.num_past else None
-        self.blocks = nn.ModuleList(self._block(config, fusion) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(self._block(config, fusion, filter_below) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.latents * dim)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.latents * dim, sizes.num_targets)
@@ -192,12 +197,12 @@ class Forecaster(nn.Module):
         self.skip_bias.copy_(bias)
         self.target_scale.fill_(target_scale)
 
-    def _block(self, config: ModelConfig, fusion: str) -> nn.Module:
+    def _block(self, config: ModelConfig, fusion: str, filter_below: float) -> nn.Module:
         if fusion == "concat":
             return ConcatBlock(config.dim, self.modalities, config.mlp_ratio)
         if fusion == "plain":
             return PlainBlock(config.dim, config.heads, self.modalities, config.mlp_ratio)
-        return GatedBlock(config.dim, config.heads, self.modalities, config)
+        return GatedBlock(self.modalities, config, filter_below)
 
     def forward(
         self,

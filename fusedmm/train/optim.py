@@ -3,6 +3,7 @@ device.
 """
 
 import math
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._decay = decay
-        self.state = copy_weights(model)
+        self.state = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
     def update(self, model: nn.Module, step: int) -> None:
         """Move towards the model's weights after ``step`` steps."""
@@ -86,12 +87,13 @@ class WeightAverage:
 
 
 def copy_weights(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of this rank's shards by name."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    """A copy of this rank's shards, and of the buffers (which modalities are switched off), by name."""
+    return {name: tensor.detach().clone() for name, tensor in chain(model.named_parameters(), model.named_buffers())}
 
 
 def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Overwrite the model's weights with copied ones."""
+    """Overwrite what ``weights`` names."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+            if name in weights:
+                tensor.copy_(weights[name])

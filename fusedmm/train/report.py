@@ -21,7 +21,7 @@ from fusedmm.train.bootstrap import Interval
 from fusedmm.train.config import Recipe, VariantConfig
 from fusedmm.train.evaluate import RunResult
 from fusedmm.train.figure import draw_report
-from fusedmm.train.importance import Check, ModalityUse, checks_against_truth, modality_use
+from fusedmm.train.importance import Check, ModalityUse, check_filter, checks_against_truth, modality_use
 from fusedmm.train.linear import residual_forecasts
 from fusedmm.train.task import Task
 
@@ -37,6 +37,8 @@ class Report(NamedTuple):
     """Mean difference of each other row's losses to the headline variant's, paired; above 0 the headline is better."""
     uses: dict[str, list[ModalityUse]]
     """For each variant that attends, how it uses its modalities."""
+    switched_off: dict[str, dict[str, int]]
+    """For each variant with a filter, its modalities and in how many of the runs they were switched off."""
     checks: list[Check]
     runs: list[dict[str, Any]]
     """One entry a run: variant, seed, seconds, best step, parameters."""
@@ -60,9 +62,10 @@ def write_report(recipe: Recipe, task: Task, results: Mapping[str, Sequence[RunR
 def build_report(recipe: Recipe, task: Task, results: Mapping[str, Sequence[RunResult]]) -> Report:
     """Score all forecasts on the test rows and measure what each modality earned."""
     baselines = [*baseline_forecasts(task.dataset, task.rows), *residual_forecasts(task)]
-    names = [baseline.name for baseline in baselines]
-    reference = next(name for name in ("ridge", "logistic", *names) if name in names)
+    known = [baseline.name for baseline in baselines]
+    reference = next(name for name in ("ridge", "logistic", *known) if name in known)
     forecasts, uses, runs = baselines, {}, []
+    switched_off = {}
     for variant in recipe.variant:
         runs_of = results[variant.name]
         prediction = average(task, [run.test for run in runs_of])
@@ -72,7 +75,11 @@ def build_report(recipe: Recipe, task: Task, results: Mapping[str, Sequence[RunR
             [average(task, list(without)) for without in zip(*[run.hidden for run in runs_of], strict=True)]
         )
         mass = np.mean([run.mass for run in runs_of], axis=0)
-        uses[variant.name] = modality_use(task, tuple(task.sizes_of(variant).modalities), prediction, mass, hidden)
+        names = tuple(task.sizes_of(variant).modalities)
+        uses[variant.name] = modality_use(task, names, prediction, mass, hidden)
+        if variant.filter:
+            times = np.sum([~run.kept for run in runs_of], axis=0)
+            switched_off[variant.name] = dict(zip(names, times.tolist(), strict=True))
         for seed, run in zip(recipe.train.seeds, runs_of, strict=True):
             facts = {"seconds": float(run.seconds), "best_step": int(run.best_step), "parameters": int(run.parameters)}
             runs.append({"variant": variant.name, "seed": seed, **facts})
@@ -80,7 +87,8 @@ def build_report(recipe: Recipe, task: Task, results: Mapping[str, Sequence[RunR
     scores = score_forecasts(task.dataset, task.rows, forecasts, reference, **bootstrap)
     headline = score_forecasts(task.dataset, task.rows, forecasts, headline_variant(recipe).name, **bootstrap)
     margins = {score.name: score.paired for score in headline if score.paired is not None}
-    return Report(reference, scores, margins, uses, _checks(recipe, scores, uses), runs)
+    checks = _checks(recipe, scores, uses, switched_off)
+    return Report(reference, scores, margins, uses, switched_off, checks, runs)
 
 
 def average(task: Task, predictions: Sequence[Float32Array]) -> npt.NDArray[np.floating[Any]]:
@@ -102,7 +110,12 @@ def headline_variant(recipe: Recipe) -> VariantConfig:
     return (gated or list(recipe.variant))[-1]
 
 
-def _checks(recipe: Recipe, scores: Sequence[Score], uses: Mapping[str, list[ModalityUse]]) -> list[Check]:
+def _checks(
+    recipe: Recipe,
+    scores: Sequence[Score],
+    uses: Mapping[str, list[ModalityUse]],
+    switched_off: Mapping[str, Mapping[str, int]],
+) -> list[Check]:
     name = headline_variant(recipe).name
     checks = checks_against_truth(uses[name])
     if not checks:
@@ -111,6 +124,8 @@ def _checks(recipe: Recipe, scores: Sequence[Score], uses: Mapping[str, list[Mod
     if paired is not None:
         text = f"{name} is better than the simple baseline: mean difference of losses {paired} (below 0)"
         checks.insert(0, Check(paired.high < 0, text))
+    if name in switched_off:
+        checks.append(check_filter(uses[name][0], switched_off[name], len(recipe.train.seeds)))
     return checks
 
 
@@ -138,6 +153,11 @@ def to_markdown(recipe: Recipe, task: Task, report: Report) -> str:
         "",
     ]
     lines += [_use_table(report.uses[name]), ""]
+    for variant, times in report.switched_off.items():
+        gone = ", ".join(
+            f"{modality} ({count} of {len(recipe.train.seeds)} runs)" for modality, count in times.items() if count
+        )
+        lines += [f"Switched off by the filter of `{variant}`: {gone or 'nothing'}.", ""]
     if report.checks:
         lines += ["Checks against the truth of the simulation:", "", "```", *map(str, report.checks), "```", ""]
     seconds = sum(run["seconds"] for run in report.runs)
@@ -180,6 +200,7 @@ def to_json(report: Report) -> dict[str, Any]:
             ]
             for variant, uses in report.uses.items()
         },
+        "switched_off": report.switched_off,
         "checks": [check._asdict() for check in report.checks],
         "runs": report.runs,
     }

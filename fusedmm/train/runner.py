@@ -86,6 +86,7 @@ def _run_once(
             test.prediction.numpy(),
             test.mass.numpy(),
             np.stack([prediction.numpy() for prediction in hidden]),
+            np.array([name in trainer.kept for name in trainer.names]),
             time.monotonic() - began,
             int(trainer.progress["best_step"]),
             parameters,

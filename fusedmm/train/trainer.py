@@ -18,6 +18,7 @@ from fusedmm.train.batches import Batch, BatchSampler, collate
 from fusedmm.train.checkpoint import Checkpoints
 from fusedmm.train.config import Recipe, VariantConfig
 from fusedmm.train.evaluate import Predictions, batch_loss, forecast, predict
+from fusedmm.train.filter import START, active_modalities, modality_importance, update_gates
 from fusedmm.train.logs import RunLog
 from fusedmm.train.model import Forecaster
 from fusedmm.train.optim import SpikeGuard, WeightAverage, build_optimizer, copy_weights, learning_rate, put_weights
@@ -149,34 +150,52 @@ class Trainer:
             )
 
     def look_at_dev(self, log: RunLog) -> None:
-        """Loss on dev with the averaged weights; the best ones are kept."""
+        """Loss on dev with the averaged weights; the best ones are kept, and the filter learns what they need."""
         weights = copy_weights(self.model)
         put_weights(self.model, self.average.state)
         found = predict(self.model, self.task.dev, self.world)
-        dev = float(batch_loss(found.prediction, self.task.targets(self.task.dev), self.task).mean())
+        losses = self.dev_losses(found)
+        dev = float(losses.mean())
         if dev < self.progress["best_loss"]:
             self.best = copy_weights(self.model)
             self.progress.update(best_loss=dev, best_step=self.progress["step"], stale=0)
         else:
             self.progress["stale"] += 1
+        values = {"dev_loss": dev} | self.named("mass", found.mass.mean(dim=0))
+        importance = None
+        if self.variant.filter and START * self.config.steps < self.progress["step"] < self.config.steps:
+            hidden = {name: self.dev_losses(self.predict("dev", hidden=name)) for name in self.kept}
+            importance = modality_importance(losses, hidden, self.names)
+            values |= self.named("importance", importance)
         put_weights(self.model, weights)
-        shares = found.mass.mean(dim=0).tolist()
-        log.write(
-            int(self.progress["step"]),
-            {"dev_loss": dev} | {f"mass_{name}": share for name, share in zip(self.names, shares, strict=True)},
-        )
+        if importance is not None and update_gates(self.model, importance, self.names):
+            self.progress.update(best_loss=float("inf"), stale=0)
+        log.write(int(self.progress["step"]), values)
+
+    def dev_losses(self, found: Predictions) -> Tensor:
+        """Loss of each row of dev, [n]."""
+        return batch_loss(found.prediction, self.task.targets(self.task.dev), self.task)
+
+    def named(self, what: str, values: Tensor) -> dict[str, float]:
+        """[M] values for the log."""
+        return {f"{what}_{name}": value for name, value in zip(self.names, values.tolist(), strict=True)}
 
     @property
     def names(self) -> tuple[str, ...]:
         """The modalities this model sees."""
         return tuple(self.task.sizes_of(self.variant).modalities)
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Those that the filter has not switched off."""
+        return active_modalities(self.model, self.names)
+
     def finished(self) -> bool:
         """Whether dev has not improved for as long as the recipe waits."""
         return bool(self.config.patience and self.progress["stale"] >= self.config.patience)
 
     def predict(self, split: str, hidden: str | None = None) -> Predictions:
-        """Predictions of the best weights on "dev" or "test", with one modality hidden where asked."""
+        """Predictions of the weights in place on "dev" or "test", with one modality hidden where asked."""
         return predict(self.model, self.task.split(split), self.world, hidden)
 
     def save(self, step: int) -> None:
@@ -213,7 +232,7 @@ def build_model(recipe: Recipe, variant: VariantConfig, seed: int, task: Task, w
     ranks.
     """
     torch.manual_seed(seed)
-    model = Forecaster(task.sizes_of(variant), recipe.model, variant.fusion)
+    model = Forecaster(task.sizes_of(variant), recipe.model, variant.fusion, variant.filter)
     weight, bias = task.skip(recipe.model.skip)
     model.set_skip(weight, bias, task.target_scale)
     precision = recipe.train.precision
