@@ -105,6 +105,21 @@ def visible_range(start, stop, low, high, mask_q):
 
 
 @triton.jit
+def take_split(start, stop, full_start, full_stop, index, BLOCK_K: tl.constexpr):
+    """This program's part of ``start : stop`` among those along the grid's second dimension, and what every row sees of
+    it.
+
+    Cut between tiles, and turned by the segment's ``index``, so that short segments do not all fall to one split.
+    """
+    splits = tl.num_programs(1)
+    part = (tl.program_id(1) + index) % splits
+    tiles = (stop - start + BLOCK_K - 1) // BLOCK_K
+    split_start = start + tiles * part // splits * BLOCK_K
+    split_stop = tl.minimum(start + tiles * (part + 1) // splits * BLOCK_K, stop)
+    return split_start, split_stop, tl.maximum(full_start, split_start), tl.minimum(full_stop, split_stop)
+
+
+@triton.jit
 def keep_mask(seed, dropout_p, query, head, key):
     """True where a probability survives dropout: Philox 4x32-10 at counters (key, query, head, 0), broadcast."""
     word, _, _, _ = tl.philox(seed, key.to(tl.uint32), query.to(tl.uint32), head.to(tl.uint32), 0)

@@ -7,6 +7,7 @@ without a GPU.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -66,6 +67,13 @@ class KernelSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """SMs of a GPU (compute units of AMD's); 1 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
 def device_arch(device: torch.device) -> str:
     """Name of the tuning table for a device; on a machine without a GPU (the interpreter) the Hopper one."""
     if device.type != "cuda":

@@ -30,7 +30,6 @@ def schedule(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
             pytest.skip("needs a Hopper GPU, or none")
         return
     seeds = iter(range(1000))
-    monkeypatch.setattr(passes, "multiprocessors", lambda device: 2)
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 2)
     monkeypatch.setattr(passes.Launch, "run", lambda self: simulate(self, next(seeds)).write_back())
 

@@ -8,7 +8,8 @@
 The formulas stand in the modules of the passes. Recomputing scores in both costs 14 Hq D (visible pairs) FLOPs (18
 with delta) against the forward's 4, and in exchange nothing is summed by two programs: gradients are bitwise
 reproducible. Besides the gradients it allocates 16 Hq M bytes a padded query row and, with an output gate, one tensor
-of the output's size.
+of the output's size; where few queries meet many keys (`config.key_splits`) the query pass also leaves a float32 sum
+a split.
 """
 
 import torch
@@ -28,9 +29,10 @@ from fusedmm.kernels.attention.config import (
     _attention_backward_key_value_config,
     _attention_backward_query_config,
     _attention_backward_rows_config,
+    key_splits,
 )
 from fusedmm.kernels.indexing import TILE
-from fusedmm.kernels.launch import device_arch
+from fusedmm.kernels.launch import device_arch, multiprocessors
 
 
 def attention_backward(
@@ -92,7 +94,7 @@ def attention_backward(
         Gradients of query, key, value, log_prior, gate (both [total_q, Hq, M] float32 or None) and output_gate (None
         without one).
     """
-    _, num_heads, head_dim = query.shape
+    total_q, num_heads, head_dim = query.shape
     num_key_heads = key.shape[1]
     batch = cu_seqlens_q.numel() - 1
     num_modalities = mass.shape[-1]
@@ -166,21 +168,30 @@ def attention_backward(
         "HEAD_DIM": head_dim,
         "PRECISION": input_precision(query.dtype),
     }
-    query_config = _attention_backward_query_config(head_dim, query.dtype, arch)
-    query_grid = (padded_rows // query_config.blocks["BLOCK_Q"] * num_heads,)
+    query_config = _attention_backward_query_config(head_dim, query.dtype, arch, total_q // max(batch, 1))
+    block_q = query_config.blocks["BLOCK_Q"]
+    splits = key_splits(total_q, key.shape[0], batch, num_heads, block_q, multiprocessors(query.device))
     for delta_only in (True, False) if softmax == "per_modality" else (False,):
-        _attention_backward_query_kernel[query_grid](
+        sums = (row_terms[1],) if delta_only else (grad_query, grad_log_prior, grad_gate)
+        parts = sums if splits == 1 else tuple(x if x is None else mass.new_zeros((splits, *x.shape)) for x in sums)
+        _attention_backward_query_kernel[(padded_rows // block_q * num_heads, splits)](
             **shared,
-            grad_query_ptr=grad_query,
-            grad_log_prior_ptr=grad_log_prior,
-            grad_gate_ptr=grad_gate,
+            grad_query_ptr=None if delta_only else parts[0],
+            grad_log_prior_ptr=None if delta_only else parts[1],
+            grad_gate_ptr=None if delta_only else parts[2],
             mass_ptr=mass,
+            shift_ptr=parts[0] if delta_only else None,
             query_tiles_ptr=query_tiles,
             num_heads=num_heads,
+            split_rows=None if splits == 1 else total_q * num_heads,
             IS_PARTIALS=softmax == "partials",
             DELTA_ONLY=delta_only,
             **query_config.launch_options(),
         )
+        if splits > 1:
+            for total, part in zip(sums, parts, strict=True):
+                if total is not None and part is not None:
+                    total.copy_(part.sum(0))
     mean_segment = key.shape[0] // max(batch * num_modalities, 1)
     key_value_config = _attention_backward_key_value_config(head_dim, query.dtype, arch, mean_segment)
     _attention_backward_key_value_kernel[

@@ -8,7 +8,8 @@ with offset, shift and slope from `backward_rows`; dropout multiplies R by keep 
 
 A program owns BLOCK_Q queries of one sample and one head and walks the segments in the same pieces as the forward.
 DELTA_ONLY is the pass before all others that the per-modality softmax needs: it takes only dgate, two of the three
-products, and writes shift = -slope dgate into ``row_terms``.
+products, and writes shift = -slope dgate into ``row_terms``. As in the forward, the grid's second dimension shares out
+the keys where few queries meet many; every result is a sum over keys, so the launcher adds the splits up, in order.
 
 Cost: 6 Hq D (visible pairs) FLOPs, 4 with DELTA_ONLY. p, R and dz in float32, dz rounded once to key's dtype for its
 product; sums in float32. Bitwise reproducible.
@@ -25,6 +26,7 @@ from fusedmm.kernels.indexing import (
     load_work,
     split_range,
     store_rows,
+    take_split,
     visible_range,
 )
 from fusedmm.kernels.softmax import LOG2_E
@@ -110,6 +112,7 @@ def _attention_backward_query_kernel(
     grad_gate_ptr,
     mass_ptr,
     row_terms_ptr,
+    shift_ptr,
     query_tiles_ptr,
     cu_seqlens_q_ptr,
     key_ranges_ptr,
@@ -133,6 +136,7 @@ def _attention_backward_query_kernel(
     group_size,
     num_modalities,
     padded_rows,
+    split_rows,
     HEAD_DIM: tl.constexpr,
     IS_PARTIALS: tl.constexpr,
     DELTA_ONLY: tl.constexpr,
@@ -150,12 +154,22 @@ def _attention_backward_query_kernel(
     mask_q = offs_q < query_stop
     offs_row = offs_q.to(tl.int64) * num_heads + head
     plane = num_modalities * tl.cast(padded_rows, tl.int64) * num_heads
-    terms_ptrs = (
-        row_terms_ptr
-        + head * num_modalities * padded_rows
-        + padded_row(cu_seqlens_q_ptr, sample, first_query)
-        + tl.arange(0, BLOCK_Q)
+    offs_term = (
+        head * num_modalities * padded_rows + padded_row(cu_seqlens_q_ptr, sample, first_query) + tl.arange(0, BLOCK_Q)
     )
+    terms_ptrs = row_terms_ptr + offs_term
+    mask_mass = mask_q
+    if split_rows is not None:  # a split's sums stand apart; the first counts the mass
+        split = tl.program_id(1).to(tl.int64)
+        mask_mass = mask_q & (split == 0)
+        if not DELTA_ONLY:
+            grad_query_ptr += split * split_rows * HEAD_DIM
+        if grad_gate_ptr is not None:
+            grad_gate_ptr += split * split_rows * num_modalities
+        if grad_log_prior_ptr is not None:
+            grad_log_prior_ptr += split * split_rows * num_modalities
+        if DELTA_ONLY:
+            shift_ptr += split * plane
     # [BLOCK_Q, BLOCK_D]
     query = load_rows(
         query_ptr + head * query_stride_h, query_stride_q, first_query, query_stop, BLOCK_Q, HEAD_DIM, BLOCK_D, True
@@ -189,6 +203,8 @@ def _attention_backward_query_kernel(
         shift = tl.load(modality_ptrs + plane)
         slope = tl.load(modality_ptrs + 2 * plane)
         stop = tl.where(tl.max(offset, 0) > -float("inf"), stop, start)
+        if split_rows is not None:
+            start, stop, full_start, full_stop = take_split(start, stop, full_start, full_stop, index, BLOCK_K)
         if IS_PARTIALS:
             grad_output_m_ptr = grad_output_ptr + modality * grad_output_stride_m
             grad_output = load_rows(
@@ -233,13 +249,13 @@ def _attention_backward_query_kernel(
                         PRECISION=PRECISION,
                     )
         if DELTA_ONLY:
-            tl.store(modality_ptrs + plane, -slope * grad_gate)
+            tl.store(shift_ptr + offs_term + modality * padded_rows, -slope * grad_gate)
         else:
             offs_m = offs_row * num_modalities + modality
             if grad_gate_ptr is not None:
                 tl.store(grad_gate_ptr + offs_m, grad_gate, mask=mask_q)
             if grad_log_prior_ptr is not None:
-                mass = tl.load(mass_ptr + offs_m, mask=mask_q, other=0.0)
+                mass = tl.load(mass_ptr + offs_m, mask=mask_mass, other=0.0)
                 tl.store(grad_log_prior_ptr + offs_m, slope * grad_gate + shift * mass, mask=mask_q)
     if not DELTA_ONLY:
         store_rows(

@@ -28,6 +28,20 @@ _TABLE = {
         "sm_100": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
         "gfx942": {64: (128, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)},
     },
+    # For few queries: 64 rows, a warp group's. With fewer, products read key tiles through shared memory once a warp,
+    # which costs sm_90 what the rows save.
+    ("forward few", 2): {
+        "sm_80": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
+        "sm_90": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
+        "sm_100": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 4, 2)},
+        "gfx942": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (64, 16, 4, 1)},
+    },
+    ("query few", 2): {
+        "sm_80": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 2)},
+        "sm_90": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+        "sm_100": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
+        "gfx942": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)},
+    },
     # Full float32 products run on the vector units from registers: small tiles.
     ("forward", 4): {
         "sm_80": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2)},
@@ -53,6 +67,9 @@ _TABLE = {
 _CARRY_SCORES = {("sm_90", 64), ("sm_90", 128)}
 BLOCK_TAIL = 32  # keys of the tile that finishes a segment: a segment of 5 keys costs 32 columns, not BLOCK_K
 BLOCK_ROWS = 32  # queries of a program of the backward's first pass, which only streams
+FEW_QUERIES = 64  # queries of the average sample up to which tiles have so many rows
+MAX_SPLITS = 64  # parts of the keys at most: all of a row's are one tile of the kernel that combines them
+SPLIT_KEYS = 256  # keys of a split at least
 SHORT_SEGMENT = 32  # keys of the average segment up to which a key tile of that size serves the backward better
 
 
@@ -61,16 +78,18 @@ def head_block(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def _attention_forward_config(head_dim: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    """Tiles of the forward."""
+def _attention_forward_config(head_dim: int, dtype: torch.dtype, arch: str, mean_queries: int) -> LaunchConfig:
+    """Tiles of the forward, where a sample has ``mean_queries`` queries on average."""
     block_d = head_block(head_dim)
-    block_q, block_k, num_warps, num_stages = _TABLE["forward", dtype.itemsize][arch][max(64, block_d)]
+    is_few = mean_queries <= FEW_QUERIES and dtype.itemsize == 2  # float32's tiles have no more rows in any case
+    table = _TABLE["forward few" if is_few else "forward", dtype.itemsize]
+    block_q, block_k, num_warps, num_stages = table[arch][max(64, block_d)]
     blocks = {
         "BLOCK_Q": block_q,
         "BLOCK_K": block_k,
         "BLOCK_TAIL": min(BLOCK_TAIL, block_k),
         "BLOCK_D": block_d,
-        "CARRY_SCORES": dtype.itemsize == 2 and (arch, max(64, block_d)) in _CARRY_SCORES,
+        "CARRY_SCORES": dtype.itemsize == 2 and not is_few and (arch, max(64, block_d)) in _CARRY_SCORES,
     }
     return LaunchConfig(blocks=blocks, num_warps=num_warps, num_stages=num_stages)
 
@@ -88,12 +107,47 @@ def _attention_backward_key_value_config(
     return LaunchConfig(blocks=blocks, num_warps=num_warps, num_stages=num_stages)
 
 
-def _attention_backward_query_config(head_dim: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    """Tiles of the backward for queries, gates and priors."""
+def _attention_backward_query_config(head_dim: int, dtype: torch.dtype, arch: str, mean_queries: int) -> LaunchConfig:
+    """Tiles of the backward for queries, gates and priors, where a sample has ``mean_queries`` on average."""
     block_d = head_block(head_dim)
-    block_q, block_k, num_warps, num_stages = _TABLE["query", dtype.itemsize][arch][max(64, block_d)]
+    is_few = mean_queries <= FEW_QUERIES and dtype.itemsize == 2
+    table = _TABLE["query few" if is_few else "query", dtype.itemsize]
+    block_q, block_k, num_warps, num_stages = table[arch][max(64, block_d)]
     blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_TAIL": min(BLOCK_TAIL, block_k), "BLOCK_D": block_d}
     return LaunchConfig(blocks=blocks, num_warps=num_warps, num_stages=num_stages)
+
+
+def key_splits(
+    total_q: int, total_k: int, batch: int, num_heads: int, block_q: int, processors: int, *, results: int = 1
+) -> int:
+    """Parts into which a pass over query tiles shares out the keys; 1 unless few queries meet many keys.
+
+    From shapes alone, so nothing waits for the GPU. Programs are split where they would fill less than half the chip,
+    into two a multiprocessor at most. What a split leaves, ``8 D`` bytes a query, head and result written and read, is
+    at most a quarter of the keys and values of 16 bit it reads, ``4 D`` bytes a key: the buffer of all splits, which
+    lives as long as the launch, has at most ``total_k num_heads D / 2`` bytes and ``2 processors block_q results D``
+    float32.
+
+    Args:
+        total_q: queries of the batch.
+        total_k: keys of the batch.
+        batch: samples.
+        num_heads: query heads.
+        block_q: queries of a program.
+        processors: multiprocessors of the GPU.
+        results: rows of D that a split leaves of a query and head: modalities, where each has its own.
+    """
+    programs = max(batch, -(-total_q // block_q)) * num_heads
+    if total_q == 0 or 2 * programs > processors:
+        return 1
+    least_keys = max(SPLIT_KEYS, 8 * -(-total_q // batch) * results)
+    return max(1, min(2 * processors // programs, total_k // batch // least_keys, MAX_SPLITS))
+
+
+def _attention_combine_config(head_dim: int) -> LaunchConfig:
+    """Tiles of the kernel that combines splits, the same everywhere: it is bound by memory."""
+    blocks = {"BLOCK_S": MAX_SPLITS, "BLOCK_M": 32, "BLOCK_D": head_block(head_dim)}
+    return LaunchConfig(blocks=blocks, num_warps=8 if head_dim > 128 else 4, num_stages=1)
 
 
 def _attention_backward_rows_config(head_dim: int) -> LaunchConfig:

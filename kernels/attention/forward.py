@@ -17,6 +17,10 @@ multiplication an element, mass and lse nothing inside the loop. Whole tiles run
 segment runs in narrow tiles, so that short segments do not pay for wide ones. Segments that are inactive, invisible
 to all rows of the tile, or hidden by a prior of -inf in all of them are not read.
 
+Where few queries meet many keys (`config.key_splits`), the grid's second dimension shares out the keys: each split does
+the same over its part of every segment and leaves a float32 result, and `combine` puts them together. Joint or partial
+results merge exactly; the per-modality softmax leaves partials, whose gates come last.
+
 Cost: 4 Hq D (visible query-key pairs) FLOPs; reads query, key and value once from memory if the cache holds a
 sample's keys, writes the output once: a floor of (2 total_q Hq + 2 total_k Hkv) D elements, and 8 total_q Hq M bytes
 of mass and lse.
@@ -40,7 +44,8 @@ from fusedmm.kernels.attention.arguments import (
     strides_of,
     unit_last_stride,
 )
-from fusedmm.kernels.attention.config import _attention_forward_config
+from fusedmm.kernels.attention.combine import combine_splits
+from fusedmm.kernels.attention.config import _attention_forward_config, key_splits
 from fusedmm.kernels.attention.forward_keys import attend_keys
 from fusedmm.kernels.indexing import (
     TILE,
@@ -49,9 +54,10 @@ from fusedmm.kernels.indexing import (
     load_work,
     split_range,
     store_rows,
+    take_split,
     visible_range,
 )
-from fusedmm.kernels.launch import device_arch
+from fusedmm.kernels.launch import device_arch, multiprocessors
 from fusedmm.kernels.softmax import LOG2_E, finite_shift, natural_lse
 
 
@@ -93,6 +99,7 @@ def _attention_forward_kernel(
     num_heads,
     group_size,
     num_modalities,
+    split_rows,
     HEAD_DIM: tl.constexpr,
     SOFTMAX: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -106,6 +113,11 @@ def _attention_forward_kernel(
     query_stop = tl.load(cu_seqlens_q_ptr + sample + 1)
     if first_query >= query_stop:
         return
+    if split_rows is not None:
+        split_row = tl.program_id(1).to(tl.int64) * split_rows
+        output_ptr += split_row * (num_modalities * HEAD_DIM if SOFTMAX == "partials" else HEAD_DIM)
+        mass_ptr += split_row * num_modalities
+        lse_ptr += split_row * num_modalities
     offs_q = first_query + tl.arange(0, BLOCK_Q)
     mask_q = offs_q < query_stop
     offs_row = offs_q.to(tl.int64) * num_heads + head
@@ -149,6 +161,8 @@ def _attention_forward_kernel(
             )
             prior = tl.load(prior_ptrs, mask=mask_q, other=-float("inf")) * LOG2_E
             stop = tl.where(tl.max(prior, 0) > -float("inf"), stop, start)
+        if split_rows is not None:
+            start, stop, full_start, full_stop = take_split(start, stop, full_start, full_stop, index, BLOCK_K)
         segment_max = running_max
         segment_sum = tl.zeros([BLOCK_Q], tl.float32)
         if SOFTMAX == "joint":
@@ -308,34 +322,56 @@ def attention_forward(
         float32.
     """
     total_q, num_heads, head_dim = query.shape
-    num_modalities = (cu_seqlens_k.numel() - 1) // max(cu_seqlens_q.numel() - 1, 1)
+    batch = cu_seqlens_q.numel() - 1
+    num_modalities = (cu_seqlens_k.numel() - 1) // max(batch, 1)
     # The kernel takes the maximum of the scores before it scales them: a negative scale, or 0, goes into the query.
     if scale <= 0.0:
         query, scale = (query * 0.0, 1.0) if scale == 0.0 else (-query, -scale)
     query, key, value = (unit_last_stride(x) for x in (query, key, value))
     output_gate = None if output_gate is None else unit_last_stride(output_gate)
-    key_ranges = find_key_ranges(cu_seqlens_k, active, cu_seqlens_q.numel() - 1, num_heads, num_modalities)
+    key_ranges = find_key_ranges(cu_seqlens_k, active, batch, num_heads, num_modalities)
     output_shape = (
         (total_q, num_heads, num_modalities, head_dim) if softmax == "partials" else (total_q, num_heads, head_dim)
     )
     output = query.new_empty(output_shape)
     mass = query.new_empty((total_q, num_heads, num_modalities), dtype=torch.float32)
     lse = torch.empty_like(mass)
-    config = _attention_forward_config(head_dim, query.dtype, device_arch(query.device))
-    grid = (query_tiles.shape[0] * (TILE.value // config.blocks["BLOCK_Q"]) * num_heads,)
+    config = _attention_forward_config(head_dim, query.dtype, device_arch(query.device), total_q // max(batch, 1))
+    splits = key_splits(
+        total_q,
+        key.shape[0],
+        batch,
+        num_heads,
+        config.blocks["BLOCK_Q"],
+        multiprocessors(query.device),
+        results=1 if softmax == "joint" else num_modalities,
+    )
+    parts, kernel_softmax, kernel_gate, kernel_output_gate = (output, mass, lse), softmax, gate, output_gate
+    if splits > 1:
+        # Modalities that have a softmax each stay apart until all their keys are counted, and gates wait as long.
+        kernel_output_gate = None
+        if softmax == "per_modality":
+            kernel_softmax, kernel_gate = "partials", None
+            output_shape = (total_q, num_heads, num_modalities, head_dim)
+        parts = (
+            mass.new_empty((splits, *output_shape)),
+            mass.new_empty((splits, *mass.shape)),
+            mass.new_empty((splits, *mass.shape)),
+        )
+    grid = (query_tiles.shape[0] * (TILE.value // config.blocks["BLOCK_Q"]) * num_heads, splits)
     _attention_forward_kernel[grid](
         query_ptr=query,
         key_ptr=key,
         value_ptr=value,
-        output_ptr=output,
-        mass_ptr=mass,
-        lse_ptr=lse,
+        output_ptr=parts[0],
+        mass_ptr=parts[1],
+        lse_ptr=parts[2],
         query_tiles_ptr=query_tiles,
         cu_seqlens_q_ptr=cu_seqlens_q,
         key_ranges_ptr=key_ranges,
         log_prior_ptr=log_prior,
-        gate_ptr=gate,
-        output_gate_ptr=output_gate,
+        gate_ptr=kernel_gate,
+        output_gate_ptr=kernel_output_gate,
         visible_ptr=visible,
         seed_ptr=seed,
         scale=scale,
@@ -345,14 +381,17 @@ def attention_forward(
         **strides_of(value, "value", "kh"),
         **strides_of(key_ranges, "key_ranges", "bhm"),
         **strides_of(log_prior, "log_prior", "qhm"),
-        **strides_of(gate, "gate", "qhm"),
-        **strides_of(output_gate, "output_gate", "qh"),
+        **strides_of(kernel_gate, "gate", "qhm"),
+        **strides_of(kernel_output_gate, "output_gate", "qh"),
         num_heads=num_heads,
         group_size=num_heads // key.shape[1],
         num_modalities=num_modalities,
+        split_rows=total_q * num_heads if splits > 1 else None,
         HEAD_DIM=head_dim,
-        SOFTMAX=softmax,
+        SOFTMAX=kernel_softmax,
         PRECISION=input_precision(query.dtype),
         **config.launch_options(),
     )
+    if splits > 1:
+        combine_splits(parts[0], parts[2], output, mass, lse, gate=gate, output_gate=output_gate, softmax=softmax)
     return output, mass, lse

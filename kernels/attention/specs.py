@@ -14,10 +14,12 @@ import torch
 from fusedmm.kernels.attention.backward_key_value import _attention_backward_key_value_kernel
 from fusedmm.kernels.attention.backward_query import _attention_backward_query_kernel
 from fusedmm.kernels.attention.backward_rows import _attention_backward_rows_kernel
+from fusedmm.kernels.attention.combine import _attention_combine_kernel
 from fusedmm.kernels.attention.config import (
     _attention_backward_key_value_config,
     _attention_backward_query_config,
     _attention_backward_rows_config,
+    _attention_combine_config,
     _attention_forward_config,
 )
 from fusedmm.kernels.attention.forward import _attention_forward_kernel
@@ -40,11 +42,22 @@ VARIANTS = {
     "timed": ("log_prior_ptr", "gate_ptr", "visible_ptr"),
     "dropout": ("seed_ptr",),
 }
-OPTIONAL = frozenset(name for names in VARIANTS.values() for name in names)
+# The same where few queries meet few keys, and many.
+FEW_VARIANTS = {
+    "few,gated": VARIANTS["gated"],
+    "few,timed": VARIANTS["timed"],
+    "split": ("log_prior_ptr", "gate_ptr", "visible_ptr", "split_rows"),
+}
+FEW, MANY = 16, 4096  # queries of a sample
+OPTIONAL = frozenset(name for names in (*VARIANTS.values(), *FEW_VARIANTS.values()) for name in names) | {"shift_ptr"}
 FLOAT32 = frozenset(
     f"{name}_ptr"
-    for name in ("log_prior", "gate", "mass", "lse", "row_terms", "grad_statistic", "grad_log_prior", "grad_gate")
+    for name in (
+        *("log_prior", "gate", "mass", "lse", "row_terms", "shift"),
+        *("grad_statistic", "grad_log_prior", "grad_gate", "split_output", "split_lse"),
+    )
 )
+SPLIT_SUMS = ("output_ptr", "grad_query_ptr")  # float32 where the keys are split
 INT32 = frozenset(
     f"{name}_ptr" for name in ("query_tiles", "key_tiles", "cu_seqlens_q", "cu_seqlens_k", "key_ranges", "visible")
 )
@@ -82,6 +95,8 @@ def _spec(
     values |= {argument: None for argument in parameters if argument in OPTIONAL and argument not in present}
     fixed = {*values, *config.blocks}
     signature = {argument: _argument_type(argument, DTYPES[dtype]) for argument in parameters if argument not in fixed}
+    if "split_rows" in present and kernel is not _attention_combine_kernel:
+        signature |= {argument: "*fp32" for argument in SPLIT_SUMS if argument in signature}
     aligned = constexprs["HEAD_DIM"] % 16 == 0
     return KernelSpec(
         name=name,
@@ -101,8 +116,9 @@ def _main_loop_flops(kernel: Any, config: LaunchConfig, constexprs: dict[str, An
         _attention_backward_key_value_kernel: 4,
         _attention_backward_query_kernel: 2 if constexprs.get("DELTA_ONLY") else 3,
         _attention_backward_rows_kernel: 0,
+        _attention_combine_kernel: 0,
     }[kernel]
-    return products * 2 * config.blocks["BLOCK_Q"] * config.blocks.get("BLOCK_K", 0) * config.blocks["BLOCK_D"]
+    return products * 2 * config.blocks.get("BLOCK_Q", 0) * config.blocks.get("BLOCK_K", 0) * config.blocks["BLOCK_D"]
 
 
 def kernel_specs(arch: str) -> Iterator[KernelSpec]:
@@ -113,6 +129,8 @@ def kernel_specs(arch: str) -> Iterator[KernelSpec]:
                 if variant in ("plain", "gated") or dtype == torch.bfloat16:
                     yield from _joint_specs(arch, dtype, head_dim, variant, present)
             yield from _other_softmax_specs(arch, dtype, head_dim)
+            if dtype == torch.bfloat16:
+                yield from _few_query_specs(arch, dtype, head_dim)
 
 
 def _joint_specs(
@@ -120,7 +138,7 @@ def _joint_specs(
 ) -> Iterator[KernelSpec]:
     label = f"[joint,{variant},d{head_dim},{DTYPES[dtype]}]"
     common: dict[str, Any] = {"dtype": dtype, "arch": arch, "present": present, "HEAD_DIM": head_dim}
-    forward = _attention_forward_config(head_dim, dtype, arch)
+    forward = _attention_forward_config(head_dim, dtype, arch, MANY)
     yield _spec(_attention_forward_kernel, f"attention_forward{label}", forward, SOFTMAX="joint", **common)
     for length, mean_segment in SEGMENTS.items():
         if length == "long" or variant == "gated":
@@ -131,19 +149,45 @@ def _joint_specs(
         rows = _attention_backward_rows_config(head_dim)
         yield _spec(_attention_backward_rows_kernel, f"attention_backward_rows{label}", rows, SOFTMAX="joint", **common)
     if variant != "gated":  # the gate is in row_terms: the same code as plain
-        query = _attention_backward_query_config(head_dim, dtype, arch)
+        query = _attention_backward_query_config(head_dim, dtype, arch, MANY)
         flags: dict[str, Any] = {"DELTA_ONLY": False, "IS_PARTIALS": False}
         yield _spec(_attention_backward_query_kernel, f"attention_backward_query{label}", query, **flags, **common)
 
 
 def _other_softmax_specs(arch: str, dtype: torch.dtype, head_dim: int) -> Iterator[KernelSpec]:
-    common: dict[str, Any] = {"dtype": dtype, "arch": arch, "present": (), "HEAD_DIM": head_dim}
-    forward = _attention_forward_config(head_dim, dtype, arch)
+    common: dict[str, Any] = {"dtype": dtype, "arch": arch, "present": ("shift_ptr",), "HEAD_DIM": head_dim}
+    forward = _attention_forward_config(head_dim, dtype, arch, MANY)
     rows = _attention_backward_rows_config(head_dim)
-    query = _attention_backward_query_config(head_dim, dtype, arch)
+    query = _attention_backward_query_config(head_dim, dtype, arch, MANY)
     for softmax in ("per_modality", "partials"):
         label = f"[{softmax},plain,d{head_dim},{DTYPES[dtype]}]"
         yield _spec(_attention_forward_kernel, f"attention_forward{label}", forward, SOFTMAX=softmax, **common)
         yield _spec(_attention_backward_rows_kernel, f"attention_backward_rows{label}", rows, SOFTMAX=softmax, **common)
         flags: dict[str, Any] = {"DELTA_ONLY": softmax == "per_modality", "IS_PARTIALS": softmax == "partials"}
         yield _spec(_attention_backward_query_kernel, f"attention_backward_query{label}", query, **flags, **common)
+
+
+def _few_query_specs(arch: str, dtype: torch.dtype, head_dim: int) -> Iterator[KernelSpec]:
+    """Tiles for few queries, and passes whose keys are split."""
+    forward = _attention_forward_config(head_dim, dtype, arch, FEW)
+    query = _attention_backward_query_config(head_dim, dtype, arch, FEW)
+    size = f"d{head_dim},{DTYPES[dtype]}"
+    common: dict[str, Any] = {"dtype": dtype, "arch": arch, "HEAD_DIM": head_dim}
+    flags: dict[str, Any] = {"DELTA_ONLY": False, "IS_PARTIALS": False}
+    for variant, present in FEW_VARIANTS.items():
+        name = f"attention_forward[joint,{variant},{size}]"
+        yield _spec(_attention_forward_kernel, name, forward, SOFTMAX="joint", present=present, **common)
+        if variant != "few,gated":
+            name = f"attention_backward_query[joint,{variant},{size}]"
+            yield _spec(_attention_backward_query_kernel, name, query, present=present, **flags, **common)
+    split: dict[str, Any] = {**common, "present": ("split_rows", "shift_ptr")}
+    name = f"attention_forward[partials,split,{size}]"
+    yield _spec(_attention_forward_kernel, name, forward, SOFTMAX="partials", **split)
+    name = f"attention_backward_query[per_modality,split,{size}]"
+    yield _spec(_attention_backward_query_kernel, name, query, DELTA_ONLY=True, IS_PARTIALS=False, **split)
+    combine = _attention_combine_config(head_dim)
+    split["present"] = ("split_rows", "gate_ptr", "output_gate_ptr")
+    for softmax in ("joint", "per_modality", "partials"):
+        yield _spec(
+            _attention_combine_kernel, f"attention_combine[{softmax},{size}]", combine, SOFTMAX=softmax, **split
+        )

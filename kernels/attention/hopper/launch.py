@@ -9,8 +9,9 @@ from torch import Tensor
 from fusedmm.kernels.attention.arguments import SoftmaxKind, find_key_ranges, strides_of, unit_last_stride
 from fusedmm.kernels.attention.backward_rows import _attention_backward_rows_kernel
 from fusedmm.kernels.attention.config import _attention_backward_rows_config
-from fusedmm.kernels.attention.hopper.passes import forward_launch, key_value_launch, multiprocessors, query_launch
+from fusedmm.kernels.attention.hopper.passes import forward_launch, key_value_launch, query_launch
 from fusedmm.kernels.indexing import TILE
+from fusedmm.kernels.launch import multiprocessors
 
 
 def attention_forward(

@@ -35,11 +35,6 @@ class Launch:
         self.kernel[self.grid](**self.arguments, **self.options)
 
 
-def multiprocessors(device: torch.device) -> int:
-    """SMs of a GPU, which is how many CTAs a persistent kernel has; 1 elsewhere."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def tma_operand(x: Tensor) -> Tensor:
     """``x`` itself if TMA can read it (16-byte start and strides, last stride 1), else a contiguous copy."""
     step = 16 // x.element_size()

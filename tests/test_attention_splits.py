@@ -1,0 +1,130 @@
+"""Few queries over many keys: every pass over query tiles with its keys shared out, against float64 and the whole."""
+
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fusedmm.kernels.attention import backward as backward_module
+from fusedmm.kernels.attention import forward as forward_module
+from fusedmm.kernels.attention.config import key_splits
+from tests.test_attention_kernels import FEATURES, SOFTMAXES, complaints, draw_problem, launch, set_blocks
+
+H200 = {"processors": 132}
+
+
+def force_splits(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
+    for module in (forward_module, backward_module):
+        monkeypatch.setattr(module, "key_splits", lambda *_, **__: splits)
+
+
+@pytest.mark.parametrize("softmax", SOFTMAXES)
+@pytest.mark.parametrize("seed", range(5))
+def test_fuzzed_batches(softmax: str, seed: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty segments, hidden and switched-off ones, more splits than key tiles, more query tiles than one."""
+    draw = random.Random(2000 + seed)
+    set_blocks(monkeypatch, *draw.choice([(32, 16, 16, False), (32, 32, 16, True), (16, 32, 16, True)]))
+    force_splits(monkeypatch, draw.choice([2, 3, 7]))
+    batch, modalities = draw.randint(1, 3), draw.choice([1, 2, 3])
+    kv_heads = draw.choice([1, 2])
+    problem = draw_problem(
+        seed,
+        softmax,
+        [draw.choice([0, 1, 5, 18]) for _ in range(batch)],
+        [[draw.choice([0, 1, 5, 32, 70]) for _ in range(modalities)] for _ in range(batch)],
+        features=tuple(name for name in FEATURES if draw.random() < 0.5),
+        heads=kv_heads * draw.choice([1, 2]),
+        kv_heads=kv_heads,
+        head_dim=draw.choice([16, 17, 24, 32]),
+        dtype=draw.choice([torch.float32, torch.float16]),
+        device=device,
+    )
+    assert complaints(problem) == []
+
+
+@pytest.mark.parametrize("softmax", SOFTMAXES)
+def test_splits_agree_with_the_whole(softmax: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within float32's rounding, infinities exactly, whatever the number of splits; and bit for bit when repeated."""
+    features = ("log_prior", "gate", "output_gate", "active", "times", "dropout")
+    problem = draw_problem(4, softmax, [3, 1], [[90, 5], [0, 40]], features=features, device=device)
+    set_blocks(monkeypatch, 16, 16, 16, True)
+    force_splits(monkeypatch, 1)
+    whole = launch(problem)
+    for splits in (2, 5):
+        force_splits(monkeypatch, splits)
+        results, again = launch(problem), launch(problem)
+        for name, expected in whole.items():
+            torch.testing.assert_close(results[name], expected, rtol=1e-5, atol=1e-5, msg=name)
+            assert torch.equal(results[name], again[name]), name
+
+
+def test_short_segments_do_not_all_fall_to_one_split(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of four segments of one tile goes to another of four splits."""
+    problem = draw_problem(5, "partials", [1], [[3, 3, 3, 3]], heads=1, kv_heads=1, device=device)
+    seen = []
+
+    def look(_: torch.Tensor, split_lse: torch.Tensor, *results: torch.Tensor, **__: object) -> None:
+        seen.append(torch.isfinite(split_lse))
+
+    monkeypatch.setattr(forward_module, "combine_splits", look)
+    force_splits(monkeypatch, 4)
+    arguments = problem.arguments()
+    forward_module.attention_forward(*(problem.tensors[name] for name in ("query", "key", "value")), **arguments)
+    (finite,) = seen
+    assert finite[:, 0, 0].sum(0).tolist() == finite[:, 0, 0].sum(1).tolist() == [1, 1, 1, 1]
+
+
+def test_many_keys_are_split_on_their_own(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (forward_module, backward_module):
+        monkeypatch.setattr(module, "multiprocessors", lambda _: 132)
+    calls = []
+    combine = forward_module.combine_splits
+
+    def count(split_output: torch.Tensor, *arguments: object, **others: object) -> None:
+        calls.append(split_output.shape[0])
+        combine(split_output, *arguments, **others)
+
+    monkeypatch.setattr(forward_module, "combine_splits", count)
+    problem = draw_problem(6, "joint", [2], [[700, 30]], features=("log_prior", "gate"), heads=1, device=device)
+    assert complaints(problem) == []
+    assert calls == [2]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "splits"),
+    [
+        ((64, 65536, 1, 1, 64), 64),  # one program: the most splits there are
+        ((64, 65536, 1, 8, 64), 33),  # 8 programs, two on each of 132 multiprocessors
+        ((16, 65536, 1, 8, 64), 33),
+        ((64, 4096, 1, 8, 64), 8),  # 512 keys a split beside 64 queries
+        ((16, 4096, 1, 8, 64), 16),  # 256 keys a split at least
+        ((1, 256, 1, 1, 64), 1),
+        ((1, 512, 1, 1, 64), 2),
+        ((16 * 8, 4096 * 8, 8, 8, 64), 4),
+        ((16 * 9, 4096 * 9, 9, 8, 64), 1),  # more than half of the chip is busy
+        ((4096, 65536, 1, 8, 128), 1),
+        ((0, 4096, 1, 1, 64), 1),
+        ((64, 0, 1, 1, 64), 1),
+        ((0, 0, 0, 1, 64), 1),
+    ],
+)
+def test_the_number_of_splits(sizes: tuple[int, int, int, int, int], splits: int) -> None:
+    assert key_splits(*sizes, **H200) == splits
+
+
+def test_the_buffer_of_splits_is_bounded() -> None:
+    """At most ``total_k Hq / 2`` rows of bytes and two programs' results a multiprocessor, as the docstring says."""
+    draw = random.Random(0)
+    split = 0
+    for _ in range(5000):
+        total_q, total_k, batch = draw.randint(1, 512), draw.randint(1, 200_000), draw.randint(1, 16)
+        heads, block_q, results = draw.choice([1, 4, 8, 32]), draw.choice([16, 64, 128]), draw.choice([1, 5, 32])
+        splits = key_splits(total_q, total_k, batch, heads, block_q, 132, results=results)
+        if splits > 1:
+            split += 1
+            rows = splits * total_q * heads * results
+            assert 4 * rows <= total_k * heads / 2
+            assert rows <= 2 * 132 * block_q * results
+    assert split > 100
