@@ -33,7 +33,8 @@ class KernelReport:
         register_requests: operands of ``setmaxnreg`` in the order of the code; empty without warp specialisation.
         shared_bytes: a CTA, static and dynamic.
         stack_bytes: local memory a thread.
-        spills: local-memory loads and stores in the whole kernel (AMD: spilled registers).
+        spills: local-memory loads and stores in the whole kernel; AMD's scalar registers that wait in lanes of a vector
+            register touch no memory and do not count.
         functions: machine code, the largest function first; empty for AMD.
     """
 
@@ -199,6 +200,6 @@ def _read_amd(name: str, arch: str, compiled: Any) -> KernelReport:
         register_requests=(),
         shared_bytes=int(compiled.metadata.shared),
         stack_bytes=number("private_segment_fixed_size"),
-        spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
+        spills=len(re.findall(r"\bscratch_(?:load|store)", text)),
         functions=(),
     )

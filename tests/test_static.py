@@ -10,9 +10,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.compiled import read_compiled
 from benchmarks.static import Row, faults, read_rows, results_file, worsened
 from benchmarks.static_command import problems
 from fusedmm.kernels.launch import ARCHITECTURES
@@ -89,6 +91,25 @@ def test_faults_need_no_committed_row() -> None:
     bad = replace(ROW, main_spills=2, shared=300 << 10, programs=0)
     assert len(faults(bad)) == 3
     assert len(problems([bad], {}, [], [])) == 3
+
+
+def test_amd_spills_are_what_goes_through_memory() -> None:
+    """A vector register in scratch counts; a scalar one in a lane of a vector register does not."""
+    code = """
+        v_writelane_b32 v254, s30, 0
+        scratch_store_dwordx2 off, v[18:19], off ; 8-byte Folded Spill
+        scratch_load_dword v64, off, off offset:32 ; 4-byte Folded Reload
+        .vgpr_count: 255
+        .sgpr_spill_count: 1
+        .vgpr_spill_count: 2
+    """
+    report = read_compiled("x", "gfx942", SimpleNamespace(asm={"amdgcn": code}, metadata=SimpleNamespace(shared=0)))
+    assert (report.spills, report.registers) == (2, 255)
+
+
+def test_no_target_may_spill_in_a_main_loop() -> None:
+    for arch in ARCHITECTURES:
+        assert faults(replace(ROW, arch=arch, shared=0, main_spills=1)) == ["1 spills in the main loop"]
 
 
 def test_unchanged_source_that_compiles_differently_is_a_problem() -> None:
