@@ -64,6 +64,8 @@ def check_broadcast(op: str, argument: str, tensor: Tensor, shape: Sequence[int]
     Raises:
         ShapeError: where a dimension is neither 1 nor the size that is needed.
     """
+    if tensor.shape == tuple(shape):
+        return tensor
     trailing = tuple(tensor.shape)
     fits = len(trailing) <= len(shape) and all(
         have in (1, need) for have, need in zip(trailing[::-1], tuple(shape)[::-1], strict=False)

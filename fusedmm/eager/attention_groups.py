@@ -3,13 +3,14 @@
 Samples of similar size form a group. Within a group every modality has the same columns: each segment is padded to
 the longest of its modality, so that a sum over a modality is a sum over a slice, for all samples at once. A sample too
 large to share a group is cut into blocks of queries. Samples of one size that lie side by side are read through views;
-only others are gathered. The plan is made from host integers.
+only others are gathered. The plan is a function of host integers; layers, and forward and backward, share one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +18,12 @@ from torch import Tensor
 BLOCK_SCORES = 1 << 18  # 1 MiB of float32: a block stays in the second-level cache through all passes
 BLOCK_QUERIES = 16  # fewest queries of a block; such a block is no larger than the keys of its sample
 GROUP_COST = 1 << 14  # what a group costs by itself, in scores
+GATHER_COST = 4  # what a key and its value cost to gather, in scores: a sample by itself is read through views
 
 Lengths = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """Where one sample lies: its queries, and the keys of each modality."""
 
     index: int
@@ -32,17 +33,11 @@ class Sample:
     sizes_k: Lengths  # [M]; 0 for a segment that nothing reads
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """Neighbouring modalities of one width: their columns are viewed as [modality, width]."""
 
-    modalities: slice
-    columns: slice
+    modalities: int
     width: int
-
-    @property
-    def count(self) -> int:
-        return int(self.modalities.stop - self.modalities.start)
 
 
 @dataclass(frozen=True)
@@ -61,21 +56,42 @@ class Group:
     samples: list[Sample]
     size_q: int
     widths: Lengths
+    heads: int
     device: torch.device
 
-    @property
+    @cached_property
     def size_k(self) -> int:
         return sum(self.widths)
 
     @cached_property
     def runs(self) -> list[Run]:
-        runs, column = [], 0
-        for width, members in groupby(range(len(self.widths)), key=self.widths.__getitem__):
-            modalities = list(members)
-            end = column + width * len(modalities)
-            runs.append(Run(slice(modalities[0], modalities[-1] + 1), slice(column, end), width))
-            column = end
-        return runs
+        return [Run(len(list(members)), width) for width, members in groupby(self.widths)]
+
+    def columns(self, scores: Tensor) -> list[Tensor]:
+        """Views [..., modality, width] of [..., k], one a run that has columns."""
+        if len(self.runs) == 1:
+            return [scores.view(*scores.shape[:-1], *self.runs[0])]
+        parts = scores.split([run.modalities * run.width for run in self.runs], -1)
+        return [part.unflatten(-1, run) for part, run in zip(parts, self.runs, strict=True) if run.width]
+
+    def factors(self, rows: Tensor) -> list[Tensor]:
+        """Views [..., modality, 1] of [..., M] that broadcast with `columns`."""
+        if len(self.runs) == 1:
+            return [rows[..., None]]
+        parts = rows[..., None].split([run.modalities for run in self.runs], -2)
+        return [part for part, run in zip(parts, self.runs, strict=True) if run.width]
+
+    def reduce(self, columns: list[Tensor], over: Callable[..., Tensor], nothing: float) -> Tensor:
+        """`columns` to [..., M], one number a modality."""
+        if len(self.runs) == 1:
+            return over(columns[0], -1)
+        found = iter(columns)
+        empty = columns[0].shape[:-2]
+        parts = [
+            over(next(found), -1) if run.width else columns[0].new_full((*empty, run.modalities), nothing)
+            for run in self.runs
+        ]
+        return torch.cat(parts, -1)
 
     @cached_property
     def keys(self) -> slice | Tensor:
@@ -87,6 +103,11 @@ class Group:
                     return self._key_table[0].flatten()
                 expected += size
         return slice(start, expected)
+
+    @cached_property
+    def is_view(self) -> bool:
+        """Whether the keys are a view of the packed ones, heads first too: one sample, whose keys lie together."""
+        return len(self.samples) == 1 and isinstance(self.keys, slice)
 
     @cached_property
     def key_index(self) -> Tensor:
@@ -113,28 +134,39 @@ class Group:
         padding = position >= sizes[:, modality]
         return (starts[:, modality] + position).masked_fill_(padding, 0), padding
 
-    def blocks(self, heads: int) -> Iterator[Block]:
-        """The group's queries; only a group of one sample is cut."""
-        first = self.samples[0].start_q
-        if len(self.samples) == 1:
-            step = max(BLOCK_QUERIES, BLOCK_SCORES // (heads * self.size_k))
-            for start in range(0, self.size_q, step):
-                size = min(step, self.size_q - start)
-                yield Block(slice(first + start, first + start + size), size, None)
-        elif all(s.size_q == self.size_q and s.start_q == first + i * self.size_q for i, s in enumerate(self.samples)):
-            yield Block(slice(first, first + len(self.samples) * self.size_q), self.size_q, None)
-        else:
-            starts, sizes = torch.tensor([(s.start_q, s.size_q) for s in self.samples], device=self.device).T
-            position = torch.arange(self.size_q, device=self.device)
-            padding = position >= sizes[:, None]
-            rows = (starts[:, None] + position).masked_fill_(padding, 0).flatten()
-            padded = any(s.size_q != self.size_q for s in self.samples)
-            yield Block(rows, self.size_q, padding if padded else None)
+    @cached_property
+    def block_queries(self) -> int:
+        """Queries of a sample in one block; only a group of one sample is cut."""
+        if len(self.samples) > 1:
+            return self.size_q
+        return min(self.size_q, max(BLOCK_QUERIES, BLOCK_SCORES // (self.heads * self.size_k)))
+
+    @property
+    def block_scores(self) -> int:
+        """Most scores of a block."""
+        return self.heads * len(self.samples) * self.block_queries * self.size_k
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The group's queries."""
+        first, count = self.samples[0].start_q, len(self.samples)
+        if count == 1:
+            last, step = first + self.size_q, self.block_queries
+            starts = range(first, last, step)
+            return [Block(slice(at, min(at + step, last)), min(step, last - at), None) for at in starts]
+        if all(s.size_q == self.size_q and s.start_q == first + i * self.size_q for i, s in enumerate(self.samples)):
+            return [Block(slice(first, first + count * self.size_q), self.size_q, None)]
+        starts, sizes = torch.tensor([(s.start_q, s.size_q) for s in self.samples], device=self.device).T
+        position = torch.arange(self.size_q, device=self.device)
+        padding = position >= sizes[:, None]
+        rows = (starts[:, None] + position).masked_fill_(padding, 0).flatten()
+        padded = any(s.size_q != self.size_q for s in self.samples)
+        return [Block(rows, self.size_q, padding if padded else None)]
 
 
 def find_groups(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_modalities: int, active: Tensor | None, heads: int
-) -> list[Group]:
+) -> tuple[Group, ...]:
     """Group the samples that have a query and a key.
 
     Args:
@@ -142,24 +174,35 @@ def find_groups(
         active: [B, Hq, M] bool or None; segments that no head reads count as empty.
         heads: Hq.
     """
-    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    read = None if active is None else active.any(1).tolist()
+    read = None if active is None else tuple(map(tuple, active.any(1).tolist()))
+    bounds = tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist())
+    return _plan(*bounds, num_modalities, read, heads, cu_seqlens_q.device)
+
+
+@lru_cache(maxsize=4)
+def _plan(
+    bounds_q: Lengths,
+    bounds_k: Lengths,
+    num_modalities: int,
+    read: tuple[tuple[bool, ...], ...] | None,
+    heads: int,
+    device: torch.device,
+) -> tuple[Group, ...]:
     samples = []
-    for index in range(len(bounds_q) - 1):
+    for index, (start_q, end_q) in enumerate(pairwise(bounds_q)):
         bounds = bounds_k[index * num_modalities : (index + 1) * num_modalities + 1]
-        sizes = [end - start for start, end in pairwise(bounds)]
+        sizes = tuple(end - start for start, end in pairwise(bounds))
         if read is not None:
-            sizes = [size if on else 0 for size, on in zip(sizes, read[index], strict=True)]
-        size_q = bounds_q[index + 1] - bounds_q[index]
-        if size_q and any(sizes):
-            samples.append(Sample(index, bounds_q[index], size_q, tuple(bounds[:-1]), tuple(sizes)))
+            sizes = tuple(size if on else 0 for size, on in zip(sizes, read[index], strict=True))
+        if end_q > start_q and any(sizes):
+            samples.append(Sample(index, start_q, end_q - start_q, bounds[:-1], sizes))
     samples.sort(key=lambda s: (sum(s.sizes_k), s.sizes_k, s.size_q), reverse=True)
-    return [Group(*group, cu_seqlens_q.device) for group in _gather(samples, heads)]
+    return tuple(Group(*group, heads, device) for group in _gather(samples, heads))
 
 
 def _gather(samples: list[Sample], heads: int) -> Iterator[tuple[list[Sample], int, Lengths]]:
-    """Samples to pad together, their most queries and widths: neighbours in size, while padding costs less than another
-    group.
+    """Samples to pad together, their most queries and widths: neighbours in size, while gathering and padding cost
+    less than another group.
     """
     members: list[Sample] = []
     size_q, cost = 0, 0
@@ -169,8 +212,9 @@ def _gather(samples: list[Sample], heads: int) -> Iterator[tuple[list[Sample], i
         next_q, next_widths = max(size_q, sample.size_q), sample.sizes_k
         if members and widths != next_widths:
             next_widths = tuple(map(max, widths, next_widths))
-        joined = heads * (len(members) + 1) * next_q * sum(next_widths)
-        if members and joined <= min(BLOCK_SCORES, cost + alone + GROUP_COST):
+        keys = heads * (len(members) + 1) * sum(next_widths)
+        joined = (next_q + GATHER_COST) * keys
+        if members and next_q * keys <= BLOCK_SCORES and joined <= cost + alone + GROUP_COST:
             members.append(sample)
             size_q, widths, cost = next_q, next_widths, joined
         else:
