@@ -17,7 +17,6 @@ and its gradient. Accumulation is float32, or float64 for float64 inputs.
 """
 
 import math
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ from fusedmm.eager.attention_rows import key_sums, read_keys, read_rows, write_k
 from fusedmm.philox import keep_mask
 
 LOG2_E = math.log2(math.e)
+NOTHING = -1e30  # stands for the -inf of a row that sees nothing: hidden scores stay -inf beside it
 
 
 class RowTerms(NamedTuple):
@@ -38,8 +38,7 @@ class RowTerms(NamedTuple):
     certain: Tensor | None  # [total_q, Hq, M] True where a softmax is over a single key: dz is exactly 0
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """What both directions read: packed tensors and how they lie, as the registered operators take them."""
 
     query: Tensor  # [total_q, Hq, D]
@@ -84,24 +83,23 @@ def forward(x: Inputs, softmax: str) -> tuple[Tensor, Tensor, Tensor]:
     split = softmax == "partials"
     output = x.query.new_zeros((total_q, heads, x.num_modalities * dim if split else dim), dtype=x.compute_dtype)
     mass = output.new_zeros((total_q, heads, x.num_modalities))
-    lse = torch.full_like(mass, -torch.inf)
+    lse = mass.new_full(mass.shape, -torch.inf)
     groups = x.groups()
-    (scratch,) = _scratch(x, groups, 1)
     x = _without_unseen(x)
     for group in groups:
         keys, values = x.keys(group)
         for block in group.blocks:
-            results = _forward_block(x, softmax, group, block, keys, values, scratch)
+            results = _forward_block(x, softmax, group, block, keys, values)
             for buffer, result in zip((output, mass, lse), results, strict=True):
                 x.write(buffer, group, block, result)
     return output.unflatten(-1, (-1, dim)) if split else output, mass, lse.mul_(1 / LOG2_E)
 
 
 def _forward_block(
-    x: Inputs, softmax: str, group: Group, block: Block, keys: Tensor, values: Tensor, scratch: Tensor
+    x: Inputs, softmax: str, group: Group, block: Block, keys: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, mass and lse in base 2 of a block, [Hkv * c, G * n, D (times M for partials) and M]."""
-    weights = _scores(x, group, block, x.rows(x.query, group, block), keys, scratch)
+    weights = _scores(x, group, block, x.rows(x.query, group, block), keys)
     lowest = torch.finfo(weights.dtype).min  # for -inf, of which nothing can be subtracted
     columns = group.columns(weights)
     peak = group.reduce(columns, torch.amax, lowest).clamp_min_(lowest)
@@ -142,8 +140,8 @@ def backward(
     mass: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, log_prior and gate in the accumulation dtype; the last two are 0 where there is
-    no such input.
+    """Gradients of query, key, value, log_prior and gate in the accumulation dtype; the last two are unwritten where
+    there is no such input.
 
     Args:
         grad_output: of the output before the output gate, shaped like the forward's.
@@ -156,29 +154,25 @@ def backward(
     certain = _certain_rows(x, softmax, groups)
     terms = RowTerms(*_exponent_and_offset(softmax, x.log_prior, grad_mass, grad_lse, inner, mass, lse), certain)
     x = _without_unseen(x)
-    samples = [sample for group in groups for sample in group.samples]
-    has_all_rows = sum(s.size_q for s in samples) == x.query.shape[0]
-    has_all_keys = sum(sum(s.sizes_k) for s in samples) == x.key.shape[0]
+    has_all_rows = sum(group.count_q for group in groups) == x.query.shape[0]
+    has_all_keys = sum(group.count_k for group in groups) == x.key.shape[0]
     grad_query, sums = (_buffer(t, has_all_rows, x.compute_dtype) for t in (x.query, mass))
     grad_key, grad_value = (_buffer(t, has_all_keys, x.compute_dtype) for t in (x.key, x.value))
-    scratch = _scratch(x, groups, 2)
     grad_output = grad_output.to(x.compute_dtype).flatten(2).contiguous()  # an expanded one is multiplied row by row
     for group in groups:
         tokens = x.keys(group)
         token_sums = key_sums(grad_key, group), key_sums(grad_value, group)
         for number, block in enumerate(group.blocks):
-            results = _backward_block(
-                x, softmax, group, block, tokens, grad_output, terms, token_sums, scratch, number > 0
-            )
+            results = _backward_block(x, softmax, group, block, tokens, grad_output, terms, token_sums, number > 0)
             for buffer, result in zip((grad_query, sums), results, strict=True):
-                x.write(buffer, group, block, result)
+                if result is not None:
+                    x.write(buffer, group, block, result)
         for buffer, result in zip((grad_key, grad_value), token_sums, strict=True):
             write_keys(buffer, group, result)
-    if _starts_from_offset(x, softmax):
-        grad_prior = sums
-    else:
+    grad_prior = sums
+    if x.log_prior is not None and not _starts_from_offset(x, softmax):
         grad_prior = (sums if x.gate is None else sums * x.gate) + terms.offset * mass
-    if certain is not None:
+    if x.log_prior is not None and certain is not None:
         grad_prior = grad_prior.masked_fill(certain, 0.0)
     return grad_query, grad_key, grad_value, grad_prior, sums
 
@@ -192,18 +186,17 @@ def _backward_block(
     grad_output: Tensor,
     terms: RowTerms,
     token_sums: tuple[Tensor, Tensor],
-    scratch: tuple[Tensor, ...],
     add: bool,
-) -> tuple[Tensor, Tensor]:
-    """The query's gradient, and by modality the sum of dz where products start from the offset, else of P * R; writes
-    or adds the gradients of keys and values to ``token_sums``.
+) -> tuple[Tensor, Tensor | None]:
+    """The query's gradient, and by modality the sum of dz where products start from the offset, else of P * R, if
+    anything needs it; writes or adds the gradients of keys and values to ``token_sums``.
     """
     (keys, values), (key_sum, value_sum) = tokens, token_sums
     dim = x.query.shape[2]
     packed = x.query, grad_output, terms.exponent, terms.offset
     query, gradient, exponent, offset = (x.rows(t, group, block) for t in packed)
-    probabilities = _scores(x, group, block, query, keys, scratch[0], exponent).exp2_()
-    products = scratch[1][: probabilities.numel()].view_as(probabilities)
+    probabilities = _scores(x, group, block, query, keys, exponent).exp2_()
+    products = torch.empty_like(probabilities)
     columns = group.columns(products)
     starts_from_offset = _starts_from_offset(x, softmax)
     if starts_from_offset:
@@ -220,8 +213,9 @@ def _backward_block(
     if x.seed is not None:
         _drop(products, x, group, block)
     products.mul_(probabilities)
-    sums = group.reduce(columns, torch.sum, 0.0)
-    if not starts_from_offset:
+    needs_sums = x.log_prior is not None or not starts_from_offset
+    sums = group.reduce(columns, torch.sum, 0.0) if needs_sums else None
+    if sums is not None and not starts_from_offset:
         gate = None if x.gate is None else x.rows(x.gate, group, block)
         if softmax == "per_modality":
             offset = -sums if gate is None else -gate * sums
@@ -269,18 +263,20 @@ def _exponent_and_offset(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The first two of `RowTerms`."""
-    normaliser = lse
-    offset = torch.zeros_like(mass)
     if softmax == "joint":
         normaliser = torch.logsumexp(lse, -1, keepdim=True)
-        offset = -inner[..., None].expand_as(mass)
-        if grad_mass is not None:
-            offset = grad_mass.to(mass.dtype) - (inner + (grad_mass * mass).sum(-1))[..., None]
-    elif softmax == "partials":
-        offset = -inner if grad_lse is None else grad_lse.to(mass.dtype) - inner
-    exponent = -normaliser.masked_fill(torch.isneginf(normaliser), torch.inf)
-    exponent = exponent if log_prior is None else log_prior + exponent
-    return (exponent * LOG2_E).expand_as(lse), offset
+        if grad_mass is None:
+            offset = -inner[..., None].expand_as(mass)
+        else:
+            offset = grad_mass - (grad_mass * mass).sum(-1).add_(inner)[..., None]
+    else:
+        normaliser = lse.clone()
+        offset = -inner if softmax == "partials" else torch.zeros_like(mass)
+        if grad_lse is not None:
+            offset = grad_lse + offset
+    normaliser.clamp_min_(NOTHING)
+    exponent = -normaliser if log_prior is None else log_prior - normaliser
+    return exponent.mul_(LOG2_E).expand_as(lse), offset
 
 
 def _certain_rows(x: Inputs, softmax: str, groups: tuple[Group, ...]) -> Tensor | None:
@@ -290,8 +286,7 @@ def _certain_rows(x: Inputs, softmax: str, groups: tuple[Group, ...]) -> Tensor 
     is_joint = softmax == "joint"
     if softmax == "partials":  # the gradient of lse reaches a single key
         return None
-    sizes = [s.sizes_k for g in groups for s in g.samples]
-    if x.visible is None and x.active is None and not any((sum(s) == 1 if is_joint else 1 in s) for s in sizes):
+    if x.visible is None and x.active is None and not any(group.has_single_key(is_joint) for group in groups):
         return None
     sample = torch.searchsorted(
         x.cu_seqlens_q[1:].long(), torch.arange(x.query.shape[0], device=x.query.device), right=True
@@ -328,33 +323,18 @@ def _without_unseen(x: Inputs) -> Inputs:
         on = by_head.repeat_interleave(x.cu_seqlens_k.diff(), 0)
         read = on if read is None else read & on
     if read is None:
-        return x if active is x.active else replace(x, active=active)
+        return x if active is x.active else x._replace(active=active)
     key, value = (torch.where(read[..., None], t, 0) for t in (x.key, x.value))
-    return replace(x, key=key, value=value, active=active)
-
-
-def _scratch(x: Inputs, groups: tuple[Group, ...], count: int) -> tuple[Tensor, ...]:
-    """Room for the scores of any block: the same for all of them, because fresh memory costs more than a pass over it
-    (a page fault every 4 KiB).
-    """
-    size = max((group.block_scores for group in groups), default=0)
-    return x.query.new_empty((count, size), dtype=x.compute_dtype).unbind()
+    return x._replace(key=key, value=value, active=active)
 
 
 def _scores(
-    x: Inputs,
-    group: Group,
-    block: Block,
-    query: Tensor,
-    keys: Tensor,
-    scratch: Tensor,
-    exponent: Tensor | None = None,
+    x: Inputs, group: Group, block: Block, query: Tensor, keys: Tensor, exponent: Tensor | None = None
 ) -> Tensor:
     """[Hkv * c, G * n, k] scaled scores in base 2, with an exponent [Hkv * c, G * n, M] but without prior, -inf where a
     key is not visible.
     """
-    shape = *query.shape[:2], group.size_k
-    scores = scratch[: math.prod(shape)].view(shape)
+    scores = query.new_empty((*query.shape[:2], group.size_k))
     hidden = _hidden(x, group, block)
     if hidden is not None:
         scores.view(x.key.shape[1], len(group.samples), -1, block.size, group.size_k).copy_(hidden)

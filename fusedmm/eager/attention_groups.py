@@ -64,6 +64,20 @@ class Group:
         return sum(self.widths)
 
     @cached_property
+    def count_q(self) -> int:
+        """Queries, without padding."""
+        return sum(s.size_q for s in self.samples)
+
+    @cached_property
+    def count_k(self) -> int:
+        """Keys, without padding."""
+        return sum(sum(s.sizes_k) for s in self.samples)
+
+    def has_single_key(self, is_joint: bool) -> bool:
+        """Whether a sample, or else a segment, is a single key."""
+        return any(sum(s.sizes_k) == 1 if is_joint else 1 in s.sizes_k for s in self.samples)
+
+    @cached_property
     def runs(self) -> list[Run]:
         return [Run(len(list(members)), width) for width, members in groupby(self.widths)]
 
@@ -140,11 +154,6 @@ class Group:
         if len(self.samples) > 1:
             return self.size_q
         return min(self.size_q, max(BLOCK_QUERIES, BLOCK_SCORES // (self.heads * self.size_k)))
-
-    @property
-    def block_scores(self) -> int:
-        """Most scores of a block."""
-        return self.heads * len(self.samples) * self.block_queries * self.size_k
 
     @cached_property
     def blocks(self) -> list[Block]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusedmm.eager import attention as eager
+from fusedmm.eager import attention_flash as eager_flash
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -157,6 +158,11 @@ def _backward(
             )
         return cast(Gradients, tuple(query.new_empty((0,)) if g is None else g for g in gradients))
     inputs = problem.eager_inputs(query, key, value)
+    modal = *problem[:3], problem.active, problem.visible, problem.seed, grad_mass, grad_lse
+    groups = inputs.groups()
+    if eager_flash.fits(groups, problem.softmax, query, key, modal):
+        plain = eager_flash.backward(groups, grad_output, query, key, value, output, lse, problem.scale)
+        return *plain, mass.new_empty((0,)), mass.new_empty((0,)), query.new_empty((0,))
     grad = grad_output.to(inputs.compute_dtype)
     inner = grad * output.to(grad.dtype)  # the sigmoid moves from one factor to the other: also the ungated product
     grad_output_gate = query.new_empty((0,))
