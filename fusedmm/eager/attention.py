@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fusedmm.eager.attention_groups import Block, Group, find_groups
-from fusedmm.eager.attention_rows import key_sums, read_keys, read_rows, write_keys, write_rows
+from fusedmm.eager.attention_rows import add_key_product, add_keys, product, read_keys, read_rows, write_rows
 from fusedmm.philox import keep_mask
 
 LOG2_E = math.log2(math.e)
@@ -161,14 +161,12 @@ def backward(
     grad_output = grad_output.to(x.compute_dtype).flatten(2).contiguous()  # an expanded one is multiplied row by row
     for group in groups:
         tokens = x.keys(group)
-        token_sums = key_sums(grad_key, group), key_sums(grad_value, group)
         for number, block in enumerate(group.blocks):
-            results = _backward_block(x, softmax, group, block, tokens, grad_output, terms, token_sums, number > 0)
+            token_sums = grad_key, grad_value, number > 0
+            results = _backward_block(x, softmax, group, block, tokens, grad_output, terms, token_sums)
             for buffer, result in zip((grad_query, sums), results, strict=True):
                 if result is not None:
                     x.write(buffer, group, block, result)
-        for buffer, result in zip((grad_key, grad_value), token_sums, strict=True):
-            write_keys(buffer, group, result)
     grad_prior = sums
     if x.log_prior is not None and not _starts_from_offset(x, softmax):
         grad_prior = (sums if x.gate is None else sums * x.gate) + terms.offset * mass
@@ -185,13 +183,12 @@ def _backward_block(
     tokens: tuple[Tensor, Tensor],
     grad_output: Tensor,
     terms: RowTerms,
-    token_sums: tuple[Tensor, Tensor],
-    add: bool,
+    token_sums: tuple[Tensor, Tensor, bool],
 ) -> tuple[Tensor, Tensor | None]:
     """The query's gradient, and by modality the sum of dz where products start from the offset, else of P * R, if
-    anything needs it; writes or adds the gradients of keys and values to ``token_sums``.
+    anything needs it; writes the gradients of keys and values to two buffers [total_k, Hkv, D], or adds them.
     """
-    (keys, values), (key_sum, value_sum) = tokens, token_sums
+    (keys, values), (grad_key, grad_value, add) = tokens, token_sums
     dim = x.query.shape[2]
     packed = x.query, grad_output, terms.exponent, terms.offset
     query, gradient, exponent, offset = (x.rows(t, group, block) for t in packed)
@@ -233,15 +230,14 @@ def _backward_block(
     if terms.certain is not None:
         for part, is_certain in zip(columns, group.factors(x.rows(terms.certain, group, block).bool()), strict=True):
             part.masked_fill_(is_certain, 0.0)
-    beta = int(add)
-    key_sum.baddbmm_(products.mT, query, beta=beta, alpha=x.scale)
+    grad_query = product(products, keys, x.scale)
+    add_key_product(grad_key, group, products.mT, query, add, x.scale)
     if softmax == "partials":
-        pieces = zip(value_sum.split(group.widths, 1), probabilities.split(group.widths, -1), planes, strict=True)
-        for piece, share, plane in pieces:
-            piece.baddbmm_(share.mT, plane, beta=beta)
+        pieces = zip(probabilities.split(group.widths, -1), planes, strict=True)
+        add_keys(grad_value, group, torch.cat([torch.bmm(share.mT, plane) for share, plane in pieces], 1), add)
     else:
-        value_sum.baddbmm_(probabilities.mT, gradient, beta=beta)
-    return torch.bmm(products, keys).mul_(x.scale), sums
+        add_key_product(grad_value, group, probabilities.mT, gradient, add)
+    return grad_query, sums
 
 
 def _starts_from_offset(x: Inputs, softmax: str) -> bool:

@@ -20,25 +20,32 @@ def read_keys(packed: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
     return padded.flatten(0, 1)
 
 
-def key_sums(buffer: Tensor, group: Group) -> Tensor:
-    """Where to sum [Hkv * c, k, D], unwritten: in a [total_k, Hkv, D] buffer itself where a view of it will do."""
-    if group.is_view:
-        return buffer[group.keys].transpose(0, 1)
-    return buffer.new_empty((buffer.shape[1] * len(group.samples), group.size_k, buffer.shape[2]))
-
-
-def write_keys(buffer: Tensor, group: Group, sums: Tensor) -> None:
-    """Write `key_sums` to the group's rows of the buffer, unless they are a view of it."""
-    if group.is_view:
-        return
-    rows = sums.view(buffer.shape[1], len(group.samples), -1, buffer.shape[2]).permute(1, 2, 0, 3)
+def add_keys(buffer: Tensor, group: Group, rows: Tensor, add: bool) -> None:
+    """Write or add [Hkv * c, k, D] to the group's rows of a [total_k, Hkv, D] buffer."""
+    rows = rows.unflatten(0, (buffer.shape[1], -1)).permute(1, 2, 0, 3)  # [c, k, Hkv, D]
     if isinstance(group.keys, slice):
-        buffer[group.keys].view(rows.shape).copy_(rows)
-    elif group.padding is None:
-        buffer.index_copy_(0, group.keys, rows.flatten(0, 1))
+        target = buffer[group.keys].view(rows.shape)
+        target.add_(rows) if add else target.copy_(rows)
+        return
+    index, rows = group.keys, rows.flatten(0, 1)
+    if group.padding is not None:
+        real = ~group.padding.flatten()
+        index, rows = index[real], rows[real]
+    buffer.index_add_(0, index, rows) if add else buffer.index_copy_(0, index, rows)
+
+
+def add_key_product(buffer: Tensor, group: Group, left: Tensor, right: Tensor, add: bool, scale: float = 1.0) -> None:
+    """The same with ``scale * left @ right``, in the buffer itself where a view of it will do."""
+    if group.is_view:
+        buffer[group.keys].transpose(0, 1).baddbmm_(left, right, beta=int(add), alpha=scale)
     else:
-        real = ~group.padding
-        buffer.index_copy_(0, group.key_index[real], rows[real])
+        add_keys(buffer, group, product(left, right, scale), add)
+
+
+def product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """``scale * left @ right`` of batches of matrices."""
+    result = left.new_empty((left.shape[0], left.shape[1], right.shape[2]))
+    return result.baddbmm_(left, right, beta=0, alpha=scale)
 
 
 def read_rows(packed: Tensor, group: Group, block: Block, kv_heads: int, dtype: torch.dtype) -> Tensor:
