@@ -359,10 +359,11 @@ def _hidden(x: Inputs, group: Group, block: Block) -> Tensor | None:
         for part, key, start, end in bounds:
             part.masked_fill_((key < start) | (key >= end), -torch.inf)
     if x.active is not None:
-        off = ~x.active[[s.index for s in group.samples]].transpose(0, 1)[:, :, None]  # [Hq, c, 1, M]
+        off = ~x.active[[s.batch for s in group.samples]].transpose(0, 1)[:, :, None]  # [Hq, c, 1, M]
         for part, is_off in zip(group.columns(hidden), group.factors(off), strict=True):
             part.masked_fill_(is_off, -torch.inf)
-    return hidden.unflatten(0, (min(heads, x.key.shape[1]), -1)).transpose(1, 2)
+    by_head: Tensor = hidden.unflatten(0, (min(heads, x.key.shape[1]), -1))  # [Hkv or 1, G or 1, c, n, k]
+    return by_head.transpose(1, 2)
 
 
 def _drop(products: Tensor, x: Inputs, group: Group, block: Block) -> None:

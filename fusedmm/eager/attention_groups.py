@@ -26,7 +26,7 @@ Lengths = tuple[int, ...]
 class Sample(NamedTuple):
     """Where one sample lies: its queries, and the keys of each modality."""
 
-    index: int
+    batch: int
     start_q: int
     size_q: int
     starts_k: Lengths  # [M]
