@@ -31,6 +31,11 @@ class LinearHead:
     softcap: float | None = None
     group: ProcessGroup | None = None
 
+    @property
+    def source(self) -> Tensor:
+        """What has the rows, the dtype and the device."""
+        return self.hidden
+
 
 @dataclass(frozen=True, eq=False)
 class Logits:
@@ -47,6 +52,11 @@ class Logits:
     num_classes: int | None = None
     softcap: float | None = None
     group: ProcessGroup | None = None
+
+    @property
+    def source(self) -> Tensor:
+        """What has the rows, the dtype and the device."""
+        return self.values
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,9 @@
 """Distillation row by row from PyTorch's own operators: the CPU path, and the path of top-k teachers.
 
-Logits exist for one wave of rows at a time. Differences of log-probabilities are taken before they are weighted (``t *
-(log t - log p)``, not ``sum t log t - sum t log p``), so that a student close to its teacher loses nothing to
-cancellation, and identical heads give exactly 0.
+Logits exist for one wave of rows at a time, in memory that the waves share. Passes over them are what costs: a loss
+takes eight to twelve simple ones and one exponential a head, in base 2. Differences of logits are taken before they are
+weighted (``t * (log t - log p)``, not ``sum t log t - sum t log p``), so that a student close to its teacher loses
+nothing to cancellation.
 """
 
 import math
@@ -11,19 +12,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusedmm.eager.shard import Shard
+from fusedmm.eager.shard import Shard, Softmax
 from fusedmm.eager.waves import (
     FINITE_MINIMUM,
     HeadGradient,
-    compute_dtype,
-    convert_small,
+    Scratch,
+    counted_rows,
     pair_logits,
+    real_classes,
     wave_logits,
     waves,
 )
 from fusedmm.heads import Head, LinearHead, Teacher, TopKLogProbs
 
-EXP_LIMIT = 60.0  # of a ratio in an exponential: its probability no longer counts long before, and nothing overflows
+LN_2 = math.log(2.0)
+LOG2_E = 1 / LN_2
+EXP2_LIMIT = 120.0  # of a log-ratio: its probability no longer counts long before, and no power overflows
+SATURATED = 1.125  # size of a softmax whose top class has 8/9: beyond, 1 - p loses more than three bits
+
+# The gradient of a wave's logits [rows, V], less the factor of each row [rows, 1]
+WaveGradient = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,218 +75,216 @@ def loss(
         [N] loss in the compute dtype, 0 where a row is ignored, and three gradients, empty where not needed.
 
     Cost: with hidden sizes Ds and Dt ``2 N V (Ds + Dt)`` FLOPs for the logits and ``2 N V Ds`` for each of the two
-        gradients; the wave's logits, a handful of times.
+        gradients; a wave's logits four times. Ignored rows cost nothing.
     """
-    source = student.hidden if isinstance(student, LinearHead) else student.values
+    source, shard, alpha = student.source, objective.shard, objective.alpha
     weight, bias = (student.weight, student.bias) if isinstance(student, LinearHead) else (None, None)
-    student, count = convert_small(student), objective.shard.count
-    teacher = teacher if isinstance(teacher, TopKLogProbs) else convert_small(teacher)
-    result = source.new_empty((source.shape[0],), dtype=compute_dtype(source))
-    gradient = HeadGradient(student, count, needs)
-    for rows in waves(source.shape[0], count):
-        if isinstance(teacher, TopKLogProbs) or objective.alpha == 0.0:
-            student_logits, teacher_logits = wave_logits(student, rows, count), None
+    student = real_classes(student, shard.count)
+    teacher = teacher if isinstance(teacher, TopKLogProbs) else real_classes(teacher, shard.count)
+    counted = counted_rows(labels, objective.ignore_index)
+    num_rows = source.shape[0] if counted is None else counted.shape[0]
+    needs_teacher = alpha != 0.0 and not isinstance(teacher, TopKLogProbs)
+    scratch = [Scratch(source, num_rows, shard.count) for _ in range(4 if needs_teacher else 2)]
+    result = torch.zeros(source.shape[0], dtype=scratch[0].flat.dtype, device=source.device)
+    gradient = HeadGradient(student, needs, source, is_partial=counted is not None)
+    for rows in waves(source.shape[0], shard.count, counted):
+        wave_temperature = objective.temperature if temperature is None else temperature[rows, None]
+        scale = LOG2_E if alpha == 0.0 else LOG2_E / wave_temperature
+        memory = [each.take(rows) for each in scratch]
+        target: Softmax | TopKLogProbs | None = None
+        if isinstance(teacher, TopKLogProbs) or not needs_teacher:
+            logits = wave_logits(student, rows, scale, memory[0])
+            if isinstance(teacher, TopKLogProbs):
+                target = TopKLogProbs(teacher.indices[rows], teacher.log_probs[rows])
         else:
-            student_logits, teacher_logits = pair_logits(student, teacher, rows, count)
-        top = (teacher.indices[rows], teacher.log_probs[rows]) if isinstance(teacher, TopKLogProbs) else None
-        result[rows], grad_logits = wave_loss(
-            student_logits,
-            teacher_logits,
-            top,
-            None if labels is None else labels[rows],
-            objective.temperature if temperature is None else temperature[rows],
+            logits, teacher_logits = pair_logits(student, teacher, rows, scale, (memory[0], memory[2]))
+            target = shard.softmax(teacher_logits, memory[3])
+        slope = None
+        if student.softcap is not None and grad_rows is not None:
+            slope = 1 - (logits / (student.softcap * scale)).square_()
+        losses, wave_gradient = wave_loss(
+            shard.softmax(logits, memory[1]),
+            None if alpha == 0.0 else target,
+            None if labels is None or alpha == 1.0 else labels[rows],
+            wave_temperature,
             objective,
-            None if grad_rows is None else grad_rows[rows],
+            wants_gradient=grad_rows is not None,
         )
-        if grad_logits is not None:
-            gradient.add(rows, grad_logits, student_logits)
+        result[rows] = losses[:, 0]
+        if grad_rows is not None and wave_gradient is not None:
+            grad_logits, factor = wave_gradient
+            gradient.add(
+                rows, grad_logits if slope is None else grad_logits.mul_(slope), factor * grad_rows[rows, None]
+            )
     grad_input, grad_weight, grad_bias = gradient.result(weight, bias)
     if needs[0] and isinstance(student, LinearHead):
-        objective.shard.sum(grad_input)
+        shard.sum(grad_input)
     return result, (grad_input, grad_weight, grad_bias)
 
 
 def wave_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    top: tuple[Tensor, Tensor] | None,
+    student: Softmax,
+    teacher: Softmax | TopKLogProbs | None,
     labels: Tensor | None,
     temperature: float | Tensor,
     objective: Objective,
-    grad_rows: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Loss [rows] of a wave, and with `grad_rows` its gradient in the student's logits [rows, V]."""
+    *,
+    wants_gradient: bool,
+) -> tuple[Tensor, WaveGradient | None]:
+    """Loss [rows, 1] of a wave and its gradient; the softmaxes are at the temperature ([rows, 1] or a number), or at 1
+    without a teacher, and overwritten.
+    """
     alpha, shard = objective.alpha, objective.shard
-    valid = None if labels is None else labels != objective.ignore_index
-    if grad_rows is not None and valid is not None:
-        grad_rows = torch.where(valid, grad_rows, 0.0)
-    rows, grad_logits, student_log = None, None, None
-    if alpha != 0.0:
-        if top is not None:
-            rows, grad_logits = _top_divergence(student_logits, *top, temperature, objective, grad_rows)
-        else:
-            assert teacher_logits is not None
-            student_log = shard.log_softmax(tempered(student_logits, temperature))
-            teacher_log = shard.log_softmax(tempered(teacher_logits, temperature))
-            rows, grad_logits = divergence(
-                student_log,
-                teacher_log,
-                objective.beta,
-                shard,
-                None if grad_rows is None else grad_rows * (alpha * temperature),
-            )
-        rows = rows * (alpha * temperature * temperature)
+    if teacher is None:
+        assert labels is not None
+        return _cross_entropy(student, labels, objective, wants_gradient)
+    cross_entropy, cross_gradient = None, None
     if alpha != 1.0:
         assert labels is not None
-        assert valid is not None
-        if student_log is None or not (isinstance(temperature, float) and temperature == 1.0):
-            student_log = shard.log_softmax(student_logits)
-        cross_entropy, grad_cross = _cross_entropy(student_log, labels, valid, objective, grad_rows)
-        cross_entropy = (1 - alpha) * cross_entropy
-        rows = cross_entropy if rows is None else rows + cross_entropy
-        grad_logits = grad_cross if grad_logits is None or grad_cross is None else grad_logits.add_(grad_cross)
-    assert rows is not None  # alpha is not 0 or not 1
-    return rows if valid is None else torch.where(valid, rows, 0.0), grad_logits
+        cross_entropy, cross_gradient = _cross_entropy(
+            untempered(student, temperature, shard), labels, objective, wants_gradient
+        )
+    if isinstance(teacher, TopKLogProbs):
+        rows, gradient = _top_divergence(student, teacher, objective, wants_gradient)
+    else:
+        rows, gradient = divergence(student, teacher, objective.beta, shard, wants_gradient=wants_gradient)
+    rows = rows * (alpha * temperature * temperature)
+    if gradient is not None:
+        gradient = gradient[0], gradient[1] * (alpha * temperature)
+    if cross_entropy is None:
+        return rows, gradient
+    rows = rows + (1 - alpha) * cross_entropy
+    if gradient is None or cross_gradient is None:
+        return rows, None
+    factor = (1 - alpha) * cross_gradient[1]
+    return rows, (cross_gradient[0].addcmul_(gradient[0], gradient[1] / factor), factor)
 
 
-def _balance(grad: Tensor, dominant: Tensor, shard: Shard) -> Tensor:
-    """Make each row of `grad` sum to 0, as a gradient of logits does, at the class with a probability above one half.
-
-    Where p rounds to 1 that entry is the difference of two numbers near 1, and all is lost; the others are exact.
-    """
-    residual = shard.sum(grad.sum(-1, keepdim=True))
-    return grad.sub_(dominant * residual)
-
-
-def tempered(z: Tensor, temperature: float | Tensor) -> Tensor:
-    """Logits divided by the temperature of their row."""
-    if isinstance(temperature, Tensor):
-        return z / temperature[:, None]
-    return z if temperature == 1.0 else z / temperature
+def untempered(softmax: Softmax, temperature: float | Tensor, shard: Shard) -> Softmax:
+    """The softmax at temperature 1, from that at another; memory of its own."""
+    shifted = softmax.shifted * temperature
+    powers = shifted.exp2()
+    return Softmax(shifted, powers, shard.row_sum(powers))
 
 
 def divergence(
-    student_log: Tensor, teacher_log: Tensor, beta: float, shard: Shard, scale: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Generalised Jensen-Shannon divergence of log-probabilities [rows, V], and `scale` [rows] times its gradient in
-    the student's (tempered) logits.
+    student: Softmax, teacher: Softmax, beta: float, shard: Shard, *, wants_gradient: bool
+) -> tuple[Tensor, WaveGradient | None]:
+    """Generalised Jensen-Shannon divergence [rows, 1], and its gradient in the student's (tempered) logits; both
+    softmaxes are overwritten.
 
-    With p and t the probabilities and mix the mixture::
+    With p and t the probabilities of student and teacher, mix their mixture and ``s = log((1 - beta) p / mix)``::
 
         beta = 0   sum t (log t - log p)                            p - t
-        beta = 1   sum p (log p - log t) = K                        p (log p - log t - K)
-        between    beta KL(t || mix) + (1 - beta) KL(p || mix)      (1 - beta) p (log p - log mix - KL(p || mix))
+        beta = 1   sum p (log p - log t)                            p (log p - log t - sum p (log p - log t))
+        between    beta KL(t || mix) + (1 - beta) KL(p || mix)      (1 - beta) p (s - sum p s)
+
+    s is -log1p of the odds of the teacher, beta t to (1 - beta) p: where those are small, so is it, and keeps its
+    digits.
     """
-    p = student_log.exp()
+    (z, p, p_size), (z_teacher, t, t_size) = student, teacher
+    balance = _Balance(student, shard) if wants_gradient else None
+    log_sizes = torch.log2(p_size / t_size)
+    ratio = z_teacher.sub_(z)  # log2(t / p) less log_sizes
     if beta == 0.0:
-        t = teacher_log.exp()
-        rows = shard.sum((t * (teacher_log - student_log)).sum(-1))
-        if scale is None:
+        mean = shard.row_sum(torch.mul(t, ratio, out=ratio)) / t_size
+        rows = LN_2 * (mean + log_sizes)
+        if balance is None:
             return rows, None
-        return rows, _balance(torch.sub(p, t, out=t).mul_(scale[:, None]), p > 0.5, shard)
+        return rows, (balance(p.mul_(t_size / p_size).sub_(t)), 1 / t_size)
     if beta == 1.0:
-        ratio = student_log - teacher_log
-        rows = shard.sum((p * ratio).sum(-1))
-        if scale is None:
+        mean = shard.row_sum(torch.mul(p, ratio, out=z)) / p_size
+        rows = -LN_2 * (mean + log_sizes)
+        if balance is None:
             return rows, None
-        return rows, _balance(ratio.sub_(rows[:, None]).mul_(p).mul_(scale[:, None]), p > 0.5, shard)
-    ratio = teacher_log - student_log
-    student_ratio, at_top = _mixture_ratio(student_log, ratio, beta, shard)
-    teacher_ratio = torch.log1p(ratio.neg_().clamp_(max=EXP_LIMIT).expm1_().mul_(1 - beta)).neg_()  # log(t / mix)
-    parts = shard.sum(torch.stack([(p * student_ratio).sum(-1), (teacher_log.exp() * teacher_ratio).sum(-1)]))
-    rows = (1 - beta) * (parts[0] + at_top) + beta * parts[1]
-    return rows, None if scale is None else student_ratio.sub_(parts[0][:, None]).mul_(p).mul_(
-        (scale * (1 - beta))[:, None]
-    )
+        return rows, (balance(ratio.sub_(mean).mul_(p)), -LN_2 / p_size)
+    ratio.add_(log_sizes + math.log2(beta / (1 - beta))).clamp_(max=EXP2_LIMIT)
+    log_share = torch.exp2(ratio, out=z).log1p_()  # log(mix / ((1 - beta) p))
+    of_teacher = ratio.sub_(log_share, alpha=LOG2_E).mul_(t).sum(-1, keepdim=True)  # t log2(beta t / mix)
+    of_student = torch.mul(p, log_share, out=t).sum(-1, keepdim=True)
+    of_teacher, of_student = shard.sum(torch.stack([of_teacher / t_size, of_student / p_size]))
+    entropy = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)
+    rows = entropy + (beta * LN_2) * of_teacher - (1 - beta) * of_student
+    if balance is None:
+        return rows, None
+    return rows, (balance(log_share.sub_(of_student).mul_(p)), (beta - 1) / p_size)
 
 
-def _mixture_ratio(student_log: Tensor, ratio: Tensor, beta: float, shard: Shard) -> tuple[Tensor, Tensor]:
-    """log(p / mix) minus its value at the student's most likely class [rows, V], and that value [rows], from ``ratio =
-    log t - log p``.
+class _Balance:
+    """Makes saturated rows of a gradient sum to 0, as a gradient of logits does, at the class that saturates them.
 
-    With ``q = beta / (1 - beta) * t / p`` it is ``log((1 + q_top) / (1 + q))``. The difference is all that the gradient
-    holds, and its size is that of the gap between heads that agree as well as that of the overlap of heads that do not,
-    so neither may be subtracted from a constant.
+    Where p rounds to 1 that entry is the difference of two numbers near 1, and all is lost; the others are exact.
     """
-    top = shard.argmax(student_log)
-    local, mine = shard.local_labels(top, torch.ones_like(top, dtype=torch.bool))
-    ratio_top = shard.sum(torch.where(mine, ratio.gather(1, local[:, None])[:, 0], 0.0))[:, None]
-    odds = beta / (1 - beta)
-    q, q_top = ratio.clamp(max=EXP_LIMIT).exp_().mul_(odds), ratio_top.clamp(max=EXP_LIMIT).exp().mul_(odds)
-    distance = ratio - ratio_top
-    near = torch.log1p(distance.clamp(-1.0, 1.0).expm1_().mul_(-q_top).div_(1 + q))
-    far = torch.log1p(q_top) - torch.log1p(q)
-    at_top = -math.log1p(-beta) - torch.log1p(q_top[:, 0])
-    return torch.where(distance.abs_() < 1.0, near, far), at_top
+
+    def __init__(self, softmax: Softmax, shard: Shard) -> None:
+        self.shard = shard
+        self.rows = (softmax.size[:, 0] < SATURATED).nonzero()[:, 0]
+        powers, self.top = softmax.powers[self.rows].max(-1)
+        self.has_top = powers == 1.0
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        if self.rows.shape[0]:
+            residual = self.shard.sum(grad[self.rows].sum(-1))
+            grad[self.rows, self.top] -= torch.where(self.has_top, residual, 0.0)
+        return grad
 
 
-def with_bucket(
-    student_logits: Tensor, indices: Tensor, log_probs: Tensor, temperature: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of the top-k classes and of the rest as one bucket: student and teacher [rows, K+1], and each
-    class's log share of the rest [rows, V].
+def with_bucket(student: Softmax, teacher: TopKLogProbs, shard: Shard) -> tuple[Softmax, Softmax, Tensor]:
+    """Softmaxes over the top-k classes and the rest as one bucket [rows, K+1], and each class's share of the rest
+    [rows, V]; `student` is overwritten.
 
-    The student's rest is a log-sum-exp over the other classes, not 1 minus the sum, which would cancel for a confident
+    The student's rest is a sum over the other classes, not 1 minus the sum, which would cancel for a confident
     student. With K = V there is no bucket.
     """
-    z = tempered(student_logits, temperature)
-    top, log_probs = z.gather(1, indices), log_probs.to(z.dtype).clamp_min(FINITE_MINIMUM)
-    others = z.scatter(1, indices, FINITE_MINIMUM)
+    indices, z = teacher.indices, student.shifted
+    top = z.gather(1, indices)
+    log_probs = teacher.log_probs.double().clamp_min(FINITE_MINIMUM)
+    others = z.scatter_(1, indices, FINITE_MINIMUM)
     if indices.shape[1] == z.shape[1]:
-        return torch.log_softmax(top, -1), log_probs, others
-    rest = others.logsumexp(-1, keepdim=True)
-    teacher_rest = (
-        torch.log1p(-log_probs.double().exp().sum(-1, keepdim=True).clamp(max=1.0))
-        .to(z.dtype)
-        .clamp_min(FINITE_MINIMUM)
+        coarse, share = [top], others
+    else:
+        largest = others.amax(-1, keepdim=True)
+        rest = shard.softmax(others, student.powers)
+        coarse, share = [top, largest + torch.log2(rest.size)], rest.powers.div_(rest.size)
+        teacher_rest = torch.log1p(-log_probs.exp().sum(-1, keepdim=True).clamp(max=1.0)).clamp_min(FINITE_MINIMUM)
+        log_probs = torch.cat([log_probs, teacher_rest], -1)
+    softmaxes = (
+        shard.softmax(logits, torch.empty_like(logits))
+        for logits in (torch.cat(coarse, -1), (log_probs * LOG2_E).to(z.dtype))
     )
-    return (
-        torch.log_softmax(torch.cat([top, rest], -1), -1),
-        torch.cat([log_probs, teacher_rest], -1),
-        others.sub_(rest),
-    )
+    return next(softmaxes), next(softmaxes), share
 
 
 def _top_divergence(
-    student_logits: Tensor,
-    indices: Tensor,
-    log_probs: Tensor,
-    temperature: float | Tensor,
-    objective: Objective,
-    grad_rows: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+    student: Softmax, teacher: TopKLogProbs, objective: Objective, wants_gradient: bool
+) -> tuple[Tensor, WaveGradient | None]:
     """`divergence` against a top-k teacher: the gradient of the bucket is spread over its classes by their shares."""
-    student_log, teacher_log, share = with_bucket(student_logits, indices, log_probs, temperature)
-    scale = None if grad_rows is None else grad_rows * (objective.alpha * temperature)
-    rows, coarse = divergence(student_log, teacher_log, objective.beta, objective.shard, scale)
-    if coarse is None:
+    own, target, share = with_bucket(student, teacher, objective.shard)
+    rows, gradient = divergence(own, target, objective.beta, objective.shard, wants_gradient=wants_gradient)
+    if gradient is None:
         return rows, None
-    top = indices.shape[1]
-    if top == share.shape[1]:
-        return rows, torch.empty_like(share).scatter_(1, indices, coarse)
-    return rows, share.exp_().mul_(coarse[:, top:]).scatter_(1, indices, coarse[:, :top])
+    (coarse, factor), top = gradient, teacher.indices.shape[1]
+    if top < share.shape[1]:
+        share.mul_(coarse[:, top:])
+    return rows, (share.scatter_(1, teacher.indices, coarse[:, :top]), factor)
 
 
 def _cross_entropy(
-    log_probs: Tensor, labels: Tensor, valid: Tensor, objective: Objective, grad_rows: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Cross entropy with label smoothing [rows] of log-probabilities, and ``(1 - alpha) * grad_rows`` times its
-    gradient in the logits.
-    """
+    softmax: Softmax, labels: Tensor, objective: Objective, wants_gradient: bool
+) -> tuple[Tensor, WaveGradient | None]:
+    """Cross entropy with label smoothing [rows, 1], and its gradient in the logits; the powers are overwritten."""
     shard, smoothing = objective.shard, objective.label_smoothing
-    target, mine = shard.local_labels(labels, valid)
-    at_label = torch.where(mine, log_probs.gather(1, target[:, None])[:, 0], 0.0)
-    rows = -(1 - smoothing) * at_label
+    z, powers, size = softmax
+    index, mine = shard.local_labels(labels)
+    label = (1 - smoothing) * shard.at(z, index, mine)
     if smoothing:
-        rows -= (smoothing / shard.total) * log_probs.sum(-1)
-    rows = shard.sum(rows)
-    if grad_rows is None:
+        label += (smoothing / shard.total) * shard.row_sum(z)
+    rows = LN_2 * (torch.log2(size) - label)
+    if not wants_gradient:
         return rows, None
-    scale = (1 - objective.alpha) * grad_rows
-    grad = log_probs.exp()
-    dominant = grad > 0.5
+    balance = _Balance(softmax, shard)
     if smoothing:
-        grad -= smoothing / shard.total
-    grad.mul_(scale[:, None])
-    grad.scatter_add_(1, target[:, None], torch.where(mine, -(1 - smoothing) * scale, 0.0)[:, None])
-    return rows, _balance(grad, dominant, shard)
+        powers.sub_(size * (smoothing / shard.total))
+    hit = (smoothing - 1) * size
+    powers.scatter_add_(1, index, hit if mine is None else torch.where(mine, hit, 0.0))
+    return rows, (balance(powers), 1 / size)

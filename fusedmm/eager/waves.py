@@ -1,9 +1,9 @@
 """Waves of rows: the matmuls around a distillation, so that logits exist only for some rows at a time.
 
 A wave has about `WAVE_ELEMENTS` logits, never fewer than `MIN_WAVE_ROWS` rows (below that the weight is read too often)
-and, beyond `WHOLE_ELEMENTS`, never all rows. Logits and gradients are formed in float32 from inputs of any dtype
-(float64 from float64): on CUDA by the matmul's own accumulator, elsewhere from a converted copy of a block of the
-weight.
+and, beyond `WHOLE_ELEMENTS`, never all rows. Ignored rows are in no wave. Logits and gradients are formed in float32
+from inputs of any dtype (float64 from float64): on CUDA by the matmul's own accumulator, elsewhere from a converted
+copy of a block of the weight.
 """
 
 from collections.abc import Iterator
@@ -14,12 +14,17 @@ from torch import Tensor
 
 from fusedmm.heads import Head, LinearHead
 
-WAVE_ELEMENTS = 1 << 18
+WAVE_ELEMENTS = 1 << 20
 WHOLE_ELEMENTS = 1 << 16
 MIN_WAVE_ROWS = 64
+# Up to so many classes a wave lies classes-major in memory, so that a vector holds rows: a reduction over 8 classes
+# then takes a sixth of the time, over 2 a tenth.
+FEW_CLASSES = 64
 # A half-precision weight up to this size is converted once a call, a larger one in blocks, once a wave.
 CONVERTED_ELEMENTS = 1 << 22
 FINITE_MINIMUM = -1e30  # stands for -inf, so that a forbidden class gives 0 * 1e30 and not 0 * inf
+
+Rows = slice | Tensor  # consecutive rows, or the numbers of some
 
 
 def wave_rows(num_rows: int, num_classes: int) -> int:
@@ -30,10 +35,39 @@ def wave_rows(num_rows: int, num_classes: int) -> int:
     return max(1, min(rows, num_rows))
 
 
-def waves(num_rows: int, num_classes: int) -> Iterator[slice]:
-    """Slices of consecutive rows that cover all of them."""
-    rows = wave_rows(num_rows, num_classes)
-    return (slice(first, min(first + rows, num_rows)) for first in range(0, num_rows, rows))
+def counted_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None:
+    """Numbers of the rows that are not ignored, or None for all of them; where the labels are on a GPU this waits."""
+    if labels is None:
+        return None
+    counts = labels != ignore_index
+    return None if bool(counts.all()) else counts.nonzero()[:, 0]
+
+
+def waves(num_rows: int, num_classes: int, counted: Tensor | None) -> Iterator[Rows]:
+    """Waves that cover all rows, or those in `counted`."""
+    if counted is not None:
+        num_rows = counted.shape[0]
+    step = wave_rows(num_rows, num_classes)
+    for first in range(0, num_rows, step):
+        rows = slice(first, min(first + step, num_rows))
+        yield rows if counted is None else counted[rows]
+
+
+class Scratch:
+    """Memory for one wave in the compute dtype, allocated once a call: pages that a wave has touched serve the next."""
+
+    def __init__(self, source: Tensor, num_rows: int, num_classes: int) -> None:
+        self.classes = num_classes
+        self.flat = source.new_empty((wave_rows(num_rows, num_classes) * num_classes,), dtype=compute_dtype(source))
+
+    def take(self, rows: Rows) -> Tensor:
+        """[rows, V], classes-major where they are few."""
+        count = rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0]
+        return _shaped(self.flat[: count * self.classes], count, self.classes)
+
+
+def _shaped(flat: Tensor, rows: int, classes: int) -> Tensor:
+    return flat.view(classes, rows).t() if classes <= FEW_CLASSES else flat.view(rows, classes)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -41,59 +75,75 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def convert_small(head: Head) -> Head:
-    """The head with its weight in the compute dtype where that is cheap; CUDA multiplies half precision as it is."""
-    if not isinstance(head, LinearHead) or head.weight.dtype == compute_dtype(head.weight) or head.weight.is_cuda:
-        return head
-    is_small = head.weight.numel() <= CONVERTED_ELEMENTS
-    return replace(head, weight=head.weight.to(compute_dtype(head.weight))) if is_small else head
+def real_classes(head: Head, num_classes: int) -> Head:
+    """The head without padding, its weight in the compute dtype where that is cheap; CUDA multiplies half precision as
+    it is.
+    """
+    if not isinstance(head, LinearHead):
+        return replace(head, values=head.values[:, :num_classes])
+    weight = head.weight[:num_classes]
+    if not weight.is_cuda and weight.numel() <= CONVERTED_ELEMENTS:
+        weight = weight.to(compute_dtype(weight))
+    return replace(head, weight=weight, bias=None if head.bias is None else head.bias[:num_classes])
 
 
-def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """``a @ b`` in the compute dtype without rounding the product: [n, k] by [k, m]; written to `out` where given."""
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """``scale * a @ b`` in the compute dtype without rounding the product: [n, k] by [k, m]; written to `out` where
+    given.
+    """
     dtype = compute_dtype(a)
-    if a.dtype == b.dtype == dtype:
-        return torch.mm(a, b, out=out)
     if out is None:
         out = a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
-    if a.is_cuda and a.dtype == b.dtype:
-        return torch.mm(a, b, out_dtype=dtype, out=out)
+    if a.is_cuda and a.dtype == b.dtype != dtype:
+        torch.mm(a, b, out_dtype=dtype, out=out)
+        return out if scale == 1.0 else out.mul_(scale)
     a = a.to(dtype)
-    if b.dtype == dtype:
-        return torch.mm(a, b, out=out)
-    columns = max(1, CONVERTED_ELEMENTS // b.shape[0])
+    columns = b.shape[1] if b.dtype == dtype else max(1, CONVERTED_ELEMENTS // b.shape[0])
+    if columns >= b.shape[1]:
+        return torch.addmm(out, a, b.to(dtype), beta=0.0, alpha=scale, out=out)
     for first in range(0, b.shape[1], columns):
-        block = slice(first, min(first + columns, b.shape[1]))
-        out[:, block] = a @ b[:, block].to(dtype)
+        block = out[:, first : first + columns]
+        torch.addmm(block, a, b[:, first : first + columns].to(dtype), beta=0.0, alpha=scale, out=block)
     return out
 
 
-def wave_logits(head: Head, rows: slice, num_classes: int) -> Tensor:
-    """[rows, V] logits of a wave, soft-capped, in the compute dtype; memory of its own."""
+def wave_logits(head: Head, rows: Rows, scale: float | Tensor, out: Tensor) -> Tensor:
+    """Write `scale` (a number or [rows, 1]) times the logits of a wave, soft-capped, to `out` [rows, V]. A number costs
+    nothing where nothing stands between it and the matmul.
+    """
+    inner = scale if isinstance(scale, float) and isinstance(head, LinearHead) and head.softcap is None else 1.0
     if isinstance(head, LinearHead):
-        z = matmul(head.hidden[rows], head.weight[:num_classes].t())
+        z = matmul(head.hidden[rows], head.weight.t(), out, inner)
         if head.bias is not None:
-            z += head.bias[:num_classes]
+            z.add_(head.bias, alpha=inner)
     else:
-        z = head.values[rows, :num_classes].to(compute_dtype(head.values)).clamp_min(FINITE_MINIMUM)
+        z = out.copy_(head.values[rows]).clamp_min_(FINITE_MINIMUM)
     if head.softcap is not None:
         z.div_(head.softcap).tanh_().mul_(head.softcap)
-    return z
+    return z if inner is scale else z.mul_(scale)
 
 
-def pair_logits(student: Head, teacher: Head, rows: slice, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Logits of both heads in the student's compute dtype; one matmul where they share the weight, so that it is read
-    once.
+def pair_logits(
+    student: Head, teacher: Head, rows: Rows, scale: float | Tensor, out: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """`wave_logits` of both heads in the student's compute dtype; one matmul where they share the weight, so that it is
+    read once.
     """
     if not shares_weight(student, teacher):
-        z = wave_logits(student, rows, num_classes)
-        return z, wave_logits(teacher, rows, num_classes).to(z.dtype)
+        z = wave_logits(student, rows, scale, out[0])
+        if compute_dtype(teacher.source) == z.dtype:
+            return z, wave_logits(teacher, rows, scale, out[1])
+        own = torch.empty_like(out[1], dtype=compute_dtype(teacher.source))
+        return z, out[1].copy_(wave_logits(teacher, rows, scale, own))
     assert isinstance(student, LinearHead)
     assert isinstance(teacher, LinearHead)
-    both = replace(student, hidden=torch.cat([student.hidden[rows], teacher.hidden[rows]]))
-    z = wave_logits(both, slice(None), num_classes)
-    count = z.shape[0] // 2
-    return z[:count], z[count:]
+    hidden = torch.cat([student.hidden[rows], teacher.hidden[rows]])
+    count, classes = hidden.shape[0], student.weight.shape[0]
+    both = _shaped(out[0].new_empty((count * classes,)), count, classes)
+    if isinstance(scale, Tensor):
+        scale = torch.cat([scale, scale])
+    wave_logits(replace(student, hidden=hidden), slice(None), scale, both)
+    return both[: count // 2], both[count // 2 :]
 
 
 def shares_weight(student: Head, teacher: Head) -> bool:
@@ -119,46 +169,42 @@ class HeadGradient:
     """Gradients of a head, filled wave by wave from gradients of its logits; only those that are needed have memory.
 
     The weight's gradient is a sum over waves and kept in the compute dtype until the last one, so that it is rounded
-    once.
+    once. What multiplies all logits of a row is applied to the row's hidden state and to its gradient, which are
+    shorter.
     """
 
-    def __init__(self, head: Head, num_classes: int, needs: tuple[bool, bool, bool]) -> None:
-        self.head, self.num_classes = head, num_classes
+    def __init__(self, head: Head, needs: tuple[bool, bool, bool], source: Tensor, *, is_partial: bool) -> None:
+        """`head` without padding and `source` with it; `is_partial`: some rows are in no wave, their gradient is 0."""
+        self.head, self.source = head, source
         self.needs_input, self.needs_weight, self.needs_bias = needs
-        source = head.hidden if isinstance(head, LinearHead) else head.values
-        self.dtype = compute_dtype(source)
-        self.input = (
-            torch.empty_like(source, memory_format=torch.contiguous_format)
-            if self.needs_input
-            else source.new_empty((0,))
-        )
+        self.input = source.new_empty(source.shape if self.needs_input else (0,))
+        if is_partial and self.needs_input:
+            self.input.zero_()
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
-    def add(self, rows: slice, grad_logits: Tensor, z: Tensor) -> None:
-        """Take in the gradient of one wave's soft-capped logits `z`; `grad_logits` is overwritten."""
+    def add(self, rows: Rows, grad_logits: Tensor, row_scale: Tensor) -> None:
+        """Take in ``row_scale * grad_logits`` of one wave: [rows, 1] and [rows, V]."""
         head = self.head
-        if head.softcap is not None:
-            grad_logits.mul_(1 - (z / head.softcap).square_())
         if not isinstance(head, LinearHead):
             if self.needs_input:
-                self.input[rows, : self.num_classes] = grad_logits
-                self.input[rows, self.num_classes :] = 0
+                self.input[rows, : grad_logits.shape[1]] = grad_logits * row_scale
+                self.input[rows, grad_logits.shape[1] :] = 0
             return
         if self.needs_input:
-            weight = head.weight[: self.num_classes]
-            if grad_logits.dtype == weight.dtype == self.input.dtype:
-                torch.mm(grad_logits, weight, out=self.input[rows])
+            if isinstance(rows, slice) and grad_logits.dtype == head.weight.dtype == self.input.dtype:
+                wave = self.input[rows]
+                torch.mm(grad_logits, head.weight, out=wave).mul_(row_scale)
             else:
-                self.input[rows] = _grad_hidden(grad_logits, weight)
+                self.input[rows] = _grad_hidden(grad_logits, head.weight).mul_(row_scale).to(self.input.dtype)
         if self.needs_weight:
-            hidden = head.hidden[rows].to(self.dtype)
+            hidden = head.hidden[rows] * row_scale
             if self.weight is None:
                 self.weight = grad_logits.t() @ hidden
             else:
                 self.weight.addmm_(grad_logits.t(), hidden)
         if self.needs_bias:
-            total = grad_logits.sum(0)
+            total = grad_logits.t() @ row_scale[:, 0]
             self.bias = total if self.bias is None else self.bias.add_(total)
 
     def result(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,7 +223,7 @@ def _grad_hidden(grad_logits: Tensor, weight: Tensor) -> Tensor:
     grad = grad_logits.new_zeros((grad_logits.shape[0], weight.shape[1]))
     classes = max(1, CONVERTED_ELEMENTS // weight.shape[1])
     for first in range(0, weight.shape[0], classes):
-        block = slice(first, min(first + classes, weight.shape[0]))
+        block = slice(first, first + classes)
         grad.addmm_(grad_logits[:, block], weight[block].to(grad.dtype))
     return grad
 

@@ -32,7 +32,7 @@ class Inputs:
     @property
     def rows(self) -> Tensor:
         """A tensor whose first dimension is the rows, and whose device and dtype are the student's."""
-        return self.student.hidden if isinstance(self.student, LinearHead) else self.student.values
+        return self.student.source
 
 
 def check_inputs(
@@ -86,7 +86,7 @@ def check_inputs(
     shard = _shard(op, student, teacher, sizes, sharded_classes)
     if isinstance(teacher, TopKLogProbs) and impl == "auto":
         impl = "eager"
-    source = student.hidden if isinstance(student, LinearHead) else student.values
+    source = student.source
     resolved = resolve_impl(op, impl, source.device, unsupported=_triton_gaps(student, teacher))
     if resolved == "reference" and shard.group is not None:
         raise NotImplementedError(
@@ -246,9 +246,9 @@ def _triton_gaps(student: Head, teacher: Teacher) -> list[str]:
     gaps = []
     if isinstance(teacher, TopKLogProbs):
         gaps.append("a top-k teacher is served by PyTorch operators on a handful of classes a row")
-    tensors = [student.hidden if isinstance(student, LinearHead) else student.values]
+    tensors = [student.source]
     if not isinstance(teacher, TopKLogProbs):
-        tensors.append(teacher.hidden if isinstance(teacher, LinearHead) else teacher.values)
+        tensors.append(teacher.source)
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         gaps.append("the kernels compute in float32, the heads are float64")
     return gaps

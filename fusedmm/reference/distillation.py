@@ -42,20 +42,19 @@ def log_probs(
     student: LinearHead | Logits, teacher: Teacher, temperature: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of student and teacher over what both can tell apart: [N, V] classes, or [N, K+1] with the
-    bucket of a top-k teacher last.
+    bucket of a top-k teacher last. Rounded log-probabilities whose sum is not 1 with that of the bucket are normalised.
     """
     full = torch.log_softmax(logits(student, num_classes) / temperature[:, None], -1)
     if not isinstance(teacher, TopKLogProbs):
         return full, torch.log_softmax(logits(teacher, num_classes) / temperature[:, None], -1)
     top = teacher.log_probs.double().clamp_min(FINITE_MINIMUM)
     if top.shape[1] == num_classes:
-        return full.gather(1, teacher.indices), top
+        return full.gather(1, teacher.indices), top.log_softmax(-1)
     rest = torch.ones_like(full, dtype=torch.bool).scatter(1, teacher.indices, False)
     student_rest = full.masked_fill(~rest, FINITE_MINIMUM).logsumexp(-1, keepdim=True)
     teacher_rest = torch.log1p(-top.exp().sum(-1, keepdim=True).clamp_max(1.0))
-    return torch.cat([full.gather(1, teacher.indices), student_rest], -1), torch.cat(
-        [top, teacher_rest.clamp_min(FINITE_MINIMUM)], -1
-    )
+    teacher_log = torch.cat([top, teacher_rest.clamp_min(FINITE_MINIMUM)], -1).log_softmax(-1)
+    return torch.cat([full.gather(1, teacher.indices), student_rest], -1), teacher_log
 
 
 def loss(
