@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusedmm.eager.shard import Shard, Softmax
+from fusedmm.eager.shard import Shard
 from fusedmm.eager.waves import (
     FINITE_MINIMUM,
     HeadGradient,
     Scratch,
+    compute_dtype,
     counted_rows,
     pair_logits,
     real_classes,
@@ -30,8 +31,10 @@ LOG2_E = 1 / LN_2
 EXP2_LIMIT = 120.0  # of a log-ratio: its probability no longer counts long before, and no power overflows
 SATURATED = 1.125  # size of a softmax whose top class has 8/9: beyond, 1 - p loses more than three bits
 
-# The gradient of a wave's logits [rows, V], less the factor of each row [rows, 1]
-WaveGradient = tuple[Tensor, Tensor]
+Target = Tensor | TopKLogProbs | None
+WaveGradient = tuple[
+    Tensor, Tensor
+]  # of a wave's logits [rows, V], and what each row is yet to be multiplied by [rows, 1]
 
 
 @dataclass(frozen=True)
@@ -84,38 +87,40 @@ def loss(
     counted = counted_rows(labels, objective.ignore_index)
     num_rows = source.shape[0] if counted is None else counted.shape[0]
     needs_teacher = alpha != 0.0 and not isinstance(teacher, TopKLogProbs)
-    scratch = [Scratch(source, num_rows, shard.count) for _ in range(4 if needs_teacher else 2)]
-    result = torch.zeros(source.shape[0], dtype=scratch[0].flat.dtype, device=source.device)
+    scratch = Scratch(
+        source, num_rows, shard.count, 1 if not needs_teacher else 3 if objective.beta in (0.0, 1.0) else 4
+    )
+    result = source.new_zeros((source.shape[0],), dtype=compute_dtype(source))
     gradient = HeadGradient(student, needs, source, is_partial=counted is not None)
     for rows in waves(source.shape[0], shard.count, counted):
         wave_temperature = objective.temperature if temperature is None else temperature[rows, None]
         scale = LOG2_E if alpha == 0.0 else LOG2_E / wave_temperature
-        memory = [each.take(rows) for each in scratch]
-        target: Softmax | TopKLogProbs | None = None
+        z, *memory = scratch.take(rows)
+        target: Target = None
         if isinstance(teacher, TopKLogProbs) or not needs_teacher:
-            logits = wave_logits(student, rows, scale, memory[0])
+            wave_logits(student, rows, scale, z)
             if isinstance(teacher, TopKLogProbs):
                 target = TopKLogProbs(teacher.indices[rows], teacher.log_probs[rows])
         else:
-            logits, teacher_logits = pair_logits(student, teacher, rows, scale, (memory[0], memory[2]))
-            target = shard.softmax(teacher_logits, memory[3])
+            z, target = pair_logits(student, teacher, rows, scale, (z, memory.pop()))
         slope = None
         if student.softcap is not None and grad_rows is not None:
-            slope = 1 - (logits / (student.softcap * scale)).square_()
+            slope = 1 - (z / (student.softcap * scale)).square_()
         losses, wave_gradient = wave_loss(
-            shard.softmax(logits, memory[1]),
-            None if alpha == 0.0 else target,
+            z,
+            target,
             None if labels is None or alpha == 1.0 else labels[rows],
             wave_temperature,
             objective,
+            memory,
             wants_gradient=grad_rows is not None,
         )
         result[rows] = losses[:, 0]
         if grad_rows is not None and wave_gradient is not None:
             grad_logits, factor = wave_gradient
-            gradient.add(
-                rows, grad_logits if slope is None else grad_logits.mul_(slope), factor * grad_rows[rows, None]
-            )
+            if slope is not None:
+                grad_logits.mul_(slope)
+            gradient.add(rows, grad_logits, factor * grad_rows[rows, None])
     grad_input, grad_weight, grad_bias = gradient.result(weight, bias)
     if needs[0] and isinstance(student, LinearHead):
         shard.sum(grad_input)
@@ -123,31 +128,41 @@ def loss(
 
 
 def wave_loss(
-    student: Softmax,
-    teacher: Softmax | TopKLogProbs | None,
+    z: Tensor,
+    target: Target,
     labels: Tensor | None,
     temperature: float | Tensor,
     objective: Objective,
+    memory: list[Tensor],
     *,
     wants_gradient: bool,
 ) -> tuple[Tensor, WaveGradient | None]:
-    """Loss [rows, 1] of a wave and its gradient; the softmaxes are at the temperature ([rows, 1] or a number), or at 1
-    without a teacher, and overwritten.
+    """Loss [rows, 1] of a wave and its gradient.
+
+    Args:
+        z: student's logits / ln 2 / temperature [rows, V], at temperature 1 where alpha is 0; overwritten.
+        target: the teacher's, overwritten; or what a top-k teacher knows.
+        labels: [rows], none of them ignored.
+        temperature: a number or [rows, 1].
+        objective: the rest.
+        memory: one tensor like z for a teacher's logits, two for 0 < beta < 1.
+        wants_gradient: whether it is taken.
     """
-    alpha, shard = objective.alpha, objective.shard
-    if teacher is None:
+    alpha = objective.alpha
+    if alpha == 0.0:
         assert labels is not None
-        return _cross_entropy(student, labels, objective, wants_gradient)
+        return _cross_entropy(z, labels, objective, wants_gradient=wants_gradient)
     cross_entropy, cross_gradient = None, None
     if alpha != 1.0:
         assert labels is not None
         cross_entropy, cross_gradient = _cross_entropy(
-            untempered(student, temperature, shard), labels, objective, wants_gradient
+            z * temperature, labels, objective, wants_gradient=wants_gradient
         )
-    if isinstance(teacher, TopKLogProbs):
-        rows, gradient = _top_divergence(student, teacher, objective, wants_gradient)
+    if isinstance(target, TopKLogProbs):
+        rows, gradient = _top_divergence(z, target, objective, wants_gradient=wants_gradient)
     else:
-        rows, gradient = divergence(student, teacher, objective.beta, shard, wants_gradient=wants_gradient)
+        assert target is not None
+        rows, gradient = divergence(z, target, objective.beta, objective.shard, memory, wants_gradient=wants_gradient)
     rows = rows * (alpha * temperature * temperature)
     if gradient is not None:
         gradient = gradient[0], gradient[1] * (alpha * temperature)
@@ -160,46 +175,39 @@ def wave_loss(
     return rows, (cross_gradient[0].addcmul_(gradient[0], gradient[1] / factor), factor)
 
 
-def untempered(softmax: Softmax, temperature: float | Tensor, shard: Shard) -> Softmax:
-    """The softmax at temperature 1, from that at another; memory of its own."""
-    shifted = softmax.shifted * temperature
-    powers = shifted.exp2()
-    return Softmax(shifted, powers, shard.row_sum(powers))
-
-
 def divergence(
-    student: Softmax, teacher: Softmax, beta: float, shard: Shard, *, wants_gradient: bool
+    z: Tensor, u: Tensor, beta: float, shard: Shard, memory: list[Tensor], *, wants_gradient: bool
 ) -> tuple[Tensor, WaveGradient | None]:
-    """Generalised Jensen-Shannon divergence [rows, 1], and its gradient in the student's (tempered) logits; both
-    softmaxes are overwritten.
+    """Generalised Jensen-Shannon divergence [rows, 1] of logits / ln 2, `z` of the student and `u` of the teacher, and
+    its gradient in the student's logits; both are overwritten, as is `memory`.
 
-    With p and t the probabilities of student and teacher, mix their mixture and ``s = log((1 - beta) p / mix)``::
+    With p and t the probabilities of student and teacher, mix their mixture and ``s = log(mix / ((1 - beta) p))``::
 
         beta = 0   sum t (log t - log p)                            p - t
         beta = 1   sum p (log p - log t)                            p (log p - log t - sum p (log p - log t))
-        between    beta KL(t || mix) + (1 - beta) KL(p || mix)      (1 - beta) p (s - sum p s)
+        between    beta KL(t || mix) + (1 - beta) KL(p || mix)      (1 - beta) p (sum p s - s)
 
-    s is -log1p of the odds of the teacher, beta t to (1 - beta) p: where those are small, so is it, and keeps its
+    s is log1p of the odds of the teacher, beta t to (1 - beta) p: where those are small, so is it, and keeps its
     digits.
     """
-    (z, p, p_size), (z_teacher, t, t_size) = student, teacher
-    balance = _Balance(student, shard) if wants_gradient else None
-    log_sizes = torch.log2(p_size / t_size)
-    ratio = z_teacher.sub_(z)  # log2(t / p) less log_sizes
+    t, t_size = shard.powers(shard.shift(u), memory[0])
+    ratio = u.sub_(shard.shift(z))
+    p, p_size = shard.powers(z, z)
+    log_sizes = torch.log2(p_size / t_size)  # log2(t / p) is ratio + log_sizes
+    balance = _Balance(p, p_size, shard) if wants_gradient else None
     if beta == 0.0:
-        mean = shard.row_sum(torch.mul(t, ratio, out=ratio)) / t_size
-        rows = LN_2 * (mean + log_sizes)
+        rows = LN_2 * (shard.row_sum(torch.mul(t, ratio, out=ratio)) / t_size + log_sizes)
         if balance is None:
             return rows, None
         return rows, (balance(p.mul_(t_size / p_size).sub_(t)), 1 / t_size)
     if beta == 1.0:
-        mean = shard.row_sum(torch.mul(p, ratio, out=z)) / p_size
+        mean = shard.row_sum(torch.mul(p, ratio, out=t)) / p_size
         rows = -LN_2 * (mean + log_sizes)
         if balance is None:
             return rows, None
         return rows, (balance(ratio.sub_(mean).mul_(p)), -LN_2 / p_size)
     ratio.add_(log_sizes + math.log2(beta / (1 - beta))).clamp_(max=EXP2_LIMIT)
-    log_share = torch.exp2(ratio, out=z).log1p_()  # log(mix / ((1 - beta) p))
+    log_share = torch.exp2(ratio, out=memory[1]).log1p_()  # s
     of_teacher = ratio.sub_(log_share, alpha=LOG2_E).mul_(t).sum(-1, keepdim=True)  # t log2(beta t / mix)
     of_student = torch.mul(p, log_share, out=t).sum(-1, keepdim=True)
     of_teacher, of_student = shard.sum(torch.stack([of_teacher / t_size, of_student / p_size]))
@@ -216,51 +224,47 @@ class _Balance:
     Where p rounds to 1 that entry is the difference of two numbers near 1, and all is lost; the others are exact.
     """
 
-    def __init__(self, softmax: Softmax, shard: Shard) -> None:
+    def __init__(self, powers: Tensor, size: Tensor, shard: Shard) -> None:
         self.shard = shard
-        self.rows = (softmax.size[:, 0] < SATURATED).nonzero()[:, 0]
-        powers, self.top = softmax.powers[self.rows].max(-1)
-        self.has_top = powers == 1.0
+        self.rows = (size[:, 0] < SATURATED).nonzero()[:, 0]
+        self.has_rows = self.rows.shape[0] > 0  # on all ranks or none
+        if self.has_rows:
+            largest, self.top = powers[self.rows].max(-1)
+            self.is_here = largest == 1.0
 
     def __call__(self, grad: Tensor) -> Tensor:
-        if self.rows.shape[0]:
+        if self.has_rows:
             residual = self.shard.sum(grad[self.rows].sum(-1))
-            grad[self.rows, self.top] -= torch.where(self.has_top, residual, 0.0)
+            grad[self.rows, self.top] -= torch.where(self.is_here, residual, 0.0)
         return grad
 
 
-def with_bucket(student: Softmax, teacher: TopKLogProbs, shard: Shard) -> tuple[Softmax, Softmax, Tensor]:
-    """Softmaxes over the top-k classes and the rest as one bucket [rows, K+1], and each class's share of the rest
-    [rows, V]; `student` is overwritten.
+def with_bucket(z: Tensor, teacher: TopKLogProbs, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits / ln 2 of student and teacher over the top-k classes and the rest as one bucket [rows, K+1], and each
+    class's share of the rest [rows, V], in the memory of the student's logits `z`.
 
     The student's rest is a sum over the other classes, not 1 minus the sum, which would cancel for a confident
     student. With K = V there is no bucket.
     """
-    indices, z = teacher.indices, student.shifted
-    top = z.gather(1, indices)
+    indices, top = teacher.indices, z.gather(1, teacher.indices)
     log_probs = teacher.log_probs.double().clamp_min(FINITE_MINIMUM)
     others = z.scatter_(1, indices, FINITE_MINIMUM)
     if indices.shape[1] == z.shape[1]:
-        coarse, share = [top], others
-    else:
-        largest = others.amax(-1, keepdim=True)
-        rest = shard.softmax(others, student.powers)
-        coarse, share = [top, largest + torch.log2(rest.size)], rest.powers.div_(rest.size)
-        teacher_rest = torch.log1p(-log_probs.exp().sum(-1, keepdim=True).clamp(max=1.0)).clamp_min(FINITE_MINIMUM)
-        log_probs = torch.cat([log_probs, teacher_rest], -1)
-    softmaxes = (
-        shard.softmax(logits, torch.empty_like(logits))
-        for logits in (torch.cat(coarse, -1), (log_probs * LOG2_E).to(z.dtype))
-    )
-    return next(softmaxes), next(softmaxes), share
+        return top, (log_probs * LOG2_E).to(z.dtype), others
+    largest = others.amax(-1, keepdim=True)
+    share, size = shard.powers(others.sub_(largest), others)
+    rest = torch.log1p(-log_probs.exp().sum(-1, keepdim=True).clamp(max=1.0)).clamp_min(FINITE_MINIMUM)
+    log_probs = torch.cat([log_probs, rest], -1)
+    return torch.cat([top, largest + size.log2()], -1), (log_probs * LOG2_E).to(z.dtype), share.div_(size)
 
 
 def _top_divergence(
-    student: Softmax, teacher: TopKLogProbs, objective: Objective, wants_gradient: bool
+    z: Tensor, teacher: TopKLogProbs, objective: Objective, *, wants_gradient: bool
 ) -> tuple[Tensor, WaveGradient | None]:
     """`divergence` against a top-k teacher: the gradient of the bucket is spread over its classes by their shares."""
-    own, target, share = with_bucket(student, teacher, objective.shard)
-    rows, gradient = divergence(own, target, objective.beta, objective.shard, wants_gradient=wants_gradient)
+    own, target, share = with_bucket(z, teacher, objective.shard)
+    memory = [torch.empty_like(own), torch.empty_like(own)]
+    rows, gradient = divergence(own, target, objective.beta, objective.shard, memory, wants_gradient=wants_gradient)
     if gradient is None:
         return rows, None
     (coarse, factor), top = gradient, teacher.indices.shape[1]
@@ -270,21 +274,23 @@ def _top_divergence(
 
 
 def _cross_entropy(
-    softmax: Softmax, labels: Tensor, objective: Objective, wants_gradient: bool
+    z: Tensor, labels: Tensor, objective: Objective, *, wants_gradient: bool
 ) -> tuple[Tensor, WaveGradient | None]:
-    """Cross entropy with label smoothing [rows, 1], and its gradient in the logits; the powers are overwritten."""
+    """Cross entropy with label smoothing [rows, 1] of logits / ln 2, and its gradient in the logits; `z` is
+    overwritten.
+    """
     shard, smoothing = objective.shard, objective.label_smoothing
-    z, powers, size = softmax
     index, mine = shard.local_labels(labels)
-    label = (1 - smoothing) * shard.at(z, index, mine)
+    label = (1 - smoothing) * shard.at(shard.shift(z), index, mine)
     if smoothing:
         label += (smoothing / shard.total) * shard.row_sum(z)
-    rows = LN_2 * (torch.log2(size) - label)
+    p, size = shard.powers(z, z)
+    rows = LN_2 * (size.log2() - label)
     if not wants_gradient:
         return rows, None
-    balance = _Balance(softmax, shard)
+    balance = _Balance(p, size, shard)
     if smoothing:
-        powers.sub_(size * (smoothing / shard.total))
+        p.sub_(size * (smoothing / shard.total))
     hit = (smoothing - 1) * size
-    powers.scatter_add_(1, index, hit if mine is None else torch.where(mine, hit, 0.0))
-    return rows, (balance(powers), 1 / size)
+    p.scatter_add_(1, index, hit if mine is None else torch.where(mine, hit, 0.0))
+    return rows, (balance(p), 1 / size)

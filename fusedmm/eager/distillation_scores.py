@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fusedmm.eager.distillation import LN_2, LOG2_E, Objective, divergence, untempered, with_bucket
-from fusedmm.eager.shard import Shard, Softmax
-from fusedmm.eager.waves import Scratch, counted_rows, pair_logits, real_classes, wave_logits, waves
+from fusedmm.eager.distillation import LN_2, LOG2_E, Objective, divergence, with_bucket
+from fusedmm.eager.shard import Shard
+from fusedmm.eager.waves import Scratch, compute_dtype, counted_rows, pair_logits, real_classes, wave_logits, waves
 from fusedmm.heads import Head, LinearHead, Teacher, TopKLogProbs
 
 PAIR_FIELDS = (
@@ -53,83 +53,80 @@ def scores(
     teacher = teacher if isinstance(teacher, TopKLogProbs) else real_classes(teacher, shard.count)
     counted = counted_rows(labels, objective.ignore_index)
     num_rows = source.shape[0] if counted is None else counted.shape[0]
-    scratch = [Scratch(source, num_rows, shard.count) for _ in range(7)]
-    result = torch.zeros((len(FIELDS), source.shape[0]), dtype=scratch[0].flat.dtype, device=source.device)
+    scratch = Scratch(source, num_rows, shard.count, 6)
+    result = source.new_zeros((len(FIELDS), source.shape[0]), dtype=compute_dtype(source))
     absent = result.new_zeros(())
     for rows in waves(source.shape[0], shard.count, counted):
         wave_temperature = objective.temperature if temperature is None else temperature[rows, None]
+        wave_labels = None if labels is None else labels[rows]
+        z, u, *memory = scratch.take(rows)
         scale = LOG2_E / wave_temperature
-        z, p, root_p, u, t, root_t, spare = (each.take(rows) for each in scratch)
-        target: Softmax | TopKLogProbs
         if isinstance(teacher, TopKLogProbs):
-            own = _softmax(wave_logits(student, rows, scale, z), root_p, p, shard)
-            target = TopKLogProbs(teacher.indices[rows], teacher.log_probs[rows])
+            wave_logits(student, rows, scale, z)
+            top = TopKLogProbs(teacher.indices[rows], teacher.log_probs[rows])
+            fields = _top_fields(z, top, wave_labels, wave_temperature, objective, second_pass, memory)
         else:
             z, u = pair_logits(student, teacher, rows, scale, (z, u))
-            own, target = _softmax(z, root_p, p, shard), _softmax(u, root_t, t, shard)
-        fields: dict[str, Tensor] = {}
-        if labels is not None:
-            fields = _label_fields(own, target, labels[rows], wave_temperature, shard, spare)
-        if isinstance(target, TopKLogProbs):
-            fields |= _top_fields(own, target, objective, second_pass, spare)
-        else:
-            fields |= _pair_fields(own, target, (root_p, root_t), objective, second_pass, spare)
+            fields = _pair_fields(z, u, wave_labels, wave_temperature, objective, second_pass, memory)
         if isinstance(student, LinearHead):
             hidden = student.hidden[rows].to(result.dtype)
-            fields["grad_norm"] = fields["grad_norm"] * torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
-            fields["grad_norm"] = fields["grad_norm"] / wave_temperature
-        every = [fields.get(name, absent).expand(z.shape[0], 1) for name in FIELDS]
+            fields["grad_norm"] *= torch.linalg.vector_norm(hidden, dim=-1, keepdim=True) / wave_temperature
+        every = [fields[name] if name in fields else absent.expand(z.shape[0], 1) for name in FIELDS]
         result[:, rows] = torch.cat(every, -1).t()
     return result
 
 
-def _softmax(z: Tensor, root: Tensor, powers: Tensor, shard: Shard) -> Softmax:
-    """`Shard.softmax` of logits / ln 2, and the roots of its powers in `root`."""
-    z.sub_(shard.max(z.amax(-1, keepdim=True)))
-    torch.mul(z, 0.5, out=root).exp2_()
-    torch.mul(root, root, out=powers)
-    return Softmax(z, powers, shard.row_sum(powers))
-
-
 def _pair_fields(
-    student: Softmax,
-    teacher: Softmax,
-    roots: tuple[Tensor, Tensor],
+    z: Tensor,
+    u: Tensor,
+    labels: Tensor | None,
+    temperature: float | Tensor,
     objective: Objective,
     second_pass: bool,
-    spare: Tensor,
+    memory: list[Tensor],
 ) -> dict[str, Tensor]:
-    """Comparisons over all classes, each [rows, 1]; softmaxes and roots are overwritten."""
-    (z, p, p_size), (u, t, t_size), shard = student, teacher, objective.shard
+    """All fields [rows, 1] from logits / ln 2 / temperature of student and teacher; they and the four tensors in
+    `memory` are overwritten.
+    """
+    shard, (p, t, root_p, root_t) = objective.shard, memory
     fields: dict[str, Tensor] = {}
     if second_pass:
-        copies = [Softmax(each.shifted.clone(), each.powers.clone(), each.size) for each in (student, teacher)]
-        fields["divergence"], _ = divergence(copies[0], copies[1], objective.beta, shard, wants_gradient=False)
+        fields["divergence"], _ = divergence(z.clone(), u.clone(), objective.beta, shard, memory, wants_gradient=False)
+    p_size, t_size = _powers(z, p, root_p, shard), _powers(u, t, root_t, shard)
+    of_sizes = t_size / p_size
+    between_roots = root_p.mul_(of_sizes.sqrt()).sub_(root_t)
+    sums = [between_roots.mul_(between_roots).sum(-1, keepdim=True)]
+    spare = root_p
 
     def product(x: Tensor, y: Tensor) -> Tensor:
         return torch.mul(x, y, out=spare).sum(-1, keepdim=True)
 
-    mean_z, mean_u = product(p, z), product(t, u)
+    if labels is not None:
+        if isinstance(temperature, float) and temperature == 1.0:
+            fields |= _label_fields(z, (p, p_size), (u, t_size), labels, shard, spare)
+        else:
+            own, target = shard.shift(z * temperature), shard.shift(u * temperature)
+            powers, target_size = shard.powers(own, root_t), shard.powers(target, spare)[1]
+            fields |= _label_fields(own, powers, (target, target_size), labels, shard, spare)
+    sums += [product(p, z), product(t, u)]
     agreement = shard.first_top(z, spare) == shard.first_top(u, spare)
     ratio = u.sub_(z)
-    ratio_t, ratio_p = product(t, ratio), product(p, ratio)
-    of_sizes = t_size / p_size
-    between_roots = roots[0].mul_(of_sizes.sqrt()).sub_(roots[1])
+    sums += [product(t, ratio), product(p, ratio)]
     between = p.mul_(of_sizes).sub_(t)
-    sums = [mean_z, mean_u, ratio_t, ratio_p, product(between_roots, between_roots), product(between, between)]
+    sums.append(product(between, between))
     if second_pass:
         sums.append(between.abs_().sum(-1, keepdim=True))
-    mean_z, mean_u, ratio_t, ratio_p, roots_square, square, *absolute = shard.sum(torch.stack(sums))
+    roots, mean_z, mean_u, ratio_t, ratio_p, square, *absolute = shard.sum(torch.stack(sums))
     log_sizes = torch.log2(p_size / t_size)
     fields |= {
         "forward_kl": LN_2 * (ratio_t / t_size + log_sizes),
         "reverse_kl": -LN_2 * (ratio_p / p_size + log_sizes),
-        "hellinger": 0.5 * roots_square / t_size,  # 1 - sum sqrt(p t), without cancellation
+        "hellinger": 0.5 * roots / t_size,  # 1 - sum sqrt(p t), without cancellation
         "student_entropy": LN_2 * (p_size.log2() - mean_z / p_size),
         "teacher_entropy": LN_2 * (t_size.log2() - mean_u / t_size),
         "student_confidence": 1 / p_size,
         "teacher_confidence": 1 / t_size,
-        "agreement": agreement.to(p_size.dtype),
+        "agreement": agreement.to(p.dtype),
         "grad_norm": square.sqrt() / t_size,
     }
     if second_pass:
@@ -137,71 +134,81 @@ def _pair_fields(
     return fields
 
 
+def _powers(z: Tensor, powers: Tensor, root: Tensor, shard: Shard) -> Tensor:
+    """`Shard.powers` of shifted logits, by way of their roots; returns the size."""
+    torch.mul(shard.shift(z), 0.5, out=root).exp2_()
+    return shard.row_sum(torch.mul(root, root, out=powers))
+
+
 def _top_fields(
-    student: Softmax, teacher: TopKLogProbs, objective: Objective, second_pass: bool, spare: Tensor
+    z: Tensor,
+    teacher: TopKLogProbs,
+    labels: Tensor | None,
+    temperature: float | Tensor,
+    objective: Objective,
+    second_pass: bool,
+    memory: list[Tensor],
 ) -> dict[str, Tensor]:
     """Comparisons over the top-k classes and the bucket; what concerns the student alone over all classes."""
-    z, p, p_size = student
-    shard, count = objective.shard, teacher.indices.shape[1]
-    entropy = LN_2 * (p_size.log2() - torch.mul(p, z, out=spare).sum(-1, keepdim=True) / p_size)
+    shard, count, spare = objective.shard, teacher.indices.shape[1], memory[1]
+    p, p_size = shard.powers(shard.shift(z), memory[0])
+    alone = {
+        "student_entropy": LN_2 * (p_size.log2() - torch.mul(p, z, out=spare).sum(-1, keepdim=True) / p_size),
+        "student_confidence": 1 / p_size,
+    }
+    if labels is not None:
+        own = z * temperature
+        alone |= _label_fields(own, shard.powers(own, memory[0]), None, labels, shard, spare)
     best = teacher.indices.gather(1, teacher.log_probs.argmax(-1, keepdim=True))
-    agreement = (shard.first_top(z, spare) == best).to(p.dtype)
-    own, target, share = with_bucket(student, teacher, shard)
-    confidence = target.powers[:, :count].amax(-1, keepdim=True) / target.size
-    between = (own.powers / own.size - target.powers / target.size).square_()
+    alone["agreement"] = (shard.first_top(z, spare) == best).to(p.dtype)
+    own, target, share = with_bucket(z, teacher, shard)
+    p, t = torch.softmax(own * LN_2, -1), torch.softmax(target * LN_2, -1)
+    between = (p - t).square_()
     if count < share.shape[1]:  # the bucket's gradient lies on its classes by their shares
         between[:, count:] *= share.square_().sum(-1, keepdim=True)
-    roots, coarse = (own.powers.sqrt(), target.powers.sqrt()), own.powers.shape[1]
-    objective = replace(objective, shard=Shard(coarse, 0, coarse))
-    fields = _pair_fields(own, target, roots, objective, second_pass, torch.empty_like(own.powers))
-    return fields | {
-        "student_entropy": entropy,
-        "student_confidence": 1 / p_size,
-        "teacher_confidence": confidence,
-        "agreement": agreement,
-        "grad_norm": between.sum(-1, keepdim=True).sqrt(),
-    }
+    alone["grad_norm"] = between.sum(-1, keepdim=True).sqrt()
+    alone["teacher_confidence"] = t[:, :count].amax(-1, keepdim=True)
+    coarse = replace(objective, shard=Shard(p.shape[1], 0, p.shape[1]))
+    return _pair_fields(own, target, None, 1.0, coarse, second_pass, [torch.empty_like(p) for _ in range(4)]) | alone
 
 
 def _label_fields(
-    student: Softmax,
-    teacher: Softmax | TopKLogProbs,
+    z: Tensor,
+    powers: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor] | None,
     labels: Tensor,
-    temperature: float | Tensor,
     shard: Shard,
     spare: Tensor,
 ) -> dict[str, Tensor]:
-    """What needs the labels, all at temperature 1, each [rows, 1]; el2n from the other classes' probabilities, whose
-    sum is 1 - p_y without cancellation. The softmaxes are left as they are.
+    """What needs the labels, each [rows, 1], from shifted logits / ln 2 at temperature 1, their powers and size, and
+    the teacher's shifted logits and size; `spare` alone is changed in the end.
+
+    el2n comes from the other classes' probabilities, whose sum is 1 - p_y without cancellation.
     """
-    if isinstance(temperature, Tensor) or temperature != 1.0:
-        student = untempered(student, temperature, shard)
-        teacher = teacher if isinstance(teacher, TopKLogProbs) else untempered(teacher, temperature, shard)
-    z, p, size = student
+    p, size = powers
     index, mine = shard.local_labels(labels)
+    own_logit, own_power = z.gather(1, index), p.gather(1, index)
     label = shard.at(z, index, mine)
-    own_label, own_power = z.gather(1, index), p.gather(1, index)
     _put(p, index, mine, 0.0)
-    sums = [p.sum(-1, keepdim=True), torch.mul(p, p, out=spare).sum(-1, keepdim=True)]
+    others, others_square = shard.sum(
+        torch.stack([p.sum(-1, keepdim=True), torch.mul(p, p, out=spare).sum(-1, keepdim=True)])
+    )
     p.scatter_(1, index, own_power)
     _put(z, index, mine, -torch.inf)
     runner_up = shard.max(z.amax(-1, keepdim=True))
-    z.scatter_(1, index, own_label)
-    others, others_square = shard.sum(torch.stack(sums))
+    z.scatter_(1, index, own_logit)
     fields = {
         "student_nll": LN_2 * (size.log2() - label),
         "el2n": (others_square + others.square()).sqrt() / size,
         "margin": LN_2 * (label - runner_up),
     }
-    if isinstance(teacher, Softmax):
-        fields["teacher_nll"] = LN_2 * (teacher.size.log2() - shard.at(teacher.shifted, index, mine))
+    if teacher is not None:
+        u, teacher_size = teacher
+        fields["teacher_nll"] = LN_2 * (teacher_size.log2() - shard.at(u, index, mine))
         fields["excess_loss"] = fields["student_nll"] - fields["teacher_nll"]
     return fields
 
 
 def _put(x: Tensor, index: Tensor, mine: Tensor | None, value: float) -> None:
     """Write a value at `Shard.local_labels`."""
-    if mine is None:
-        x.scatter_(1, index, value)
-    else:
-        x.scatter_(1, index, torch.where(mine, value, x.gather(1, index)))
+    x.scatter_(1, index, value if mine is None else torch.where(mine, value, x.gather(1, index)))

@@ -1,27 +1,12 @@
 """A rank's part of the classes, and the row statistics that ranks must agree on."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 AFTER_SHIFT = 1e30  # any difference of two logits times this is beyond any class number
-
-
-class Softmax(NamedTuple):
-    """Probabilities that nobody has divided yet: ``powers / size``, in base 2, whose exponential costs a quarter.
-
-    Attributes:
-        shifted: [rows, count] logits / ln 2, less the largest of the row: that class has exactly 0.
-        powers: [rows, count] ``2 ** shifted``.
-        size: [rows, 1] sum of the powers of all ranks.
-    """
-
-    shifted: Tensor
-    powers: Tensor
-    size: Tensor
 
 
 @dataclass(frozen=True)
@@ -51,14 +36,19 @@ class Shard:
         """Sum over the classes of all ranks [rows, 1]."""
         return self.sum(x.sum(-1, keepdim=True))
 
-    def softmax(self, z: Tensor, out: Tensor) -> Softmax:
-        """Of logits / ln 2, which are overwritten; the powers go to `out`."""
-        z.sub_(self.max(z.amax(-1, keepdim=True)))
+    def shift(self, z: Tensor) -> Tensor:
+        """Subtract the largest of each row, in place: that class has exactly 0."""
+        return z.sub_(self.max(z.amax(-1, keepdim=True)))
+
+    def powers(self, z: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """``2 ** z`` in `out` (which may be z), and its sum over the classes of all ranks [rows, 1]: the softmax of
+        logits / ln 2 is their quotient. Base 2, as exp2 takes a quarter of the time of exp.
+        """
         torch.exp2(z, out=out)
-        return Softmax(z, out, self.row_sum(out))
+        return out, self.row_sum(out)
 
     def first_top(self, shifted: Tensor, out: Tensor) -> Tensor:
-        """[rows, 1] number of the first class with 0, the largest of a `Softmax`, as a float; `out` is overwritten.
+        """[rows, 1] number of the first class with 0 in what `shift` returned, as a float; `out` is overwritten.
 
         Two passes that vectorise, which argmax does not: after the factor only the zeros compare by their number.
         """

@@ -54,16 +54,20 @@ def waves(num_rows: int, num_classes: int, counted: Tensor | None) -> Iterator[R
 
 
 class Scratch:
-    """Memory for one wave in the compute dtype, allocated once a call: pages that a wave has touched serve the next."""
+    """Memory for the waves of one call in the compute dtype: pages that a wave has touched serve the next."""
 
-    def __init__(self, source: Tensor, num_rows: int, num_classes: int) -> None:
+    def __init__(self, source: Tensor, num_rows: int, num_classes: int, parts: int) -> None:
         self.classes = num_classes
-        self.flat = source.new_empty((wave_rows(num_rows, num_classes) * num_classes,), dtype=compute_dtype(source))
+        size, dtype = wave_rows(num_rows, num_classes) * num_classes, compute_dtype(source)
+        if parts * size < num_rows * num_classes:  # one piece, which malloc keeps for the next call
+            self.parts = source.new_empty((parts, size), dtype=dtype).unbind()
+        else:
+            self.parts = tuple(source.new_empty((size,), dtype=dtype) for _ in range(parts))
 
-    def take(self, rows: Rows) -> Tensor:
-        """[rows, V], classes-major where they are few."""
+    def take(self, rows: Rows) -> list[Tensor]:
+        """[rows, V] tensors, classes-major where they are few."""
         count = rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0]
-        return _shaped(self.flat[: count * self.classes], count, self.classes)
+        return [_shaped(part[: count * self.classes], count, self.classes) for part in self.parts]
 
 
 def _shaped(flat: Tensor, rows: int, classes: int) -> Tensor:
