@@ -199,7 +199,7 @@ def divergence(
         rows = LN_2 * (shard.row_sum(torch.mul(t, ratio, out=ratio)) / t_size + log_sizes)
         if balance is None:
             return rows, None
-        return rows, (balance(p.mul_(t_size / p_size).sub_(t)), 1 / t_size)
+        return rows, (balance(t.addcmul_(p, t_size / p_size, value=-1.0)), -1 / t_size)
     if beta == 1.0:
         mean = shard.row_sum(torch.mul(p, ratio, out=t)) / p_size
         rows = -LN_2 * (mean + log_sizes)

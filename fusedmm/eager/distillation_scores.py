@@ -53,30 +53,35 @@ def scores(
     teacher = teacher if isinstance(teacher, TopKLogProbs) else real_classes(teacher, shard.count)
     counted = counted_rows(labels, objective.ignore_index)
     num_rows = source.shape[0] if counted is None else counted.shape[0]
-    scratch = Scratch(source, num_rows, shard.count, 6)
     result = source.new_zeros((len(FIELDS), source.shape[0]), dtype=compute_dtype(source))
-    absent = result.new_zeros(())
+    if num_rows == 0:
+        return result
+    scratch, absent = Scratch(source, num_rows, shard.count, 6), result.new_zeros((num_rows,))
+    parts: list[dict[str, Tensor]] = []
     for rows in waves(source.shape[0], shard.count, counted):
         wave_temperature = objective.temperature if temperature is None else temperature[rows, None]
         wave_labels = None if labels is None else labels[rows]
         z, u, *memory = scratch.take(rows)
-        scale = LOG2_E / wave_temperature
+        scale = 0.5 * LOG2_E / wave_temperature
         if isinstance(teacher, TopKLogProbs):
             wave_logits(student, rows, scale, z)
             top = TopKLogProbs(teacher.indices[rows], teacher.log_probs[rows])
-            fields = _top_fields(z, top, wave_labels, wave_temperature, objective, second_pass, memory)
+            parts.append(_top_sums(z, top, wave_labels, wave_temperature, objective, second_pass, memory))
         else:
             z, u = pair_logits(student, teacher, rows, scale, (z, u))
-            fields = _pair_fields(z, u, wave_labels, wave_temperature, objective, second_pass, memory)
-        if isinstance(student, LinearHead):
-            hidden = student.hidden[rows].to(result.dtype)
-            fields["grad_norm"] *= torch.linalg.vector_norm(hidden, dim=-1, keepdim=True) / wave_temperature
-        every = [fields[name] if name in fields else absent.expand(z.shape[0], 1) for name in FIELDS]
-        result[:, rows] = torch.cat(every, -1).t()
+            parts.append(_pair_sums(z, u, wave_labels, wave_temperature, objective, second_pass, memory))
+    table = torch.cat([torch.cat(list(part.values())).view(len(part), -1) for part in parts], -1)
+    fields = _fields(dict(zip(parts[0], table, strict=True)))
+    if isinstance(student, LinearHead):
+        hidden = student.hidden if counted is None else student.hidden[counted]
+        size = torch.linalg.vector_norm(hidden, dim=-1, dtype=result.dtype)
+        row_temperature = temperature if temperature is None or counted is None else temperature[counted]
+        fields["grad_norm"] *= size / (objective.temperature if row_temperature is None else row_temperature)
+    result[:, slice(None) if counted is None else counted] = torch.stack([fields.get(name, absent) for name in FIELDS])
     return result
 
 
-def _pair_fields(
+def _pair_sums(
     z: Tensor,
     u: Tensor,
     labels: Tensor | None,
@@ -85,62 +90,51 @@ def _pair_fields(
     second_pass: bool,
     memory: list[Tensor],
 ) -> dict[str, Tensor]:
-    """All fields [rows, 1] from logits / ln 2 / temperature of student and teacher; they and the four tensors in
-    `memory` are overwritten.
+    """What `_fields` needs of a wave, each [rows, 1], from half of its logits / ln 2 / temperature, of student and
+    teacher; they and the four tensors in `memory` are overwritten.
     """
     shard, (p, t, root_p, root_t) = objective.shard, memory
-    fields: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
     if second_pass:
-        fields["divergence"], _ = divergence(z.clone(), u.clone(), objective.beta, shard, memory, wants_gradient=False)
-    p_size, t_size = _powers(z, p, root_p, shard), _powers(u, t, root_t, shard)
+        sums["divergence"], _ = divergence(2 * z, 2 * u, objective.beta, shard, memory, wants_gradient=False)
+    torch.exp2(shard.shift(z), out=root_p)
+    torch.exp2(shard.shift(u), out=root_t)
+    p_size, t_size = shard.row_sum(torch.mul(root_p, root_p, out=p)), shard.row_sum(torch.mul(root_t, root_t, out=t))
+    sums |= {"p_size": p_size, "t_size": t_size}
     of_sizes = t_size / p_size
-    between_roots = root_p.mul_(of_sizes.sqrt()).sub_(root_t)
-    sums = [between_roots.mul_(between_roots).sum(-1, keepdim=True)]
-    spare = root_p
-
-    def product(x: Tensor, y: Tensor) -> Tensor:
-        return torch.mul(x, y, out=spare).sum(-1, keepdim=True)
-
+    additive = {"roots": _square_sum(root_t.addcmul_(root_p, of_sizes.sqrt(), value=-1.0), root_p)}
     if labels is not None:
         if isinstance(temperature, float) and temperature == 1.0:
-            fields |= _label_fields(z, (p, p_size), (u, t_size), labels, shard, spare)
+            sums |= _label_sums(z, (p, p_size), (u, t_size), labels, 2 * LN_2, shard, root_p)
         else:
-            own, target = shard.shift(z * temperature), shard.shift(u * temperature)
-            powers, target_size = shard.powers(own, root_t), shard.powers(target, spare)[1]
-            fields |= _label_fields(own, powers, (target, target_size), labels, shard, spare)
-    sums += [product(p, z), product(t, u)]
-    agreement = shard.first_top(z, spare) == shard.first_top(u, spare)
+            own, target = z * (2 * temperature), u * (2 * temperature)
+            sums |= _label_sums(
+                own, shard.powers(own, root_t), (target, shard.powers(target, root_p)[1]), labels, LN_2, shard, root_p
+            )
+
+    def product(x: Tensor, y: Tensor) -> Tensor:
+        return torch.mul(x, y, out=root_p).sum(-1, keepdim=True)
+
+    sums["agreement"] = (shard.first_top(z, root_p) == shard.first_top(u, root_p)).to(p.dtype)
+    additive |= {"student": product(p, z), "teacher": product(t, u)}
     ratio = u.sub_(z)
-    sums += [product(t, ratio), product(p, ratio)]
-    between = p.mul_(of_sizes).sub_(t)
-    sums.append(product(between, between))
+    additive |= {"forward": product(t, ratio), "reverse": product(p, ratio)}
+    between = t.addcmul_(p, of_sizes, value=-1.0)
+    additive["square"] = _square_sum(between, root_p)
     if second_pass:
-        sums.append(between.abs_().sum(-1, keepdim=True))
-    roots, mean_z, mean_u, ratio_t, ratio_p, square, *absolute = shard.sum(torch.stack(sums))
-    log_sizes = torch.log2(p_size / t_size)
-    fields |= {
-        "forward_kl": LN_2 * (ratio_t / t_size + log_sizes),
-        "reverse_kl": -LN_2 * (ratio_p / p_size + log_sizes),
-        "hellinger": 0.5 * roots / t_size,  # 1 - sum sqrt(p t), without cancellation
-        "student_entropy": LN_2 * (p_size.log2() - mean_z / p_size),
-        "teacher_entropy": LN_2 * (t_size.log2() - mean_u / t_size),
-        "student_confidence": 1 / p_size,
-        "teacher_confidence": 1 / t_size,
-        "agreement": agreement.to(p.dtype),
-        "grad_norm": square.sqrt() / t_size,
-    }
-    if second_pass:
-        fields["total_variation"] = 0.5 * absolute[0] / t_size
-    return fields
+        additive["absolute"] = between.abs_().sum(-1, keepdim=True)
+    return sums | dict(zip(additive, shard.sum(torch.stack(list(additive.values()))), strict=True))
 
 
-def _powers(z: Tensor, powers: Tensor, root: Tensor, shard: Shard) -> Tensor:
-    """`Shard.powers` of shifted logits, by way of their roots; returns the size."""
-    torch.mul(shard.shift(z), 0.5, out=root).exp2_()
-    return shard.row_sum(torch.mul(root, root, out=powers))
+def _square_sum(x: Tensor, spare: Tensor) -> Tensor:
+    """Sum of squares of each row; the norm reads once, but does not vectorise where the classes are major."""
+    if x.stride(-1) != 1:
+        return torch.mul(x, x, out=spare).sum(-1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_()
 
 
-def _top_fields(
+def _top_sums(
     z: Tensor,
     teacher: TopKLogProbs,
     labels: Tensor | None,
@@ -149,66 +143,93 @@ def _top_fields(
     second_pass: bool,
     memory: list[Tensor],
 ) -> dict[str, Tensor]:
-    """Comparisons over the top-k classes and the bucket; what concerns the student alone over all classes."""
-    shard, count, spare = objective.shard, teacher.indices.shape[1], memory[1]
-    p, p_size = shard.powers(shard.shift(z), memory[0])
-    alone = {
-        "student_entropy": LN_2 * (p_size.log2() - torch.mul(p, z, out=spare).sum(-1, keepdim=True) / p_size),
-        "student_confidence": 1 / p_size,
-    }
+    """The same over the top-k classes and the bucket; what concerns the student alone over all classes."""
+    shard, count, (powers, spare, *_) = objective.shard, teacher.indices.shape[1], memory
+    p, p_size = shard.powers(shard.shift(z.mul_(2)), powers)
+    alone = {"whole_size": p_size, "whole": torch.mul(p, z, out=spare).sum(-1, keepdim=True)}
     if labels is not None:
         own = z * temperature
-        alone |= _label_fields(own, shard.powers(own, memory[0]), None, labels, shard, spare)
+        alone |= _label_sums(own, shard.powers(own, powers), None, labels, LN_2, shard, spare)
     best = teacher.indices.gather(1, teacher.log_probs.argmax(-1, keepdim=True))
-    alone["agreement"] = (shard.first_top(z, spare) == best).to(p.dtype)
+    alone["agreement"] = (shard.first_top(z, spare) == best).to(z.dtype)
     own, target, share = with_bucket(z, teacher, shard)
     p, t = torch.softmax(own * LN_2, -1), torch.softmax(target * LN_2, -1)
     between = (p - t).square_()
     if count < share.shape[1]:  # the bucket's gradient lies on its classes by their shares
         between[:, count:] *= share.square_().sum(-1, keepdim=True)
-    alone["grad_norm"] = between.sum(-1, keepdim=True).sqrt()
-    alone["teacher_confidence"] = t[:, :count].amax(-1, keepdim=True)
+    alone["top_square"] = between.sum(-1, keepdim=True)
+    alone["top_confidence"] = t[:, :count].amax(-1, keepdim=True)
     coarse = replace(objective, shard=Shard(p.shape[1], 0, p.shape[1]))
-    return _pair_fields(own, target, None, 1.0, coarse, second_pass, [torch.empty_like(p) for _ in range(4)]) | alone
+    memory = [torch.empty_like(p) for _ in range(4)]
+    return _pair_sums(own * 0.5, target * 0.5, None, 1.0, coarse, second_pass, memory) | alone
 
 
-def _label_fields(
+def _label_sums(
     z: Tensor,
     powers: tuple[Tensor, Tensor],
     teacher: tuple[Tensor, Tensor] | None,
     labels: Tensor,
+    unit: float,
     shard: Shard,
     spare: Tensor,
 ) -> dict[str, Tensor]:
-    """What needs the labels, each [rows, 1], from shifted logits / ln 2 at temperature 1, their powers and size, and
-    the teacher's shifted logits and size; `spare` alone is changed in the end.
+    """What needs the labels, from shifted logits / `unit` at temperature 1, their powers and size, and the teacher's
+    shifted logits and size; `spare` alone is changed in the end.
 
     el2n comes from the other classes' probabilities, whose sum is 1 - p_y without cancellation.
     """
     p, size = powers
     index, mine = shard.local_labels(labels)
     own_logit, own_power = z.gather(1, index), p.gather(1, index)
-    label = shard.at(z, index, mine)
+    label = shard.at(z, index, mine) * unit
     _put(p, index, mine, 0.0)
-    others, others_square = shard.sum(
-        torch.stack([p.sum(-1, keepdim=True), torch.mul(p, p, out=spare).sum(-1, keepdim=True)])
-    )
+    others, others_square = shard.sum(torch.stack([p.sum(-1, keepdim=True), _square_sum(p, spare)]))
     p.scatter_(1, index, own_power)
     _put(z, index, mine, -torch.inf)
-    runner_up = shard.max(z.amax(-1, keepdim=True))
+    runner_up = shard.max(z.amax(-1, keepdim=True)) * unit
     z.scatter_(1, index, own_logit)
-    fields = {
-        "student_nll": LN_2 * (size.log2() - label),
-        "el2n": (others_square + others.square()).sqrt() / size,
-        "margin": LN_2 * (label - runner_up),
-    }
+    sums = {"unit_size": size, "label": label, "others": others, "others_square": others_square, "runner_up": runner_up}
     if teacher is not None:
-        u, teacher_size = teacher
-        fields["teacher_nll"] = LN_2 * (teacher_size.log2() - shard.at(u, index, mine))
-        fields["excess_loss"] = fields["student_nll"] - fields["teacher_nll"]
-    return fields
+        sums |= {"teacher_unit_size": teacher[1], "teacher_label": shard.at(teacher[0], index, mine) * unit}
+    return sums
 
 
 def _put(x: Tensor, index: Tensor, mine: Tensor | None, value: float) -> None:
     """Write a value at `Shard.local_labels`."""
     x.scatter_(1, index, value if mine is None else torch.where(mine, value, x.gather(1, index)))
+
+
+def _fields(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fields of all rows from the sums of all waves; logarithms of halves of logits, hence the factors 2."""
+    p_size, t_size = sums["p_size"], sums["t_size"]
+    log_sizes = torch.log(p_size / t_size)
+    fields = {
+        "forward_kl": 2 * LN_2 * sums["forward"] / t_size + log_sizes,
+        "reverse_kl": -2 * LN_2 * sums["reverse"] / p_size - log_sizes,
+        "hellinger": 0.5 * sums["roots"] / t_size,  # 1 - sum sqrt(p t), without cancellation
+        "student_entropy": p_size.log() - 2 * LN_2 * sums["student"] / p_size,
+        "teacher_entropy": t_size.log() - 2 * LN_2 * sums["teacher"] / t_size,
+        "student_confidence": 1 / p_size,
+        "teacher_confidence": 1 / t_size,
+        "agreement": sums["agreement"],
+        "grad_norm": sums["square"].sqrt() / t_size,
+    }
+    if "top_square" in sums:
+        fields |= {
+            "student_entropy": sums["whole_size"].log() - LN_2 * sums["whole"] / sums["whole_size"],
+            "student_confidence": 1 / sums["whole_size"],
+            "teacher_confidence": sums["top_confidence"],
+            "grad_norm": sums["top_square"].sqrt(),
+        }
+    if "absolute" in sums:
+        fields |= {"divergence": sums["divergence"], "total_variation": 0.5 * sums["absolute"] / t_size}
+    if "label" in sums:
+        fields |= {
+            "student_nll": sums["unit_size"].log() - sums["label"],
+            "el2n": (sums["others_square"] + sums["others"].square()).sqrt() / sums["unit_size"],
+            "margin": sums["label"] - sums["runner_up"],
+        }
+    if "teacher_label" in sums:
+        fields["teacher_nll"] = sums["teacher_unit_size"].log() - sums["teacher_label"]
+        fields["excess_loss"] = fields["student_nll"] - fields["teacher_nll"]
+    return fields
