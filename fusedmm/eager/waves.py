@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedmm.heads import Head, LinearHead
 
-WAVE_ELEMENTS = 1 << 20
+WAVE_ELEMENTS = 1 << 19
 WHOLE_ELEMENTS = 1 << 16
 MIN_WAVE_ROWS = 64
 # Up to so many classes a wave lies classes-major in memory, so that a vector holds rows: a reduction over 8 classes
@@ -37,10 +37,10 @@ def wave_rows(num_rows: int, num_classes: int) -> int:
 
 def counted_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None:
     """Numbers of the rows that are not ignored, or None for all of them; where the labels are on a GPU this waits."""
-    if labels is None:
+    if labels is None or labels.numel() == 0:
         return None
-    counts = labels != ignore_index
-    return None if bool(counts.all()) else counts.nonzero()[:, 0]
+    low, high = labels.aminmax()
+    return (labels != ignore_index).nonzero()[:, 0] if low.item() <= ignore_index <= high.item() else None
 
 
 def waves(num_rows: int, num_classes: int, counted: Tensor | None) -> Iterator[Rows]:

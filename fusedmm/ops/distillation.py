@@ -1,5 +1,7 @@
 """Distillation scores and losses of two heads whose logits are never formed as a whole."""
 
+import math
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from fusedmm.eager.distillation_scores import FIELDS, SECOND_PASS_FIELDS
 from fusedmm.heads import Head, LinearHead, Teacher, TopKLogProbs
-from fusedmm.ops.distillation_inputs import Inputs, check_fraction, check_inputs
+from fusedmm.ops.distillation_inputs import FLOATS, Inputs, check_fraction, check_inputs
 from fusedmm.ops.distillation_op import problem_of
 from fusedmm.reference import distillation as reference
 from fusedmm.shapes import check_device, check_dtype, check_shapes
@@ -37,7 +39,7 @@ class DistillationScores(NamedTuple):
         teacher_nll: ``-log t_y`` at temperature 1; None for a top-k teacher, which may not know it.
         excess_loss: ``student_nll - teacher_nll``: reducible holdout loss (RHO-LOSS, Rho-1, DoReMi).
         el2n: ``norm(p - onehot(y))`` at temperature 1.
-        margin: ``z_y - max_{v != y} z_v`` at temperature 1.
+        margin: ``z_y - max_{v != y} z_v`` at temperature 1; inf where there is but one class.
         divergence: the generalised Jensen-Shannon divergence at `beta`, where beta is given.
         total_variation: ``sum abs(p - t) / 2``, where 0 < beta < 1, as it needs the same second pass.
     """
@@ -161,11 +163,11 @@ def distillation_loss(
         temperature: positive number, or [N] tensor without gradient.
         alpha: share of the divergence, 0 to 1; at 0 the teacher is not read.
         label_smoothing: of the cross entropy, 0 to 1.
-        row_weight: [N] floating point without gradient, or None for 1.
-        ignore_index: rows with this label count nothing and have no gradient.
+        row_weight: [N] floating point without gradient, or None for 1; a row of weight 0 is ignored as well.
+        ignore_index: rows with this label count nothing and have no gradient, whatever they hold, NaN included.
         reduction: "mean", "sum" or "none" ([N], where the gradient of every row may differ).
         normalizer: what "mean" divides by; default the sum of the weights of the rows that count. Under data
-            parallelism pass the sum over ranks.
+            parallelism pass the sum over ranks. A tensor of 0 means that no row counts anywhere: the loss is 0.
         memory: "fast" takes the gradient in the forward, wave by wave; "lean" keeps O(N) numbers and forms the logits
             again in the backward. Reduction "none" always does the latter.
         impl: "auto" (Triton on CUDA, eager elsewhere and for a top-k teacher), "triton", "eager" or "reference".
@@ -202,7 +204,11 @@ def distillation_loss(
         raise ValueError(f'{op}: normalizer divides reduction="mean" only, got reduction={reduction!r}. Leave it out.')
     inputs = check_inputs(op, student, teacher, labels, temperature, impl)
     _check_labels(op, inputs, ignore_index)
-    row_scale = _row_scale(op, inputs, row_weight, ignore_index, reduction, normalizer)
+    _check_weights(op, inputs, row_weight, normalizer)
+    if row_weight is not None:  # a row of weight 0 is ignored: what it holds, NaN too, is not looked at
+        counts = int(ignore_index == 0) if labels is None else labels
+        inputs = replace(inputs, labels=torch.where(row_weight == 0, ignore_index, counts))
+    row_scale = _row_scale(inputs, row_weight, ignore_index, reduction, normalizer)
     teacher_wants = (
         torch.is_grad_enabled()
         and not isinstance(inputs.teacher, TopKLogProbs)
@@ -232,62 +238,66 @@ def distillation_loss(
     return rows * row_scale if reduction == "none" else torch.dot(rows, row_scale)
 
 
-def _row_scale(
-    op: str,
-    inputs: Inputs,
-    row_weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    normalizer: float | Tensor | None,
-) -> Tensor:
-    """[N] what the loss of every row is multiplied by."""
-    num_rows, dtype = inputs.rows.shape[0], _result_dtype(inputs)
-    if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
-        raise ValueError(
-            f"{op}: normalizer must be a number or a tensor of one, got shape {list(normalizer.shape)}. Sum it first."
-        )
-    if row_weight is not None:
-        check_shapes(op, {"row_weight": (row_weight, ("row",))}, {"row": num_rows})
-        check_dtype(
-            op,
-            "row_weight",
-            row_weight,
-            (torch.float16, torch.bfloat16, torch.float32, torch.float64),
-            ". Use row_weight.float().",
-        )
-        check_device(op, {"student": inputs.rows, "row_weight": row_weight})
-        if row_weight.requires_grad:
+def _check_weights(op: str, inputs: Inputs, row_weight: Tensor | None, normalizer: float | Tensor | None) -> None:
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
             raise ValueError(
-                f"{op}: row_weight must not require grad, it is a constant of the loss. Pass row_weight.detach()."
+                f"{op}: normalizer must be a number or a tensor of one, got shape {list(normalizer.shape)}. Sum it "
+                "first."
             )
-    divisor = (
-        1.0
-        if normalizer is None
-        else normalizer.to(dtype).reshape(())
-        if isinstance(normalizer, Tensor)
-        else float(normalizer)
-    )
-    if row_weight is None and inputs.labels is None:
-        if reduction == "mean" and normalizer is None:
-            divisor = float(max(num_rows, 1))
-        return (
-            inputs.rows.new_ones((num_rows,), dtype=dtype) / divisor
-            if isinstance(divisor, Tensor)
-            else inputs.rows.new_full((num_rows,), 1.0 / divisor, dtype=dtype)
+    elif normalizer is not None and (normalizer == 0 or not math.isfinite(normalizer)):
+        raise ValueError(
+            f"{op}: normalizer must be finite and not 0, got {normalizer}. Leave it out to divide by the sum of the "
+            "weights, or pass a tensor, where 0 gives 0."
         )
+    if row_weight is None:
+        return
+    check_shapes(op, {"row_weight": (row_weight, ("row",))}, {"row": inputs.rows.shape[0]})
+    check_dtype(op, "row_weight", row_weight, FLOATS, ". Use row_weight.float().")
+    check_device(op, {"student": inputs.rows, "row_weight": row_weight})
+    if row_weight.requires_grad:
+        raise ValueError(
+            f"{op}: row_weight must not require grad, it is a constant of the loss. Pass row_weight.detach()."
+        )
+
+
+def _row_scale(
+    inputs: Inputs, row_weight: Tensor | None, ignore_index: int, reduction: str, normalizer: float | Tensor | None
+) -> Tensor:
+    """[N] what the loss of every row is multiplied by; 0 where it is ignored."""
+    num_rows, dtype = inputs.rows.shape[0], _result_dtype(inputs)
+    divisor: float | Tensor = 1.0
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.to(dtype).reshape(())
+        divisor = torch.where(normalizer == 0, torch.inf, normalizer)
+    elif normalizer is not None:
+        divisor = float(normalizer)
     weight = inputs.rows.new_ones((num_rows,), dtype=dtype) if row_weight is None else row_weight.to(dtype)
-    if inputs.labels is not None:
+    if inputs.labels is not None and not _has_none(inputs.labels, ignore_index):
         weight = torch.where(inputs.labels == ignore_index, 0.0, weight)
+    elif row_weight is None and reduction == "mean" and normalizer is None:
+        return weight / max(num_rows, 1)
     if reduction == "mean" and normalizer is None:
         total = weight.sum()
         divisor = torch.where(total == 0, 1.0, total)
     return weight / divisor
 
 
+def _has_none(labels: Tensor, ignore_index: int) -> bool:
+    """Whether no label is `ignore_index`, where looking waits for nothing; False where that is not known."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or labels.numel() == 0:
+        return False
+    low, high = labels.aminmax()
+    return not low.item() <= ignore_index <= high.item()
+
+
 def _check_labels(op: str, inputs: Inputs, ignore_index: int) -> None:
     """Refuse labels that are no class, where reading them waits for nothing: on a CPU."""
     labels, classes = inputs.labels, inputs.shard.total
-    if labels is None or labels.device.type != "cpu" or torch.compiler.is_compiling():
+    if labels is None or labels.device.type != "cpu" or torch.compiler.is_compiling() or labels.numel() == 0:
+        return
+    low, high = labels.aminmax()
+    if low.item() >= 0 and high.item() < classes:
         return
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
     if bool(wrong.any()):

@@ -4,11 +4,15 @@ Nothing here is fast; every other implementation is compared to it. Formulas as 
 `fusedmm.distillation_loss`.
 """
 
+from dataclasses import replace
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from fusedmm.heads import LinearHead, Logits, Teacher, TopKLogProbs
 
+_Teacher = TypeVar("_Teacher", LinearHead | Logits, Teacher)
 FINITE_MINIMUM = -1e30  # stands for -inf, so that a forbidden class gives 0 * 1e30 and not 0 * inf
 
 
@@ -23,6 +27,18 @@ def logits(head: LinearHead | Logits, num_classes: int) -> Tensor:
     if head.softcap is not None:
         z = head.softcap * torch.tanh(z / head.softcap)
     return z.clamp_min(FINITE_MINIMUM)
+
+
+def without_ignored(head: _Teacher, labels: Tensor | None, ignore_index: int) -> _Teacher:
+    """The head with 0 in place of what ignored rows hold, which may be NaN."""
+    if labels is None:
+        return head
+    ignored = (labels == ignore_index)[:, None]
+    if isinstance(head, LinearHead):
+        return replace(head, hidden=head.hidden.masked_fill(ignored, 0.0))
+    if isinstance(head, Logits):
+        return replace(head, values=head.values.masked_fill(ignored, 0.0))
+    return replace(head, log_probs=head.log_probs.masked_fill(ignored, 0.0))
 
 
 def divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
@@ -70,6 +86,7 @@ def loss(
     ignore_index: int,
 ) -> Tensor:
     """[N] float64 loss of every row, 0 where it is ignored; differentiable in every tensor of the heads."""
+    student, teacher = without_ignored(student, labels, ignore_index), without_ignored(teacher, labels, ignore_index)
     rows = torch.zeros_like(temperature)
     if alpha != 0.0:
         rows = alpha * temperature.square() * divergence(*log_probs(student, teacher, temperature, num_classes), beta)
@@ -94,6 +111,7 @@ def scores(
     ignore_index: int,
 ) -> dict[str, Tensor]:
     """Fields of `DistillationScores` by name, [N] float64; those that do not apply are left out."""
+    student, teacher = without_ignored(student, labels, ignore_index), without_ignored(teacher, labels, ignore_index)
     z = logits(student, num_classes)
     full = torch.log_softmax(z / temperature[:, None], -1)
     student_log, teacher_log = log_probs(student, teacher, temperature, num_classes)
