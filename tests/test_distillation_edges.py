@@ -1,0 +1,148 @@
+"""Distillation at its edges: rows that do not count and hold NaN, weights and normalizers of 0, one class, ties."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedmm import LinearHead, Logits, TopKLogProbs, distillation_loss, distillation_scores
+from fusedmm.eager import waves
+from fusedmm.heads import Head, Teacher
+
+ROWS, DIM = 9, 8
+HOST = ("eager", "reference")
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def student_of(kind: str, classes: int, poisoned: Tensor) -> tuple[Head, list[Tensor]]:
+    """A student whose `poisoned` rows hold NaN and inf, and its leaves."""
+    if kind == "logits":
+        values = draw(ROWS, classes).index_fill(0, poisoned, math.nan).requires_grad_()
+        return Logits(values), [values]
+    hidden = draw(ROWS, DIM).index_fill(0, poisoned, math.inf).requires_grad_()
+    weight, bias = draw(classes, DIM, seed=1).requires_grad_(), draw(classes, seed=2).requires_grad_()
+    return LinearHead(hidden, weight, bias), [hidden, weight, bias]
+
+
+def teacher_of(kind: str, classes: int, poisoned: Tensor) -> Teacher:
+    if kind == "top":
+        top = draw(ROWS, classes, seed=3).log_softmax(-1).topk(2)
+        return TopKLogProbs(top.indices, top.values.index_fill(0, poisoned, math.nan))
+    return LinearHead(draw(ROWS, DIM, seed=3).index_fill(0, poisoned, math.nan), draw(classes, DIM, seed=4))
+
+
+@pytest.mark.parametrize("impl", HOST)
+@pytest.mark.parametrize("by", ["label", "weight", "both"])
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize(("kind", "teacher"), [("linear", "linear"), ("linear", "top"), ("logits", "linear")])
+def test_rows_that_do_not_count_may_hold_anything(kind: str, teacher: str, memory: str, by: str, impl: str) -> None:
+    """Loss and gradients are those of the other rows alone; the rows themselves have none."""
+    classes, dead = 7, torch.tensor([0, 4, 8])
+    alive = torch.tensor([row for row in range(ROWS) if row not in dead])
+    labels = torch.arange(ROWS) % classes
+    weight = torch.linspace(0.5, 1.5, ROWS)
+    if by != "weight":
+        labels = labels.index_fill(0, dead[:2] if by == "both" else dead, -100)
+    if by != "label":
+        weight = weight.index_fill(0, dead[1:] if by == "both" else dead, 0.0)
+    student, leaves = student_of(kind, classes, dead)
+    loss = distillation_loss(
+        student,
+        teacher_of(teacher, classes, dead),
+        labels,
+        beta=0.5,
+        alpha=0.6,
+        row_weight=weight,
+        memory=memory,
+        impl=impl,
+    )
+    grads = torch.autograd.grad(loss, leaves)
+    few, few_leaves = student_of(kind, classes, torch.tensor([], dtype=torch.int64))
+    whole = teacher_of(teacher, classes, torch.tensor([], dtype=torch.int64))
+    few_loss = distillation_loss(
+        few,
+        whole,
+        labels.where(labels >= 0, 0),
+        beta=0.5,
+        alpha=0.6,
+        row_weight=torch.zeros(ROWS).index_copy(0, alive, torch.linspace(0.5, 1.5, ROWS)[alive]),
+        impl="reference",
+    )
+    torch.testing.assert_close(loss, few_loss, rtol=1e-5, atol=1e-6)
+    for grad, expected in zip(grads, torch.autograd.grad(few_loss, few_leaves), strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
+    assert bool((grads[0][dead] == 0).all())
+
+
+@pytest.mark.parametrize("impl", HOST)
+def test_scores_of_ignored_rows_are_zero_whatever_they_hold(impl: str) -> None:
+    dead, labels = torch.tensor([1, 2]), torch.arange(ROWS) % 5
+    student, _ = student_of("linear", 5, dead)
+    scores = distillation_scores(
+        student, teacher_of("linear", 5, dead), labels.index_fill(0, dead, -100), beta=0.5, impl=impl
+    )
+    for name, field in scores._asdict().items():
+        assert bool((field[dead] == 0).all()), name
+        assert bool(field.isfinite().all()), name
+
+
+@pytest.mark.parametrize("impl", HOST)
+def test_a_normalizer_of_zero(impl: str) -> None:
+    """As a number it is a mistake; a tensor of 0 says that no row counts on any rank."""
+    student, leaves = student_of("linear", 5, torch.tensor([], dtype=torch.int64))
+    teacher = teacher_of("linear", 5, torch.tensor([], dtype=torch.int64))
+    for wrong in (0.0, 0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"^distillation_loss: normalizer must be finite and not 0, got"):
+            distillation_loss(student, teacher, normalizer=wrong, impl=impl)
+    loss = distillation_loss(student, teacher, normalizer=torch.tensor(0), impl=impl)
+    assert loss == 0
+    assert all(bool((grad == 0).all()) for grad in torch.autograd.grad(loss, leaves))
+
+
+@pytest.mark.parametrize("impl", HOST)
+def test_one_class(impl: str) -> None:
+    """Nothing to choose from: every divergence is 0, and so is the gradient; the margin has no runner-up."""
+    student, leaves = student_of("linear", 1, torch.tensor([], dtype=torch.int64))
+    teacher = teacher_of("linear", 1, torch.tensor([], dtype=torch.int64))
+    labels = torch.zeros(ROWS, dtype=torch.int64)
+    scores = distillation_scores(student, teacher, labels, beta=0.3, impl=impl)
+    assert bool((scores.margin == math.inf).all())
+    assert bool((scores.agreement == 1).all())
+    for name in ("forward_kl", "reverse_kl", "hellinger", "grad_norm", "el2n", "divergence", "student_nll"):
+        torch.testing.assert_close(getattr(scores, name).float(), torch.zeros(ROWS), rtol=0, atol=1e-6)
+    for beta in (0.0, 0.3, 1.0):
+        grads = torch.autograd.grad(distillation_loss(student, teacher, labels, beta=beta, impl=impl), leaves)
+        assert all(float(grad.abs().max()) <= 1e-6 for grad in grads)
+
+
+def test_agreement_of_ties_is_that_of_the_first_class() -> None:
+    student = torch.tensor([[1.0, 3.0, 3.0], [3.0, 3.0, 3.0], [2.0, 2.0, 1.0]])
+    teacher = torch.tensor([[1.0, 2.0, 3.0], [5.0, 0.0, 5.0], [1.0, 2.0, 2.0]])
+    for impl in HOST:
+        scores = distillation_scores(Logits(student), Logits(teacher), impl=impl)
+        assert scores.agreement.tolist() == [0.0, 1.0, 0.0], impl
+
+
+@pytest.mark.parametrize("classes", [2, 3, waves.FEW_CLASSES, waves.FEW_CLASSES + 1])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_either_layout_of_a_wave(beta: float, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several waves, the last one shorter, with few classes and with one more than few."""
+    monkeypatch.setattr(waves, "WAVE_ELEMENTS", 4 * classes)
+    monkeypatch.setattr(waves, "MIN_WAVE_ROWS", 4)
+    student, leaves = student_of("linear", classes, torch.tensor([], dtype=torch.int64))
+    teacher, labels = teacher_of("linear", classes, torch.tensor([], dtype=torch.int64)), torch.arange(ROWS) % 2
+    loss, expected = (
+        distillation_loss(student, teacher, labels, beta=beta, alpha=0.5, temperature=2.0, impl=impl) for impl in HOST
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for grad, exact in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(grad, exact, rtol=1e-4, atol=1e-6)
+    found, exact_scores = (
+        distillation_scores(student, teacher, labels, temperature=2.0, beta=0.5, impl=impl) for impl in HOST
+    )
+    for name, field in found._asdict().items():
+        torch.testing.assert_close(field, getattr(exact_scores, name), rtol=1e-4, atol=1e-5, msg=name)
