@@ -53,9 +53,9 @@ class Check:
 
 @dataclass(frozen=True)
 class Target:
-    """A row of the table: whose, what, how much; its checks, or the test that holds it."""
+    """A row of the table: of which operator, what, how much; its checks, or the test that holds it."""
 
-    issue: int
+    operator: str
     what: str
     bar: str
     checks: tuple[Check, ...] = ()
@@ -287,14 +287,14 @@ def attention_targets() -> tuple[Target, ...]:
     )
     return (
         Target(
-            3,
+            "attention",
             "dense-equivalent, head dim 128, prior, gate and mass on",
             "forward >= 620 TFLOP/s and >= 0.95x cuDNN; backward >= 500 and >= 0.9x",
             tuple(wide),
         ),
-        Target(3, "the same, head dim 64", ">= 1.3x FlashAttention-2 and >= 0.95x cuDNN", tuple(narrow)),
+        Target("attention", "the same, head dim 64", ">= 1.3x FlashAttention-2 and >= 0.95x cuDNN", tuple(narrow)),
         Target(
-            3,
+            "attention",
             "prior, gate, mass and lse of 4 modalities over one plain modality",
             "<= 3 % forward, <= 5 % backward",
             tuple(extras),
@@ -302,29 +302,36 @@ def attention_targets() -> tuple[Target, ...]:
         Target(
             3, "jagged multimodal batches", ">= 3x the best of FlexAttention, varlen and merge, compile", tuple(jagged)
         ),
-        Target(3, "time-causal streams", ">= 85 % of the plain rate per visible pair", tuple(causal)),
-        Target(3, "metadata of a time-causal batch", "< 1 % of the forward", (metadata,)),
+        Target("attention", "time-causal streams", ">= 85 % of the plain rate per visible pair", tuple(causal)),
+        Target("attention", "metadata of a time-causal batch", "< 1 % of the forward", (metadata,)),
         Target(
-            3,
+            "attention",
             "lengths or times change",
             "no recompilation",
             (counted(("overheads/recompile", "host", "fusedmm"), "compilations", 0),),
         ),
-        Target(3, "`active` off for a share f of the modalities", "time <= (1 - f) of the full + 10 %", tuple(active)),
         Target(
-            3,
+            "attention",
+            "`active` off for a share f of the modalities",
+            "time <= (1 - f) of the full + 10 %",
+            tuple(active),
+        ),
+        Target(
+            "attention",
             "per_modality, 5 modalities",
             ">= 1.3x M calls and a gated sum up to 2k, >= 1.0x beyond",
             tuple(separate),
         ),
-        Target(3, "memory of the forward beyond output, mass and lse", "<= 16 MiB of work lists", tuple(saved)),
         Target(
-            3,
+            "attention", "memory of the forward beyond output, mass and lse", "<= 16 MiB of work lists", tuple(saved)
+        ),
+        Target(
+            "attention",
             "deterministic backward",
             ">= 82 % of the fastest other, or there is only one",
             held_by="tests/test_attention_kernels.py -k bitwise_reproducible",
         ),
-        Target(3, "tiny shapes, host time", "module forward <= 1.5x one SDPA call", (launch,)),
+        Target("attention", "tiny shapes, host time", "module forward <= 1.5x one SDPA call", (launch,)),
         Target(
             3, "CUDA graphs", "a module's forward can be captured", (ran(("overheads/capture", "forward", "module")),)
         ),
@@ -347,43 +354,43 @@ def distillation_targets() -> tuple[Target, ...]:
     lean = distillation("kl-4096-4096", variant="fusedmm-lean")
     return (
         Target(
-            4,
+            "distillation",
             "scores, Ds 2048, Dt 4096",
             "<= 21.5 ms, extra memory <= 16 MiB",
             (milliseconds(scores, 21.5), memory(scores, 16.0, lambda sizes: 0.0)),
         ),
         Target(
-            4,
+            "distillation",
             "loss forward and backward, Ds = Dt = 4096",
             "<= 1.2x its four matmuls, >= 2.5x Liger, workspace <= 1 GiB",
             tuple(losses),
         ),
         Target(
-            4,
+            "distillation",
             "the same, Ds 2048, Dt 4096",
             "<= 36 ms",
             tuple(milliseconds(distillation(f"{loss}-2048-4096"), 36.0) for loss in ("kl", "jsd")),
         ),
         Target(
-            4,
+            "distillation",
             "lean",
             "outputs + 64 MiB, <= 1.9x the fast time",
             (memory(lean, 64.0, _loss_outputs), at_most(lean, distillation("kl-4096-4096"), 1.9, "lean over fast")),
         ),
         Target(
-            4,
+            "distillation",
             "N 1024",
             "never slower than PyTorch",
             tuple(faster(distillation(f"{loss}-n1024"), ("eager", "compile"), 1.0) for loss in ("kl", "jsd")),
         ),
         Target(
-            4,
+            "distillation",
             "accuracy of dX and dW",
             "within 1 % of float64, identical heads 0 within 1e-6",
             held_by="tests/test_distillation_accuracy.py",
         ),
         Target(
-            4,
+            "distillation",
             "few classes, N 64 to 1M",
             "never slower than eager",
             tuple(
@@ -397,11 +404,13 @@ def distillation_targets() -> tuple[Target, ...]:
 def page(rows: Rows) -> str:
     """docs/targets.md."""
     lines = ["# Targets", "", "Written by `python -m benchmarks targets` from benchmarks/results.", ""]
-    lines += ["| issue | what | target | measured | met | command |", "|---|---|---|---|---|---|"]
+    lines += ["| operator | what | target | measured | met | command |", "|---|---|---|---|---|---|"]
     for target in targets():
         found = verdict(target, rows)
         met = {True: "yes", False: "**no**", None: "-"}[found.met]
-        lines.append(f"| {target.issue} | {target.what} | {target.bar} | {found.text} | {met} | `{target.command}` |")
+        lines.append(
+            f"| {target.operator} | {target.what} | {target.bar} | {found.text} | {met} | `{target.command}` |"
+        )
     return "\n".join(lines) + "\n"
 
 
