@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -39,11 +40,16 @@ def resolve_impl(op: str, impl: str, device: torch.device, *, unsupported: Seque
             f"Triton needs a GPU, the tensors are on {device} (set TRITON_INTERPRET=1 before importing triton to "
             "interpret kernels)"
         )
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         reasons.append("the package triton is not installed")
     if reasons:
         raise NotImplementedError(f'{op}: no Triton kernel for this call: {"; ".join(reasons)}. Pass impl="eager".')
     return "triton"
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:

@@ -39,23 +39,26 @@ def check_shapes(
     for argument, (tensor, dims) in shapes.items():
         if tensor is None:
             continue
-        expected = "[" + ", ".join(str(dim) for dim in dims) + "]"
         if tensor.ndim != len(dims):
             raise ShapeError(
-                f"{op}: {argument} must have {len(dims)} dimensions {expected}, got shape {list(tensor.shape)}."
+                f"{op}: {argument} must have {len(dims)} dimensions {_named(dims)}, got shape {list(tensor.shape)}."
             )
         for dim, size in zip(dims, tensor.shape, strict=True):
             if isinstance(dim, int):
                 if size != dim:
-                    raise ShapeError(f"{op}: {argument} must have shape {expected}, got {list(tensor.shape)}.")
+                    raise ShapeError(f"{op}: {argument} must have shape {_named(dims)}, got {list(tensor.shape)}.")
                 continue
             before, owner = bound.setdefault(dim, (size, argument))
             if before != size:
                 raise ShapeError(
                     f"{op}: {argument} has {dim}={size}, but {owner} has {dim}={before}; expected {argument} of "
-                    f"shape {expected}."
+                    f"shape {_named(dims)}."
                 )
     return {name: size for name, (size, _) in bound.items()}
+
+
+def _named(dims: Sequence[Dim]) -> str:
+    return "[" + ", ".join(str(dim) for dim in dims) + "]"
 
 
 def check_broadcast(op: str, argument: str, tensor: Tensor, shape: Sequence[int], dims: Sequence[str]) -> Tensor:

@@ -79,7 +79,7 @@ class Problem(NamedTuple):
 
 def attention(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Outputs:
     """Call ``fusedmm::attention_forward``: output, mass and lse."""
-    return cast(Outputs, torch.ops.fusedmm.attention_forward(query, key, value, *problem))
+    return cast(Outputs, torch.ops.fusedmm.attention_forward.default(query, key, value, *problem))
 
 
 def _alloc_forward(query: Tensor, problem: Problem) -> Outputs:
@@ -203,7 +203,7 @@ class _Attention(torch.autograd.Function):
         remaining, constants = iter(tensors), iter(ctx.constants)
         problem = Problem(*(next(remaining) if is_tensor else next(constants) for is_tensor in ctx.is_tensor))
         needs = ctx.needs_input_grad[:6]
-        gradients = torch.ops.fusedmm.attention_backward(
+        gradients = torch.ops.fusedmm.attention_backward.default(
             torch.zeros_like(output) if grad_output is None else grad_output,
             grad_mass,
             grad_lse,
@@ -226,7 +226,7 @@ def _autograd_forward(*arguments: Any) -> Outputs:
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in differentiable):
         return cast(Outputs, _Attention.apply(*arguments))  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
-        return cast(Outputs, torch.ops.fusedmm.attention_forward(*arguments))
+        return cast(Outputs, torch.ops.fusedmm.attention_forward.default(*arguments))
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Outputs:

@@ -1,5 +1,6 @@
 """What the attention launchers do to their arguments: no kernel here, and nothing that waits for the GPU."""
 
+from functools import cache
 from typing import Literal
 
 import torch
@@ -20,8 +21,12 @@ def unit_last_stride(x: Tensor) -> Tensor:
 
 def strides_of(x: Tensor | None, name: str, dims: str) -> dict[str, int]:
     """Kernel arguments ``{name}_stride_{dim}`` for the leading dimensions of ``x``; 0 where the tensor is absent."""
-    strides = (0,) * len(dims) if x is None else x.stride()
-    return {f"{name}_stride_{dim}": stride for dim, stride in zip(dims, strides, strict=False)}
+    return dict(zip(_stride_names(name, dims), (0,) * len(dims) if x is None else x.stride(), strict=False))
+
+
+@cache
+def _stride_names(name: str, dims: str) -> tuple[str, ...]:
+    return tuple(f"{name}_stride_{dim}" for dim in dims)
 
 
 def find_key_ranges(

@@ -52,7 +52,8 @@ def choose_path(
     Raises:
         NotImplementedError: with all reasons, if ``path`` is "hopper" and its kernels cannot do it.
     """
-    if path == "portable":
+    wins = head_block(head_dim) in MEASURED.get((direction, softmax), frozenset())
+    if path == "portable" or (path == "auto" and not wins):
         return "portable"
     passes = ("forward",) if direction == "forward" else ("query", "key_value")
     case = (arch, head_dim, dtype, softmax, features, triton_version)
@@ -64,8 +65,7 @@ def choose_path(
             listed = "; ".join(dict.fromkeys(reasons))
             raise NotImplementedError(f'attention: no Hopper kernel for {listed}. Pass path="portable".')
         return "hopper"
-    wins = head_block(head_dim) in MEASURED.get((direction, softmax), frozenset())
-    return "hopper" if wins and not reasons else "portable"
+    return "portable" if reasons else "hopper"
 
 
 def choose_forward(query: Tensor, key: Tensor, arguments: Mapping[str, Any], path: Path) -> str:

@@ -1,0 +1,123 @@
+"""What a call of the Triton path does on the host, kernels aside: few operators, and none that waits for the GPU."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedmm
+from fusedmm.ops import attention_op
+
+pytest.importorskip("triton")
+
+from fusedmm.kernels.attention import backward as backward_module
+from fusedmm.kernels.attention import combine as combine_module
+from fusedmm.kernels.attention import forward as forward_module
+
+# Operators whose result, or its size, the host has to know.
+WAITS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "masked_select",
+    "unique",
+    "equal",
+    "is_nonzero",
+    "repeat_interleave",
+)
+INNER = {
+    "fusedmm::attention_forward": attention_op._forward,
+    "fusedmm::attention_backward": attention_op._backward,
+}
+
+
+class Operators(TorchDispatchMode):
+    """Names of all operators called, those inside the registered ones too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = func.name().split(".")[0]
+        self.names.append(name)
+        if name in INNER:
+            with self:
+                return INNER[name](*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class NoKernel:
+    """A kernel that is launched and does nothing."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda **_: None
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (forward_module, backward_module, combine_module):
+        for name in vars(module).copy():
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, NoKernel())
+
+
+def call(features: Sequence[str], softmax: str, device: torch.device) -> tuple[Callable[[], Any], list[Tensor]]:
+    """A call with a ready layout, and the tensors that want a gradient."""
+    layout = fusedmm.ModalityLayout.from_lengths(
+        torch.tensor([2, 3], device=device), torch.tensor([[40, 5], [0, 60]], device=device)
+    )
+    if "times" in features:
+        times = (torch.arange(size, device=device) for size in (layout.total_q, layout.total_k))
+        layout = layout.at_times(*times)
+    leaves = {
+        "query": torch.randn(5, 2, 16, device=device),
+        "key": torch.randn(105, 2, 16, device=device),
+        "value": torch.randn(105, 2, 16, device=device),
+        "gate": torch.randn(2, 2, device=device),
+        "output_gate": torch.randn(5, 2, 16, device=device),
+    }
+    if softmax == "joint":
+        leaves["log_prior"] = torch.randn(2, 2, device=device)
+    leaves = {name: x.requires_grad_() for name, x in leaves.items() if name in ("query", "key", "value", *features)}
+    others: dict[str, Any] = {"dropout_p": 0.1} if "dropout" in features else {}
+    if "active" in features:
+        others["active"] = torch.ones(2, 2, dtype=torch.bool, device=device)
+    return lambda: fusedmm.gated_multimodal_attention(
+        **leaves, layout=layout, softmax=softmax, impl="triton", **others
+    ), list(leaves.values())
+
+
+ALL = ("log_prior", "gate", "output_gate", "times", "active", "dropout")
+
+
+@pytest.mark.parametrize("softmax", ["joint", "per_modality"])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_nothing_waits_for_the_gpu(
+    softmax: str, splits: int, device: torch.device, no_kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a forward and a backward can be captured in a CUDA graph."""
+    for module in (forward_module, backward_module):
+        monkeypatch.setattr(module, "key_splits", lambda *_, **__: splits)
+    attend, leaves = call(ALL, softmax, device)
+    with Operators() as operators:
+        result = attend()
+        torch.autograd.grad(result.output.sum() + result.mass.sum(), leaves)
+    names = {name.removeprefix("aten::") for name in operators.names}
+    assert {"fusedmm::attention_forward", "fusedmm::attention_backward"} <= names
+    assert names.isdisjoint(WAITS)
+
+
+def test_a_forward_calls_few_operators(device: torch.device, no_kernels: None) -> None:
+    """Three results and a view of the offsets; what broadcasts costs one view each."""
+    attend, _ = call((), "joint", device)
+    with torch.no_grad(), Operators() as operators:
+        attend()
+    allocations = [name for name in operators.names if name in ("aten::new_empty", "aten::empty_like", "aten::empty")]
+    assert len(allocations) == 3
+    assert len(operators.names) <= 6, operators.names
