@@ -19,15 +19,6 @@ from fusedmm.kernels.attention import forward as forward_module
 
 # Operators whose result, or its size, the host has to know.
 WAITS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
-    "_local_scalar_dense",
-    "item",
-    "nonzero",
-    "masked_select",
-    "unique",
-    "equal",
-    "is_nonzero",
-    "repeat_interleave",
-)
 INNER = {
     "fusedmm::attention_forward": attention_op._forward,
     "fusedmm::attention_backward": attention_op._backward,
