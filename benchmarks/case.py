@@ -67,12 +67,14 @@ class Variant:
         prepare: binds it to a problem; raises `Unavailable` where it cannot run.
         modes: those it has; a merge of attention calls whose LSE has no gradient has only "forward".
         ours: whether it is this project's: held to the strict budget, and what ratios are of.
+        compiles: through torch.compile, FlexAttention's too: many seconds before its first call.
     """
 
     name: str
     prepare: Callable[[Any], Prepared]
     modes: tuple[str, ...] = MODES
     ours: bool = False
+    compiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Case:
         bytes: at least moved in each mode: inputs read once, outputs written once.
         dtype: of the matrix products, for the ceiling.
         quick: part of ``--quick``.
+        quick_compiles: there, too, with the variants that compile: a target is against them.
+        launch_bound: so short that the host decides: on a GPU also timed as a CUDA graph that is replayed.
         kernels: mode to the name in the static table of the kernel that does most of it.
         terms: sizes of what cancels in a result, from the truth, for the gate (see `fusedmm.testing.over_budget`).
     """
@@ -106,6 +110,8 @@ class Case:
     bytes: Mapping[str, float]
     dtype: torch.dtype
     quick: bool = True
+    quick_compiles: bool = False
+    launch_bound: bool = False
     kernels: Mapping[str, str] = field(default_factory=dict)
     terms: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] | None = None
 

@@ -2,23 +2,38 @@
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from benchmarks import compare, overheads, paths, peers, plot, readme, results, roofline, static_command, targets
+from benchmarks import (
+    compare,
+    isolate,
+    overheads,
+    paths,
+    peers,
+    plan,
+    plot,
+    readme,
+    results,
+    roofline,
+    static_command,
+    targets,
+)
+from benchmarks.against import Against, against
 from benchmarks.cases import Builder, builders
 from benchmarks.harness import Harness, ratio
-from benchmarks.results import ROOT, Result, Run
+from benchmarks.results import ROOT, Result
 from benchmarks.telemetry import Telemetry
 
-QUICK_SECONDS = 1.0
+QUICK_SECONDS = 0.5  # at least timing.MIN_ROUNDS calls all the same
 FULL_SECONDS = 4.0
+PROGRESS = "FUSEDMM_BENCH_PROGRESS"  # file that a process under `isolate` tells the case at hand
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,51 +46,78 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _bench(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("cases", nargs="*", help="parts of case names; default: all for the device")
+    parser.add_argument("cases", nargs="*", help="names of cases, or parts of them; default: all for the device")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--quick", action="store_true", help="the shorter list of cases and shorter timing")
+    parser.add_argument("--quick", action="store_true", help="fewer cases, shorter timing, little that compiles")
     parser.add_argument("--variants", nargs="+", default=[], help="only these, by name")
     parser.add_argument("--without", nargs="+", default=[], help="not these variants")
     parser.add_argument("--seconds", type=float, help="timing of one case and mode, over all variants")
     parser.add_argument("--budget-s", type=float, default=_budget(), help="start no case after this many seconds")
     parser.add_argument("--energy", action="store_true", help="measure energy too (a second a variant and mode more)")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--json", type=Path, help="append the results to this file")
+    parser.add_argument("--json", type=Path, help="append the results to this file, each as soon as it exists")
     parser.add_argument("--save", action="store_true", help="append the results to benchmarks/results/<device>.jsonl")
-    parser.add_argument("--against", metavar="REV", help="run the same on another commit and name what got slower")
+    parser.add_argument("--against", metavar="REV", help="beside another commit, naming what got slower")
+    parser.add_argument("--isolate", action="store_true", help="survive crashes and hangs: run in a child process")
+    parser.add_argument("--case-limit-s", type=float, default=120.0, help="with --isolate: most seconds of one case")
     parser.add_argument("--list", action="store_true", help="only name the cases")
+    parser.add_argument("--plan", action="store_true", help="only name the cases and when each should be done")
     args = parser.parse_args(words)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = {
-        name: build for name, build in builders(kind).items() if not args.cases or any(c in name for c in args.cases)
-    }
+    chosen = _chosen(kind, args.cases)
+    seconds = args.seconds or (QUICK_SECONDS if args.quick else FULL_SECONDS)
     if not chosen:
         print(f"benchmarks: no case for {kind} contains {', '.join(args.cases)}. See --list.", file=sys.stderr)
         return 2
     if args.list:
         print("\n".join(chosen))
         return 0
+    if args.plan:
+        print(plan.table([build() for build in chosen.values()], seconds, quick=args.quick))
+        return 0
     if kind == "cuda" and not torch.cuda.is_available():
         print(f"benchmarks: {len(chosen)} GPU cases skipped: no CUDA device here. On one, run ci/gpu.", file=sys.stderr)
         return 2
-    run, found = _measure(args, kind, chosen)
-    for file in [args.json] * bool(args.json) + [results.RESULTS / f"{results.slug(run.device)}.jsonl"] * args.save:
-        results.append(file, [run, *found])
-    wrong = [r for r in found if r.variant.startswith("fusedmm") and r.status not in (results.TIMED, "skipped")]
-    for result in wrong:
-        print(f"benchmarks: {result.case} {result.mode} {result.variant} {result.status}: {result.reason}")
-    if args.against is not None:
-        return compare.report(compare.changes(_other_commit(args.against, words), found)) or bool(wrong)
-    return 1 if wrong else 0
+    if args.isolate:
+        return _isolated(args, words, list(chosen))
+    return _measure(args, kind, chosen, seconds)
+
+
+def _chosen(kind: str, wanted: Sequence[str]) -> dict[str, Builder]:
+    """Cases by name, or by a part of it where there is none of that name, in the order in which they run."""
+    known = builders(kind)
+    names = {name for word in wanted for name in ([word] if word in known else [n for n in known if word in n])}
+    return {name: known[name] for name in plan.ordered(name for name in known if name in names or not wanted)}
 
 
 def _budget() -> float:
     return float(os.environ.get("FUSEDMM_BENCH_BUDGET_S", "inf"))
 
 
-def _measure(args: argparse.Namespace, kind: str, chosen: dict[str, Builder]) -> tuple[Run, list[Result]]:
+def _isolated(args: argparse.Namespace, words: list[str], names: list[str]) -> int:
+    """The same in a child, started anew after the case that ended it."""
+    deadline = time.monotonic() + args.budget_s
+    options = [word for word in words if word not in args.cases and word != "--isolate"]
+    with tempfile.TemporaryDirectory() as folder:
+        progress = Path(folder) / "progress"
+        os.environ[PROGRESS] = str(progress)
+
+        def command(left: Sequence[str]) -> list[str]:
+            budget = ["--budget-s", str(max(0.0, deadline - time.monotonic()))]
+            return [sys.executable, "-m", "benchmarks", *left, *options, *budget]
+
+        def report(case: str, why: str) -> None:
+            print(f"\n{case}\n  crashed: {why}", flush=True)
+            if args.json is not None and args.json.exists():
+                run = list(results.read(args.json)[0])[-1]
+                results.append(args.json, [Result(run, case, "all", "all", {}, "crashed", why)])
+
+        return isolate.run(names, command, progress, args.case_limit_s, report)
+
+
+def _measure(args: argparse.Namespace, kind: str, chosen: dict[str, Builder], seconds: float) -> int:
     deadline = time.monotonic() + args.budget_s
     device = torch.device(kind)
     telemetry = Telemetry(device)
@@ -84,65 +126,91 @@ def _measure(args: argparse.Namespace, kind: str, chosen: dict[str, Builder]) ->
     print(f"{run.device}: copy {run.copy_gb_s} GB/s, matrix product {run.matrix_tflops} TFLOP/s, commit {run.commit}")
     if kind == "cuda" and telemetry.missing:
         print(f"clocks, power and energy are not read ({telemetry.missing}): no ratios are shown")
-    seconds = args.seconds or (QUICK_SECONDS if args.quick else FULL_SECONDS)
-    harness = Harness(device, ceilings, telemetry, run.id, seconds, args.energy, args.variants, args.without)
+    files = [args.json] * bool(args.json) + [results.RESULTS / f"{results.slug(run.device)}.jsonl"] * args.save
+    for file in files:
+        results.append(file, [run])
+
+    def keep(result: Result) -> None:
+        for file in files:
+            results.append(file, [result])
+
+    harness = Harness(
+        device, ceilings, telemetry, run.id, seconds, args.energy, args.variants, args.without, not args.quick, keep
+    )
     found: list[Result] = []
-    for name, build in chosen.items():
-        if time.monotonic() > deadline:
-            print(f"{name}: not run, the time budget is spent", flush=True)
-            continue
+    theirs: list[Result] = []
+    options = ["--device", kind, "--seconds", str(seconds), "--threads", str(torch.get_num_threads())]
+    with against(args.against, options) if args.against else nullcontext() as other:
+        for name, build in chosen.items():
+            if time.monotonic() > deadline:
+                print(f"{name}: not run, the time budget is spent", flush=True)
+                continue
+            rows, beside = _case(name, build, harness, other, quick=args.quick)
+            found += rows
+            theirs += beside
+            if not _answers(device):
+                print(f"{name}: the GPU no longer answers", flush=True)
+                return isolate.CRASHED
+    wrong = [r for r in found if r.variant.startswith("fusedmm") and r.status not in (results.TIMED, "skipped")]
+    for result in wrong:
+        print(f"benchmarks: {result.case} {result.mode} {result.variant} {result.status}: {result.reason}")
+    if args.against is not None:
+        return compare.report(compare.changes(theirs, found)) or bool(wrong)
+    return 1 if wrong else 0
+
+
+def _case(
+    name: str, build: Builder, harness: Harness, other: Against | None, *, quick: bool
+) -> tuple[list[Result], list[Result]]:
+    """One case here and, if asked for, on the other commit; printed as one table."""
+    if PROGRESS in os.environ:
+        with open(os.environ[PROGRESS], "a") as progress:
+            progress.write(f"{name}\n")
+    try:
+        case = build()
+    except ImportError as error:
+        print(f"{name}: skipped, {error}", flush=True)
+        return [], []
+    if quick and not case.quick:
+        print(f"{name}: left out by --quick", flush=True)
+        return [], []
+    rows = harness.results(case)
+    beside: list[Result] = []
+    if other is not None:
+        ours = [v.name for v in case.variants if v.ours and (not harness.only or v.name in harness.only)]
+        beside = other.results(name, ours)
+    print(table(name, [*rows, *(other.renamed(beside) if other else ())]), flush=True)
+    return rows, beside
+
+
+def _answers(device: torch.device) -> bool:
+    """Whether the device still works: after a fault in a kernel every call in its process fails."""
+    if device.type == "cuda":
         try:
-            case = build()
-        except ImportError as error:
-            print(f"{name}: skipped, {error}", flush=True)
-            continue
-        if args.quick and not case.quick:
-            print(f"{name}: left out by --quick", flush=True)
-            continue
-        rows = harness.results(case)
-        print(table(name, rows), flush=True)
-        found += rows
-    return run, found
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            return False
+    return True
 
 
 def table(name: str, rows: Sequence[Result]) -> str:
     """One case for people; the ratio is how many times as long a variant takes as fusedmm, where clocks allow one."""
     width = max((len(row.variant) for row in rows), default=7)
+    modes = list(dict.fromkeys(row.mode for row in rows))
     lines = [f"\n{name}"]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: modes.index(row.mode)):
         if row.median_ms is None:
-            lines.append(f"  {row.mode:<9}{row.variant:<{width}}  {row.status}: {row.reason}")
+            lines.append(f"  {row.mode:<14}{row.variant:<{width}}  {row.status}: {row.reason}")
             continue
         ours = [other for other in rows if other.mode == row.mode and other.variant == "fusedmm"]
         times = ratio(ours[0], row) if ours else None
         against = "-" if times is None else f"{times:.2f}x"
         lines.append(
-            f"  {row.mode:<9}{row.variant:<{width}}{row.median_ms:>11.4f} ms [{row.p20_ms:.4f}, {row.p80_ms:.4f}]"
+            f"  {row.mode:<14}{row.variant:<{width}}{row.median_ms:>11.4f} ms [{row.p20_ms:.4f}, {row.p80_ms:.4f}]"
             f"  {row.tflops:8.3g} TFLOP/s  {row.share:6.1%} of ceiling  {row.peak_mib:9.1f} MiB"
             f"  {against:>7}  error {row.worst_error:.1e}"
         )
     return "\n".join(lines)
-
-
-def _other_commit(revision: str, words: list[str]) -> list[Result]:
-    """Results of this tree's benchmarks on another commit's package, in a worktree that is thrown away."""
-    place = words.index("--against")
-    rest = [word for word in words[:place] + words[place + 2 :] if word != "--save"]
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        tree, out = scratch / "tree", scratch / "results.jsonl"
-        subprocess.run(["git", "worktree", "add", "--detach", "--quiet", str(tree), revision], cwd=ROOT, check=True)
-        try:
-            (scratch / "run").mkdir()
-            (scratch / "run" / "benchmarks").symlink_to(ROOT / "benchmarks")
-            (scratch / "run" / "fusedmm").symlink_to(tree / "fusedmm")
-            environment = {**os.environ, "PYTHONPATH": str(scratch / "run")}
-            command = [sys.executable, "-m", "benchmarks", *rest, "--json", str(out)]
-            print(f"\n== the same at {revision}", flush=True)
-            subprocess.run(command, cwd=scratch / "run", env=environment, check=False)
-            return results.read(out)[1] if out.exists() else []
-        finally:
-            subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
 
 
 def _static(words: list[str]) -> int:

@@ -18,7 +18,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.results import TIMED, Result
 from benchmarks.roofline import Ceilings
 from benchmarks.telemetry import Telemetry
-from benchmarks.timing import Times, add_energy, comparable, interleave
+from benchmarks.timing import Times, add_energy, captured, comparable, interleave
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Harness:
         energy: also measure energy, about a second a variant and mode more.
         only: names of variants to run; empty: all.
         without: names of variants not to run.
+        compiles: also run what compiles first; else only where a case insists.
+        keep: is given every result as soon as it exists.
     """
 
     device: torch.device
@@ -44,13 +46,19 @@ class Harness:
     energy: bool = False
     only: Sequence[str] = field(default_factory=tuple)
     without: Sequence[str] = field(default_factory=tuple)
+    compiles: bool = True
+    keep: Callable[[Result], None] = lambda result: None
 
     def results(self, case: Case) -> list[Result]:
         """Run one case."""
+        found = []
         with functorch.patch(donated_buffer=False):  # or compiled graphs refuse a second backward
-            found = list(self._results(case))
+            for result in self._results(case):
+                self.keep(result)
+                found.append(result)
         gc.collect()
-        torch.compiler.reset()  # the next case compiles anew, not one shape more
+        with quiet():
+            torch.compiler.reset()  # the next case compiles anew, not one shape more
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return found
@@ -72,10 +80,16 @@ class Harness:
                     yield replace(blank, mode=mode, variant=variant.name, status=status, reason=reason)
         for mode in case.modes:
             yield from self._mode(case, mode, replace(blank, mode=mode), ready)
+        if case.launch_bound and self.device.type == "cuda":
+            for mode in case.modes:
+                if mode != "backward":  # its operations belong to the stream of a forward that is not in the graph
+                    yield from self._mode(case, mode, replace(blank, mode=f"{mode}-graph"), ready, captured)
 
     def _prepare(
         self, case: Case, variant: Variant, gate: Gate, problem: object
     ) -> tuple[str, str, Prepared | None, float]:
+        if variant.compiles and not (self.compiles or case.quick_compiles or variant.name in self.only):
+            return "skipped", "it compiles for long: left out by --quick", None, 0.0
         try:
             with quiet():
                 verdict = gate.check(variant)
@@ -86,7 +100,12 @@ class Harness:
             return *_why(error), None, 0.0
 
     def _mode(
-        self, case: Case, mode: str, blank: Result, ready: Mapping[str, tuple[Variant, Prepared, float]]
+        self,
+        case: Case,
+        mode: str,
+        blank: Result,
+        ready: Mapping[str, tuple[Variant, Prepared, float]],
+        wrap: Callable[[Callable[[], object]], Callable[[], object]] = lambda call: call,
     ) -> Iterator[Result]:
         calls: dict[str, Callable[[], object]] = {}
         peaks: dict[str, float] = {}
@@ -95,7 +114,7 @@ class Harness:
                 continue
             try:
                 with quiet():
-                    call = call_of(prepared, mode)
+                    call = wrap(call_of(prepared, mode))
                     call()
                     peaks[name] = peak_bytes(call, self.device) / 2**20
                     call()

@@ -67,7 +67,8 @@ class Result:
         run: id of its `Run`.
         case, mode, variant: which.
         sizes: of the case, as `benchmarks.case.Case` has them.
-        status: "timed", "skipped", "wrong" (the gate is red), "out of memory" or "failed".
+        status: "timed", "skipped", "wrong" (the gate is red), "out of memory", "failed", or "crashed": the process
+            that ran the case ended or was ended, and no variant of it has a time.
         reason: why there is no time.
         median_ms, p20_ms, p80_ms: of one call; None without a time.
         repeats: calls that were timed.

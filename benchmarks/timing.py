@@ -1,7 +1,8 @@
 """Times the variants of a case side by side: every round calls each of them once, so that drift hits all alike.
 
-On a GPU a call lies between two events, and the L2 cache is flushed before it; the clock is read after each round. On a
-CPU it is wall time. Quantiles are over rounds.
+On a GPU a call lies between two events, and the L2 cache is flushed before it; the clock is read after each call.
+Launch-bound calls are timed a second time as replays of a CUDA graph. On a CPU it is wall time. Quantiles are over
+rounds.
 """
 
 import time
@@ -58,7 +59,7 @@ def interleave(
             reading = telemetry.read()
             if reading.clock_mhz is not None:
                 found[name].clocks.append(reading.clock_mhz)
-            found[name].throttled = reading.throttled
+            found[name].throttled = throttles(found[name].throttled, reading.throttled)
         rounds += 1
     return found
 
@@ -78,6 +79,34 @@ def add_energy(calls: Mapping[str, Callable[[], object]], found: Mapping[str, Ti
         after = telemetry.read()
         if before.energy_mj is not None and after.energy_mj is not None:
             found[name].energy_mj = round((after.energy_mj - before.energy_mj) / repeats, 3)
+
+
+def throttles(seen: str | None, now: str | None) -> str | None:
+    """Every reason for throttling that was read so far; "no" where none was, None where none could be."""
+    reasons = [reason for text in (seen, now) if text not in (None, "no") for reason in str(text).split(", ")]
+    return ", ".join(dict.fromkeys(reasons)) or seen or now
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as a CUDA graph that is replayed: what the GPU takes, without the host.
+
+    Raises whatever makes the call one that cannot be captured, such as waiting for the GPU.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # warm up beside the default stream, as PyTorch's notes on graphs ask
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+
+    def replay() -> object:
+        graph.replay()
+        return results  # holding them keeps their memory the graph's
+
+    return replay
 
 
 def comparable(clocks: Sequence[float | None], tolerance: float = 0.05) -> bool:

@@ -22,7 +22,16 @@ HOPPER = "tests/test_hopper_numerics.py"
 HOPPER_S = 120.0  # what a kernel that waits for ever may cost
 # what says nothing about kernels on a GPU: it runs in ci/check, on any machine
 ELSEWHERE = (
-    *("benchmarks", "ci", "cpu_speed", "hopper_numerics", "hopper_overlap", "hopper_protocol"),
+    *(
+        "benchmark_gpu",
+        "benchmark_peers",
+        "benchmarks",
+        "ci",
+        "cpu_speed",
+        "hopper_numerics",
+        "hopper_overlap",
+        "hopper_protocol",
+    ),
     *("package", "static", "targets"),
 )
 
@@ -59,23 +68,23 @@ def steps(args: argparse.Namespace, out: Path) -> list[Step]:
     pytest = [python, "-m", "pytest", "-W", "default", "-m", "not speed", "--numprocesses", str(args.workers)]
     ignored = ["--ignore-glob=tests/test_train*", *(f"--ignore=tests/test_{name}.py" for name in ELSEWHERE)]
     found = [
-        Step("tests", [*pytest, "tests", *ignored], 0.4),
-        Step("Hopper tests", [*pytest, "-v", "-o", "faulthandler_timeout=60", HOPPER], 0.5, HOPPER_S),
+        Step("tests", [*pytest, "tests", *ignored], 0.2 if args.quick else 0.4),
+        Step("Hopper tests", [*pytest, "-v", "-o", "faulthandler_timeout=60", HOPPER], 0.2, HOPPER_S),
     ]
     if args.conformance is not None:
         run = str(args.conformance / "run.py")
         check = [python, run, "--device", "cuda", "--impl", "triton", "--cases", "24"]
-        found += [Step(f"conformance seed {seed}", [*check, "--seed", str(seed)], 0.2) for seed in range(3)]
+        found += [Step(f"conformance seed {seed}", [*check, "--seed", str(seed)], 0.05) for seed in range(3)]
     results = str(out / "results.jsonl")
     bench = [python, "-m", "benchmarks"]
-    cases = [*bench, "--device", "cuda", "--json", results, *["--quick"] * args.quick]
+    cases = [*bench, "--device", "cuda", "--isolate", "--json", results, *["--quick"] * args.quick]
     without = ("--without", "fusedmm-hopper")
-    return [
-        *found,
-        Step("overheads", [*bench, "overheads", "--device", "cuda", "--json", results], 0.3, 60.0),
+    found += [
+        Step("overheads", [*bench, "overheads", "--device", "cuda", "--json", results], 0.2, 60.0),
         Step("benchmarks", cases, 0.9, relies_on="Hopper tests", otherwise=without),
         Step("choice of kernels", [*bench, "paths", results], 1.0),
     ]
+    return [step for step in found if not args.only or any(word in step.name for word in args.only)]
 
 
 def run_step(step: Step, deadline: float, log: Path) -> tuple[str, float]:
@@ -104,6 +113,18 @@ def run_step(step: Step, deadline: float, log: Path) -> tuple[str, float]:
         file.seek(start)
         print(f"\n== {step.name}", "".join(file.readlines()[-40:]), sep="\n", flush=True)
     return verdict, time.monotonic() - began
+
+
+def show_plan(planned: list[Step], budget: float) -> int:
+    """Print the steps with the most that each may take, and the benchmark's cases in their order."""
+    left = budget - RESERVE_S
+    for step in planned:
+        limit = min(left * step.share, step.limit_s)
+        print(f"{step.name}, at most {limit:.0f} s: {' '.join(step.command)}", flush=True)
+        left -= limit
+    print(f"all, at most {budget:.0f} s\n", flush=True)
+    cases = [step for step in planned if step.name == "benchmarks"]
+    return max((subprocess.run([*step.command, "--plan"], cwd=ROOT).returncode for step in cases), default=0)
 
 
 def provenance() -> dict[str, str]:
@@ -150,20 +171,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="ci/gpu", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the short benchmark")
     parser.add_argument("--out", type=Path, default=ROOT / "gpu-results")
-    parser.add_argument("--budget-s", type=float, default=540.0, help="stop by then, seconds")
+    parser.add_argument("--budget-s", type=float, help="stop by then, seconds; default 540 with --quick, else 3600")
+    parser.add_argument("--only", nargs="+", help="only steps with one of these words in their name")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="test processes")
     parser.add_argument("--wheels", type=Path, help="folder of peers' wheels, from ci/wheels")
     parser.add_argument("--conformance", type=Path, help="folder with the conformance oracle's run.py")
-    parser.add_argument("--dry-run", action="store_true", help="only name the steps; needs no GPU")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say what would run and how long it may take; needs no GPU"
+    )
     args = parser.parse_args()
-    deadline = time.monotonic() + args.budget_s - RESERVE_S
+    budget = args.budget_s or (540.0 if args.quick else 3600.0)
+    deadline = time.monotonic() + budget - RESERVE_S
     out = args.out.resolve()
     if args.dry_run:
-        for step in steps(args, out):
-            print(
-                f"{step.name}, at most {min(step.limit_s, args.budget_s * step.share):.0f} s: {' '.join(step.command)}"
-            )
-        return 0
+        return show_plan(steps(args, out), budget)
 
     import torch
 

@@ -83,6 +83,7 @@ def test_flex_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 assert gate.check(replace(variant, modes=("forward",))).complaints == [], variant.name
 
 
+@pytest.mark.filterwarnings("ignore")  # theirs
 @pytest.mark.parametrize(
     ("distribution", "names", "beta", "alpha"),
     [

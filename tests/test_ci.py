@@ -64,7 +64,7 @@ def test_a_step_is_stopped_when_its_share_of_the_budget_is_spent(
 
 
 def test_the_gpu_tests_come_first_and_the_choice_of_kernels_last(gpu: ModuleType) -> None:
-    args = argparse.Namespace(workers=2, conformance=Path("oracle"), quick=True)
+    args = argparse.Namespace(workers=2, conformance=Path("oracle"), quick=True, only=None)
     found = gpu.steps(args, Path("out"))
     seeds = [f"conformance seed {seed}" for seed in range(3)]
     names = ["tests", "Hopper tests", *seeds, "overheads", "benchmarks", "choice of kernels"]
@@ -75,6 +75,8 @@ def test_the_gpu_tests_come_first_and_the_choice_of_kernels_last(gpu: ModuleType
     for step in found:
         if step.command[1:3] == ["-m", "benchmarks"]:
             assert main([*step.command[3:], "--list"] if "paths" not in step.command else ["paths", "none"]) in (0, 2)
+    args.only = ["conformance", "choice"]
+    assert [step.name for step in gpu.steps(args, Path("out"))] == [*seeds, "choice of kernels"]
 
 
 def exists(name: str) -> bool:
@@ -98,13 +100,16 @@ def test_a_hang_costs_its_limit_and_what_relies_on_it_goes_without(
     assert "given ['--without', 'it']" in (tmp_path / "log.txt").read_text()
 
 
-def test_a_dry_run_needs_no_gpu(
-    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["ci/gpu", "--dry-run", "--quick"])
-    assert gpu.main() == 0
-    assert f"Hopper tests, at most {gpu.HOPPER_S:.0f} s" in capsys.readouterr().out
+def test_the_quick_plan_needs_no_gpu_and_less_than_ten_minutes(gpu: ModuleType) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = [ROOT / "ci" / "gpu", "--quick", "--dry-run"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Hopper tests, at most" in done.stdout
+    assert "all, at most 540 s" in done.stdout
+    (limit,) = (line for line in done.stdout.splitlines() if line.startswith("benchmarks, at most"))
+    assert float(done.stdout.split("an estimated ")[1].split()[0]) < 540
+    assert float(limit.split()[3]) > 200
 
 
 def test_without_a_gpu_it_says_so() -> None:

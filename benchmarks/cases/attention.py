@@ -195,6 +195,8 @@ def build(name: str, kind: str, arguments: Mapping[str, object]) -> Case:
         bytes={"forward": moved, "backward": 2 * moved, "both": 3 * moved},
         dtype=dtype,
         quick=not any(word in name for word in SLOW),
+        quick_compiles=name in ("attention/jagged-market-day", "attention/jagged-long"),
+        launch_bound=any(word in name for word in ("tiny", "few-latents")),
         kernels={"forward": kernel} if kind == "cuda" else {},
         terms=terms if asks_modalities else None,
     )

@@ -315,7 +315,7 @@ def variants(kind: str, features: Sequence[str], softmax: str, *, uniform: bool)
     found = [
         Variant("fusedmm", fused, ours=True),
         Variant("eager", eager),
-        Variant("compile", partial(eager, compiled=True)),
+        Variant("compile", partial(eager, compiled=True), compiles=True),
         Variant("loops", loops),
     ]
     plain, dense = not features, uniform and not features
@@ -332,5 +332,6 @@ def variants(kind: str, features: Sequence[str], softmax: str, *, uniform: bool)
                 Variant("varlen+merge", gpu.varlen_merge, modes=("forward",)),  # its LSE has no gradient
                 Variant("flash-attn-4+merge", gpu.flash_attention_4_merge),
             ]
-        found += [Variant("flex", gpu.flex), Variant("flex+mask", partial(gpu.flex, count_mask=True))]
+        found.append(Variant("flex", gpu.flex, compiles=True))
+        found.append(Variant("flex+mask", partial(gpu.flex, count_mask=True), compiles=True))
     return tuple(found)

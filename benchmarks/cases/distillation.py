@@ -125,6 +125,8 @@ def build(name: str, kind: str, shape: Shape) -> Case:
         bytes=moved,
         dtype=dtype,
         quick=not any(word in name for word in SLOW),
+        quick_compiles=name in ("distillation/jsd-4096-4096", "distillation/scores-2048-4096", "distillation/small-v"),
+        launch_bound=shape.classes <= 1024,
     )
 
 

@@ -229,7 +229,7 @@ def losses(kind: str, beta: float, alpha: float) -> tuple[Variant, ...]:
         Variant("fusedmm", fused_loss, MODES, ours=True),
         Variant("fusedmm-lean", partial(fused_loss, memory="lean"), MODES, ours=True),
         Variant("eager", eager_loss, MODES),
-        Variant("compile", partial(eager_loss, compiled=True), MODES),
+        Variant("compile", partial(eager_loss, compiled=True), MODES, compiles=True),
         Variant("chunked", chunked_loss, MODES),
     ]
     libraries: dict[str, Callable[[Problem], Prepared]] = {}
@@ -303,6 +303,6 @@ def eager_scores(problem: Problem, *, compiled: bool = False, chunk: int | None 
 SCORES = (
     Variant("fusedmm", fused_scores, ("forward",), ours=True),
     Variant("eager", eager_scores, ("forward",)),
-    Variant("compile", partial(eager_scores, compiled=True), ("forward",)),
+    Variant("compile", partial(eager_scores, compiled=True), ("forward",), compiles=True),
     Variant("chunked", partial(eager_scores, chunk=CHUNK), ("forward",)),
 )

@@ -93,6 +93,7 @@ def build(name: str, kind: str, shape: Shape) -> Case:
         flops={"forward": forward, "both": 3 * forward},
         bytes={"forward": moved, "both": 3 * moved},
         dtype=dtype,
+        launch_bound="tiny" in name,
     )
 
 
@@ -103,7 +104,7 @@ def variants(kind: str) -> tuple[Variant, ...]:
         Variant("reference-attention", partial(prepare, impl="reference")),
     ]
     if kind == "cuda":
-        found.append(Variant("fusedmm-compiled", partial(prepare, compiled=True)))
+        found.append(Variant("fusedmm-compiled", partial(prepare, compiled=True), compiles=True))
     return tuple(found)
 
 

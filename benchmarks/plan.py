@@ -1,0 +1,59 @@
+"""In which order cases run, and how long they should take: what the targets ask for comes first."""
+
+from collections.abc import Iterable, Sequence
+
+from benchmarks.case import Case
+
+# The rows of the targets, most telling first; every other case follows in the order of its definition.
+FIRST = (
+    "attention/dense-gated-d128-4k",
+    "attention/dense-plain-d128-4k",
+    "distillation/jsd-4096-4096",
+    "distillation/scores-2048-4096",
+    "attention/jagged-market-day",
+    "attention/dense-gated-d64-4k",
+    "attention/dense-plain-d64-4k",
+    "attention/time-causal",
+    "attention/active-1",
+    "attention/active-0.125",
+    "attention/per-modality-2048",
+    "attention/tiny",
+    "distillation/kl-2048-4096",
+    "distillation/small-v",
+    "distillation/jsd-n1024",
+    "attention/jagged-long",
+)
+# Assumed until a run on a GPU says otherwise.
+START_S = 20.0
+VARIANT_S = 1.0
+COMPILE_S = 20.0
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Names in the order in which they should run."""
+    rank = {name: place for place, name in enumerate(FIRST)}
+    return sorted(names, key=lambda name: rank.get(name, len(FIRST)))
+
+
+def estimate_s(case: Case, seconds: float, *, quick: bool) -> float:
+    """Seconds that a case should take on a GPU; 0 where ``--quick`` leaves it out."""
+    if quick and not case.quick:
+        return 0.0
+    compiling = sum(variant.compiles for variant in case.variants)
+    plain = len(case.variants) - compiling
+    modes = len(case.modes) + case.launch_bound * sum(mode != "backward" for mode in case.modes)
+    compiled = compiling if not quick or case.quick_compiles else 0
+    return modes * seconds + plain * VARIANT_S + compiled * COMPILE_S
+
+
+def table(cases: Sequence[Case], seconds: float, *, quick: bool) -> str:
+    """The plan: every case with when it should be done."""
+    at = START_S
+    lines = [f"{'start':<40}{at:>8.0f} s"]
+    for case in cases:
+        took = estimate_s(case, seconds, quick=quick)
+        at += took
+        lines.append(f"{case.name:<40}{at:>8.0f} s" if took else f"{case.name:<40}left out by --quick")
+    count = sum(estimate_s(case, seconds, quick=quick) > 0 for case in cases)
+    lines.append(f"{count} cases, an estimated {at:.0f} s, of which {seconds:g} s of timing for each case and mode")
+    return "\n".join(lines)

@@ -1,0 +1,252 @@
+"""The GPU's side of the benchmarks, line by line, on a CPU: with stand-ins for torch.cuda and for NVML."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from benchmarks import isolate, results, roofline, timing
+from benchmarks.command import main
+from benchmarks.telemetry import Reading, Telemetry
+from benchmarks.timing import throttles
+
+CUDA = torch.device("cuda")
+MHZ, WATTS = 1755, 650_000
+
+
+class OnCpu(TorchFunctionMode):
+    """Whatever asks for a CUDA device gets the CPU."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def moved(x: Any) -> Any:
+            return torch.device("cpu") if isinstance(x, torch.device) and x.type == "cuda" else x
+
+        named = {name: moved(x) for name, x in (kwargs or {}).items()}
+        return function(*(moved(x) for x in args), **named)
+
+
+class Event:
+    """Two of them are 2 ms apart, whatever lies between."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        pass
+
+    def elapsed_time(self, stop: "Event") -> float:
+        return 2.0
+
+
+class Stream:
+    def wait_stream(self, other: "Stream") -> None:
+        assert isinstance(other, Stream)
+
+
+class Graph:
+    replays = 0
+
+    def replay(self) -> None:
+        Graph.replays += 1
+
+
+class NvmlError(Exception):
+    pass
+
+
+def nvml(**changes: Any) -> SimpleNamespace:
+    """A card at `MHZ` that throttles for its power cap."""
+    energy = iter(range(0, 10**9, 1000))
+    found: dict[str, Any] = {
+        "NVMLError": NvmlError,
+        "NVML_CLOCK_SM": 1,
+        "nvmlInit": lambda: None,
+        "nvmlDeviceGetHandleByUUID": lambda identifier: identifier,
+        "nvmlDeviceGetClockInfo": lambda handle, which: MHZ,
+        "nvmlDeviceGetPowerUsage": lambda handle: WATTS,
+        "nvmlDeviceGetTotalEnergyConsumption": lambda handle: next(energy),
+        "nvmlDeviceGetCurrentClocksThrottleReasons": lambda handle: 4,
+        "nvmlDeviceGetEnforcedPowerLimit": lambda handle: 700_000,
+        "nvmlClocksThrottleReasonSwPowerCap": 4,
+        "nvmlClocksThrottleReasonHwPowerBrakeSlowdown": 128,
+        "nvmlClocksThrottleReasonHwThermalSlowdown": 64,
+        "nvmlClocksThrottleReasonSwThermalSlowdown": 32,
+        "nvmlClocksThrottleReasonHwSlowdown": 8,
+    }
+    return SimpleNamespace(**{**found, **changes}, __spec__=object())
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A machine that says that it has a GPU."""
+
+    @contextmanager
+    def context(entered: object) -> Iterator[None]:
+        yield
+
+    facts = SimpleNamespace(uuid="1234", name="Stand-in GPU", multi_processor_count=132)
+    stand_ins: dict[str, Any] = {
+        "is_available": lambda: True,
+        "synchronize": lambda *device: None,
+        "empty_cache": lambda: None,
+        "Event": Event,
+        "Stream": Stream,
+        "CUDAGraph": Graph,
+        "current_stream": Stream,
+        "stream": context,
+        "graph": context,
+        "memory_allocated": lambda device: 1 << 20,
+        "max_memory_allocated": lambda device: 3 << 20,
+        "reset_peak_memory_stats": lambda device: None,
+        "get_device_properties": lambda device: facts,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(results, "device_arch", lambda device: "sm_90")
+    monkeypatch.setattr(timing, "L2_BYTES", 1 << 10)
+    monkeypatch.setattr(timing, "ENERGY_SECONDS", 0.02)
+    monkeypatch.setattr(roofline, "_copy_rate", lambda size, device: 4e12)
+    monkeypatch.setattr(roofline, "_matrix_rate", lambda size, dtype, device: 7e14)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml())
+    with OnCpu():
+        yield monkeypatch
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "results.jsonl"
+    words = ["attention/tiny", "--device", "cuda", "--quick", "--energy", "--seconds", "0.02", "--json", str(file)]
+    assert main([*words, "--variants", "fusedmm", "eager", "flash-attn-4+merge"]) == 0
+    runs, rows = results.read(file)
+    (run,) = runs.values()
+    assert (run.device, run.kind, run.power_limit_w) == ("Stand-in GPU", "cuda", 700.0)
+    assert (run.versions["arch"], run.copy_gb_s, run.matrix_tflops["bfloat16"]) == ("sm_90", 4000.0, 700.0)
+    timed = {(row.mode, row.variant): row for row in rows if row.status == results.TIMED}
+    modes = ("forward", "backward", "both", "forward-graph", "both-graph")
+    assert {mode for mode, _ in timed} == set(modes)
+    assert {"fusedmm", "eager"} <= {variant for _, variant in timed}
+    row = timed["both-graph", "fusedmm"]
+    assert (row.median_ms, row.peak_mib, row.clock_mhz) == (2.0, 2.0, MHZ)
+    assert (row.power_w, row.throttled) == (650.0, "power cap")
+    assert row.energy_mj == 100.0  # 1000 mJ more at the second reading, over 20 ms / 2 ms = 10 calls
+    assert Graph.replays > 0
+    absent = next(row for row in rows if row.variant == "flash-attn-4+merge")
+    assert (absent.status, absent.reason) == ("skipped", "flash-attn-4 is not installed (ci/wheels gathers it)")
+    assert "1.00x" in capsys.readouterr().out
+
+
+def test_a_call_that_cannot_be_captured_has_a_row_that_says_so(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuses(graph: Graph) -> object:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    gpu.setattr(torch.cuda, "graph", refuses)
+    file = tmp_path / "results.jsonl"
+    words = ["attention/tiny", "--device", "cuda", "--seconds", "0.02", "--json", str(file), "--variants", "fusedmm"]
+    assert main(words) == 1
+    found = {row.mode: (row.status, row.reason) for row in results.read(file)[1]}
+    assert found["forward-graph"] == ("failed", "RuntimeError: operation not permitted when stream is capturing")
+    assert found["forward"][0] == results.TIMED
+
+
+def test_a_gpu_that_no_longer_answers_ends_the_process(gpu: pytest.MonkeyPatch) -> None:
+    def fault(*device: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    words = ["attention/tiny", "--device", "cuda", "--seconds", "0.02", "--variants", "nobody"]
+    assert main(words) == 0
+    gpu.setattr(torch.cuda, "synchronize", fault)
+    assert main(words) == isolate.CRASHED
+
+
+def test_without_nvml_there_are_times_but_no_clocks(gpu: pytest.MonkeyPatch) -> None:
+    def no_driver() -> None:
+        raise NvmlError("Driver Not Loaded")
+
+    gpu.setitem(sys.modules, "pynvml", nvml(nvmlInit=no_driver))
+    telemetry = Telemetry(CUDA)
+    assert telemetry.missing == "NVML: Driver Not Loaded"
+    assert telemetry.read() == Reading()
+    assert telemetry.power_limit_w() is None
+
+
+def test_what_a_card_does_not_tell_is_none(gpu: pytest.MonkeyPatch) -> None:
+    def unsupported(handle: object) -> int:
+        raise NvmlError("Not Supported")
+
+    changes = dict.fromkeys(("nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetPowerUsage"), unsupported)
+    gpu.setitem(sys.modules, "pynvml", nvml(**changes, nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 0))
+    assert Telemetry(CUDA).read() == Reading(clock_mhz=MHZ, throttled="no")
+
+
+def test_every_reason_for_throttling_is_kept() -> None:
+    assert throttles(None, None) is None
+    assert throttles(None, "no") == "no"
+    assert throttles("power cap", "no") == "power cap"
+    assert throttles("power cap", "thermal, power cap") == "power cap, thermal"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_ceilings_are_measured_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert roofline._copy_rate(1 << 10, CUDA) == 2 * 1024 / 2e-3
+    assert roofline._matrix_rate(16, torch.bfloat16, CUDA) == 2 * 16**3 / 2e-3
+
+
+CHILD = """
+import json, os, sys, time
+progress, log = sys.argv[1:3]
+for case in sys.argv[3:]:
+    with open(progress, "a") as file:
+        file.write(case + "\\n")
+    if case == "crash":
+        os.abort()
+    if case == "hang":
+        time.sleep(60)
+    with open(log, "a") as file:
+        file.write(case + "\\n")
+sys.exit(1 if "wrong" in sys.argv else 0)
+"""
+
+
+def test_a_crash_and_a_hang_cost_one_case_each(tmp_path: Path) -> None:
+    progress, log, told = tmp_path / "progress", tmp_path / "log", []
+    cases = ["first", "crash", "second", "hang", "last"]
+
+    def command(left: Any) -> list[str]:
+        return [sys.executable, "-c", CHILD, str(progress), str(log), *left]
+
+    assert isolate.run(cases, command, progress, 2.0, lambda *facts: told.append(facts)) == 1
+    assert log.read_text().split() == ["first", "second", "last"]
+    assert told == [("crash", "exit status -6"), ("hang", "stopped after 2 s")]
+    assert isolate.run(["wrong"], command, progress, 2.0, lambda *facts: told.append(facts)) == 1
+    assert isolate.run(["fine"], command, progress, 2.0, lambda *facts: told.append(facts)) == 0
+    assert len(told) == 2
+
+
+def test_a_child_that_cannot_start_is_not_started_again(tmp_path: Path) -> None:
+    starts: list[object] = []
+
+    def command(left: Any) -> list[str]:
+        starts.append(left)
+        return [sys.executable, "-c", "raise SystemExit(3)"]
+
+    assert isolate.run(["a", "b"], command, tmp_path / "progress", 2.0, lambda *facts: None) == 3
+    assert len(starts) == 1
+
+
+def test_isolated_runs_keep_every_row(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    words = ["attention/tiny", "attention/few-latents", "--device", "cpu", "--seconds", "0.02", "--json", str(file)]
+    assert main([*words, "--variants", "fusedmm", "--isolate"]) == 0
+    kinds = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["kind_of_row"] for row in kinds] == ["run"] + 6 * ["result"]
+    assert {row["case"] for row in kinds[1:]} == {"attention/tiny", "attention/few-latents"}
