@@ -4,14 +4,23 @@ Speed and memory against peers, the roofline, and scaling curves; of the GPU res
 CPU's. The caption names machine, versions and commit.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.results import TIMED, Result, Run, latest
 
-COLOURS = ("#1b5e9b", "#8fb8de", "#c9c9c9", "#a3a380", "#d8a47f", "#b56576", "#6d597a", "#84a59d", "#444444", "#e0b34f")
-OURS = COLOURS[0]
+OURS = "#1b5e9b"
+# One look for each peer in every figure: told apart by shape too, so that a print in grey still reads.
+COLOURS = ("#d1495b", "#e0913b", "#3a7d44", "#6d597a", "#8c6d46", "#17808f", "#b56576", "#444444")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+CURVES = {  # what grows, and the cases whose names end with how much
+    "tokens of a sample": "scaling/tokens-",
+    "modalities": "scaling/modalities-",
+    "share of the modalities that is active": "attention/active-",
+    "rows N": "scaling/rows-",
+    "classes V": "scaling/classes-",
+}
 
 Measured = Mapping[tuple[str, str, str], tuple[Run, Result]]
 
@@ -39,25 +48,28 @@ def run(out: Path) -> int:
 
 def speed_and_memory(timed: Measured, file: Path) -> None:
     """Time and peak memory of forward and backward (of the forward, for scores), as multiples of this project's."""
-    cases = sorted({case for case, mode, variant in timed if variant == "fusedmm"})
-    variants = _variants(timed)
-    figure, axes = _figure(1, 2, width=11, height=1.4 + 0.3 * len(cases))
+    cases = [case for case in dict.fromkeys(case for case, _, _ in timed) if not case.startswith("scaling/")]
+    cases = [case for case in cases if any((case, mode, "fusedmm") in timed for mode in ("both", "forward"))]
+    looks = _looks(timed, cases)
+    figure, axes = _figure(1, 2, width=10, height=1.6 + 0.24 * len(cases))
     for axis, attribute, title in zip(axes, ("median_ms", "peak_mib"), ("time", "peak memory"), strict=True):
         for place, case in enumerate(cases):
             mode = "both" if (case, "both", "fusedmm") in timed else "forward"
             base = getattr(timed[case, mode, "fusedmm"][1], attribute)
-            for rank, variant in enumerate(variants):
-                if (case, mode, variant) in timed:
-                    multiple = getattr(timed[case, mode, variant][1], attribute) / max(base, 1e-9)
-                    label = None if _labelled(axis, variant) else variant
-                    axis.plot(multiple, -place, "o", color=COLOURS[rank % len(COLOURS)], label=label, markersize=5)
-        axis.axvline(1.0, color=OURS, linewidth=1)
+            for variant, look in looks.items():
+                if (case, mode, variant) in timed and base:
+                    multiple = getattr(timed[case, mode, variant][1], attribute) / base
+                    axis.plot(multiple, -place, linestyle="", markersize=5, alpha=0.9, label=variant, **look)
+        axis.axvline(1.0, color=OURS, linewidth=1.5)
+        axis.annotate("fusedmm", (1.0, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=OURS)
         axis.set_xscale("log")
-        axis.set_xlabel(f"{title}, multiple of fusedmm's (left of the line is better than it)")
-        axis.set_yticks([-place for place in range(len(cases))], cases if attribute == "median_ms" else [])
-        axis.grid(axis="x", alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="lower center", ncols=len(variants))
-    _save(figure, timed, file)
+        _plain_ticks(axis.xaxis, lowest=0.1)
+        axis.set_xlabel(f"{title}, times fusedmm's (right of the line: fusedmm is better)")
+        labels = [case if (case, "both", "fusedmm") in timed else f"{case} (forward)" for case in cases]
+        axis.set_yticks([-place for place in range(len(cases))], labels if attribute == "median_ms" else [])
+        axis.grid(alpha=0.25)
+    _legend(figure, axes)
+    _save(figure, timed, file, "Forward and backward against what else does the same work")
 
 
 def roofline(timed: Measured, file: Path) -> None:
@@ -77,53 +89,73 @@ def roofline(timed: Measured, file: Path) -> None:
         ]
         # A share is of the ceiling at this intensity: where that is the sloped part, it tells the intensity.
         xs = [min(max(tflops / share * 1e3 / run.copy_gb_s, 0.1), 1e4) for tflops, share in points]
-        axis.plot(xs, [tflops for tflops, _ in points], "o", color=COLOURS[2 * rank], label=f"fusedmm, {mode}")
+        axis.plot(xs, [tflops for tflops, _ in points], "o", color=(OURS, COLOURS[0])[rank], label=f"fusedmm, {mode}")
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("FLOP for each byte that must move (at the knee or right of it: bound by arithmetic)")
     axis.set_ylabel("TFLOP/s")
     axis.legend(fontsize=8)
-    _save(figure, timed, file)
+    _save(figure, timed, file, "Reached rate under the measured ceilings")
 
 
 def scaling(timed: Measured, file: Path) -> None:
-    """Time over what grows: share of active modalities, attended pairs, classes."""
-    panels: list[tuple[str, str, Callable[[Result], float | None]]] = [
-        ("share of modalities that is active", "attention/active", lambda r: r.sizes["active"]),
-        ("visible query-key pairs", "attention/", lambda r: r.sizes["visible_pairs"] * r.sizes["heads"]),
-        ("rows times classes", "distillation/", lambda r: r.sizes["rows"] * r.sizes["classes"]),
-    ]
-    figure, axes = _figure(1, len(panels), width=12, height=3.8)
-    for axis, (label, prefix, size) in zip(axes, panels, strict=True):
-        for rank, variant in enumerate(_variants(timed)):
+    """Time of forward and backward over what grows, everything else fixed."""
+    shown = {label: prefix for label, prefix in CURVES.items() if any(case.startswith(prefix) for case, _, _ in timed)}
+    cases = [case for case, _, _ in timed if case.startswith(tuple(shown.values()))]
+    looks = {"fusedmm": {"color": OURS, "marker": "o"}, **_looks(timed, cases)}
+    figure, axes = _figure(1, max(1, len(shown)), width=3.2 * max(2, len(shown)), height=3.6)
+    for axis, (label, prefix) in zip(axes, shown.items(), strict=False):
+        for variant, look in looks.items():
             points = sorted(
-                (size(result), result.median_ms)
+                (float(case.removeprefix(prefix)), result.median_ms)
                 for (case, mode, found), (_, result) in timed.items()
-                if found == variant and mode == "forward" and case.startswith(prefix)
+                if found == variant and mode == "both" and case.startswith(prefix)
             )
             if points:
-                xs, ys = zip(*points, strict=True)
-                colour = COLOURS[rank % len(COLOURS)]
-                axis.plot(xs, ys, "o-" if prefix.endswith("active") else "o", color=colour, label=variant, markersize=4)
-        axis.set_xscale("log")
+                width = 2.0 if variant == "fusedmm" else 1.0
+                axis.plot(*zip(*points, strict=True), linewidth=width, markersize=4, label=variant, **look)
+        axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        _plain_ticks(axis.xaxis)
+        axis.tick_params(axis="x", labelrotation=45)
+        _plain_ticks(axis.yaxis)
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(low, high / 8), high)  # or noise on a flat curve fills the panel
         axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("forward, ms")
-    axes[0].legend(fontsize=7)
-    _save(figure, timed, file)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("forward and backward, ms")
+    _legend(figure, axes)
+    _save(figure, timed, file, "How cost grows")
 
 
 FIGURES = {"speed-and-memory": speed_and_memory, "roofline": roofline, "scaling": scaling}
 
 
-def _variants(timed: Measured) -> list[str]:
-    names = {variant for _, _, variant in timed}
-    return sorted(names, key=lambda name: (not name.startswith("fusedmm"), name))
+def _looks(timed: Measured, cases: Collection[str]) -> dict[str, dict[str, str]]:
+    """Colour and marker of everyone else who has a row of these cases, fusedmm's other variants among them."""
+    everyone = sorted({variant for _, _, variant in timed if variant != "fusedmm"})
+    here = {variant for case, _, variant in timed if case in cases}
+    return {
+        variant: {"color": COLOURS[rank % len(COLOURS)], "marker": MARKERS[rank % len(MARKERS)]}
+        for rank, variant in enumerate(everyone)
+        if variant in here
+    }
 
 
-def _labelled(axis: Any, label: str) -> bool:
-    return label in axis.get_legend_handles_labels()[1]
+def _legend(figure: Any, axes: list[Any]) -> None:
+    """One legend for all panels, each name once."""
+    named = {name: mark for axis in axes for mark, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(named.values()), list(named), fontsize=8, loc="lower center", ncols=max(1, min(9, len(named))))
+
+
+def _plain_ticks(axis: Any, lowest: float = 0.0) -> None:
+    """Numbers as one writes them, at 1, 2 and 5, and not as powers of ten."""
+    from matplotlib import ticker
+
+    if axis.axis_name == "y" or lowest:
+        axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda x, place: f"{x:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Any, list[Any]]:
@@ -138,14 +170,13 @@ def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[An
     return figure, list(axes.flat)
 
 
-def _save(figure: Any, timed: Measured, file: Path) -> None:
+def _save(figure: Any, timed: Measured, file: Path, title: str) -> None:
     from matplotlib import pyplot
 
-    runs = {run.id: run for run, _ in timed.values()}
-    last = max(runs.values(), key=lambda run: run.began)
-    threads = f", {last.threads} threads" if last.threads else ""
-    caption = f"{last.device}{threads}, torch {last.versions['torch']}, triton {last.versions['triton']}"
-    figure.suptitle(f"{caption}, commit {last.commit}, {last.began[:10]}", fontsize=8)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    last = max((run for run, _ in timed.values()), key=lambda run: run.began)
+    path = "GPU" if last.kind == "cuda" else f"CPU, eager path, {last.threads} thread{'s' * (last.threads > 1)}"
+    facts = f"torch {last.versions['torch']}, triton {last.versions['triton']}, commit {last.commit}, {last.began[:10]}"
+    figure.suptitle(f"{title}: {path}\n{last.device}, {facts}", fontsize=9)
+    figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)

@@ -16,7 +16,18 @@ DETAILS = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 NOT_MEASURED = "not measured yet: `ci/gpu --quick`"
 GPU_COMMAND = "`ci/gpu` on a machine with a GPU, then append its results.jsonl to benchmarks/results/"
-MODES = ("forward", "both")
+MODES = ("forward", "both", "forward-graph", "both-graph")
+FIGURE = "docs/figures/speed-and-memory.svg"
+SHOWN = (  # of the CPU's cases, in the README; the worst row comes on top of them
+    "attention/dense-gated",
+    "attention/jagged-market-day",
+    "attention/jagged-call",
+    "attention/active-0.125",
+    "attention/per-modality",
+    "distillation/jsd",
+    "distillation/cross-entropy",
+    "distillation/scores",
+)
 STATIC_ARCH = "sm_90"
 STATIC_NAMES = ("d64,bf16", "d128,bf16", "distillation")
 Latest = dict[tuple[str, str, str], tuple[Run, Result]]
@@ -42,12 +53,14 @@ def run(*, check: bool) -> int:
 
 
 def section() -> str:
-    """The README's part: the GPU's rows, and a line on the CPU and on the compiled kernels."""
-    gpu = latest("cuda")
-    first = gpu_part(gpu) if gpu else f"**GPU: not measured yet.** Command: {GPU_COMMAND}."
-    return "\n\n".join(
-        (first, cpu_line(latest("cpu")), static_line(), "Every row: [docs/performance.md](docs/performance.md).")
-    )
+    """The README's part: the GPU's rows, the figure, the CPU's telling rows, a line on the compiled kernels."""
+    gpu, cpu = latest("cuda"), latest("cpu")
+    parts = [gpu_part(gpu) if gpu else f"**GPU: not measured yet.** Command: {GPU_COMMAND}."]
+    if gpu or cpu:
+        where = "GPU" if gpu else "CPU, eager path"
+        parts.append(f"![Time and peak memory against what else does the same work: {where}]({FIGURE})")
+    parts += [cpu_line(cpu), *cpu_table(cpu), static_line()]
+    return "\n\n".join((*parts, "Every row: [docs/performance.md](docs/performance.md)."))
 
 
 def details() -> str:
@@ -58,21 +71,47 @@ def details() -> str:
 
 def cpu_line(found: Latest) -> str:
     """How many rows of the CPU comparison are at least as fast as the fastest composition, and the worst."""
-    ratios = {}
-    for (name, mode, variant), (_, ours) in found.items():
-        shown = variant == "fusedmm" and mode in MODES and ours.status == TIMED
-        best = _fastest_other(name, mode, ours, found) if shown else None
-        times = None if best is None else ratio(ours, best)
-        if times is not None:
-            ratios[f"{name} {mode}"] = times
+    ratios = _cpu_ratios(found)
     if not ratios:
         return cpu_part({})
     good = sum(times >= 1.0 for times in ratios.values())
-    worst = min(ratios, key=lambda row: ratios[row])
+    name, mode = min(ratios, key=lambda row: ratios[row])
     return (
         f"**CPU, the eager path ({_machine(found)}):** {good} of {len(ratios)} rows at least as fast as the fastest of "
-        f"PyTorch's compositions; the worst, {worst}, takes {1 / ratios[worst]:.1f} times as long."
+        f"PyTorch's compositions; the worst, {name} {mode}, takes {1 / ratios[name, mode]:.1f} times as long."
     )
+
+
+def cpu_table(found: Latest) -> list[str]:
+    """The rows that `SHOWN` names, and the worst one: how many times fusedmm's the fastest other takes and holds."""
+    ratios = _cpu_ratios(found)
+    if not ratios:
+        return []
+    worst = min(ratios, key=lambda row: ratios[row])
+    rows = [(name, mode) for name in SHOWN for mode in ("both", "forward") if (name, mode) in ratios]
+    rows = list({name: (name, mode) for name, mode in reversed(rows)}.values())[::-1]
+    lines = [
+        "| case | mode | fastest other | its time / fusedmm's | its peak memory / fusedmm's |",
+        "|---|---|---|---|---|",
+    ]
+    return ["\n".join([*lines, *(_row(*row, found, with_rate=False) for row in dict.fromkeys([*rows, worst]))])]
+
+
+def _cpu_ratios(found: Latest) -> dict[tuple[str, str], float]:
+    """How many times as long the fastest other takes, by case and mode."""
+    ratios = {}
+    for (name, mode, variant), (_, ours) in found.items():
+        shown = variant == "fusedmm" and mode in MODES and ours.status == TIMED and name in _listed("cpu")
+        best = _fastest_other(name, mode, ours, found) if shown else None
+        times = None if best is None else ratio(ours, best)
+        if times is not None:
+            ratios[name, mode] = times
+    return ratios
+
+
+def _listed(kind: str) -> list[str]:
+    """Cases that are in tables; the points of curves are in a figure."""
+    return [name for name in builders(kind) if not name.startswith("scaling/")]
 
 
 def static_line() -> str:
@@ -90,12 +129,12 @@ def static_line() -> str:
 def gpu_part(found: Latest) -> str:
     """Every GPU case: time, rate, share of the measured ceiling, and the fastest other; or that it is not measured."""
     if not found:
-        names = ", ".join(f"`{name}`" for name in builders("cuda"))
+        names = ", ".join(f"`{name}`" for name in _listed("cuda"))
         return f"**GPU: not measured yet.** Command: {GPU_COMMAND}. It will fill: {names}."
     lines = [f"**GPU: {_machine(found)}**", ""]
     lines += ["| case | mode | median ms | TFLOP/s | of ceiling | peak MiB | fastest other | times as long |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
-    for name in builders("cuda"):
+    for name in _listed("cuda"):
         modes = [mode for mode in MODES if (name, mode, "fusedmm") in found]
         if not modes:
             lines.append(f"| {name} | | {NOT_MEASURED} | | | | | |")
@@ -110,10 +149,10 @@ def cpu_part(found: Latest) -> str:
         return "**CPU: not measured yet.** Command: `python -m benchmarks --device cpu --save`."
     lines = [f"**CPU, the eager path: {_machine(found)}** (`python -m benchmarks --device cpu --save`)", ""]
     lines += [
-        "| case | mode | fastest other | times as long as fusedmm | its peak memory / fusedmm's |",
+        "| case | mode | fastest other | its time / fusedmm's | its peak memory / fusedmm's |",
         "|---|---|---|---|---|",
     ]
-    for name in builders("cpu"):
+    for name in _listed("cpu"):
         for mode in MODES:
             if (name, mode, "fusedmm") in found:
                 lines.append(_row(name, mode, found, with_rate=False))
