@@ -6,6 +6,8 @@ nothing but the joint lse, and a kernel that keeps its blocks in the first-level
 Priors, gates and gradients of masses it cannot do without a mask of every score, or the products twice.
 """
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def fits(groups: tuple[Group, ...], softmax: str, query: Tensor, key: Tensor, mo
     """Whether these gradients are those of plain attention, of samples large enough for a call each.
 
     Args:
-        groups: of samples; one with others is too small for a call of its own.
+        groups: of samples; one of several samples is too small for calls of its own.
         softmax: of the operator.
         query, key: [total_q, Hq, D] and [total_k, Hkv, D]; half precision would round P.
         modal: everything that treats modalities or keys apart, none of which may be given.
@@ -26,7 +28,10 @@ def fits(groups: tuple[Group, ...], softmax: str, query: Tensor, key: Tensor, mo
         and all(t is None for t in modal)
         and query.dtype == torch.float32
         and query.shape[1] == key.shape[1]
+        and len(groups) > 0
         and all(group.is_view and group.size_k > 1 for group in groups)  # of a single key, dz is exactly 0
+        and sum(group.count_q for group in groups) == query.shape[0]
+        and sum(group.count_k for group in groups) == key.shape[0]
     )
 
 
@@ -40,28 +45,32 @@ def backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value [total, H, D], from output [total_q, H, D] and lse [total_q, H, M]."""
-    gradients = query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
+    """Gradients of query, key, value [total, H, D], from output [total_q, H, D] and lse [total_q, H, M]; one call for
+    neighbouring samples of one size.
+    """
     normaliser = lse.logsumexp(-1)
-    for group in groups:
-        sample = group.samples[0]
-        rows, keys = slice(sample.start_q, sample.start_q + sample.size_q), group.keys
-        by_query = (_heads_first(t, rows) for t in (output, normaliser))
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _heads_first(grad_output, rows),
-            _heads_first(query, rows),
-            _heads_first(key, keys),
-            _heads_first(value, keys),
-            *by_query,
+    samples = sorted((group.samples[0].batch, group.size_q, group.size_k) for group in groups)
+    found = []
+    start_q = start_k = 0
+    for (size_q, size_k), members in groupby(samples, key=lambda sample: sample[1:]):
+        count = len(list(members))
+        rows, keys = (slice(at, at + count * size) for at, size in ((start_q, size_q), (start_k, size_k)))
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(_heads_first(t, rows, count) for t in (grad_output, query)),
+            *(_heads_first(t, keys, count) for t in (key, value)),
+            *(_heads_first(t, rows, count) for t in (output, normaliser)),
             dropout_p=0.0,
             is_causal=False,
             scale=scale,
         )
-        for buffer, index, gradient in zip(gradients, (rows, keys, keys), found, strict=True):
-            buffer[index] = gradient[0].transpose(0, 1)
-    return gradients
+        found.append([gradient.transpose(1, 2).flatten(0, 1) for gradient in gradients])  # views: the kernel's order
+        start_q, start_k = rows.stop, keys.stop
+    grad_query, grad_key, grad_value = (
+        torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True)
+    )
+    return grad_query, grad_key, grad_value
 
 
-def _heads_first(packed: Tensor, index: slice | Tensor) -> Tensor:
-    """[total, H, ...] to [1, H, n, ...], a view."""
-    return packed[index].transpose(0, 1)[None]
+def _heads_first(packed: Tensor, index: slice, count: int) -> Tensor:
+    """[total, H, ...] to [count, H, n, ...], a view."""
+    return packed[index].unflatten(0, (count, -1)).transpose(1, 2)
