@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fusedmm
+from fusedmm.eager import attention_flash
 from fusedmm.philox import keep_mask
 from fusedmm.reference import attention as reference
 from fusedmm.testing import AttentionExample, attention_example, check_attention, run_attention
@@ -121,6 +122,33 @@ def test_a_query_that_sees_one_key_has_no_gradient_of_scores(impl: str, device: 
     assert (results["grad_query"] == 0).all()
     assert (results["grad_key"] == 0).all()
     assert (results["grad_value"] != 0).any()
+
+
+def test_a_modality_of_one_key_has_no_gradient_of_scores_under_per_modality() -> None:
+    example = attention_example(5, [7], [[1, 1]], softmax="per_modality", features=["gate"])
+    results = run_attention(example, attend("eager"))
+    assert (results["grad_query"] == 0).all()
+    assert (results["grad_key"] == 0).all()
+    assert (results["grad_gate"] != 0).any()
+
+
+@pytest.mark.parametrize("k_lengths", [[[100, 156]] * 2, [[100, 156], [0, 300]], [[256, 0], [1, 0]]])
+def test_plain_attention_takes_its_gradients_from_the_flash_kernel(k_lengths, monkeypatch) -> None:
+    """Samples of one size together, others each on their own, and not where one has a single key."""
+    calls = []
+    flash = attention_flash.backward
+    monkeypatch.setattr(attention_flash, "backward", lambda *args: calls.append(args) or flash(*args))
+    layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([150, 150]), torch.tensor(k_lengths))
+    totals = layout.total_q, layout.total_k, layout.total_k
+    leaves = [torch.randn(32, 4, n).permute(2, 1, 0).requires_grad_() for n in totals]  # strides the kernel cannot take
+    upstream = torch.randn(layout.total_q, 4, 1).expand(-1, -1, 32)
+    got, expected = (
+        torch.autograd.grad(fusedmm.gated_multimodal_attention(*leaves, layout, impl=impl).output, leaves, upstream)
+        for impl in ("eager", "reference")
+    )
+    assert len(calls) == (0 if [1, 0] in k_lengths else 1)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

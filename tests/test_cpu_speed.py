@@ -1,7 +1,8 @@
 """The CPU path against PyTorch's compositions: ratios only, from variants that are timed side by side.
 
-The goal is `GOAL` times the fastest composition. Where the committed results (benchmarks/results, shown in the README)
-say that a case is not there yet, it may not get slower than they say. Memory is bounded: a chunk of scores or logits.
+The goal is `GOAL` times the fastest composition, and the cases of `HELD` are held to it. Of the others the committed
+results (benchmarks/results, shown in the README) say how far they are, and they may not get slower than that. Memory is
+bounded: a chunk of scores or logits.
 """
 
 import time
@@ -19,13 +20,20 @@ CPU = torch.device("cpu")
 GOAL = 1.10
 NOISE = 1.25  # of a committed ratio, measured on another machine
 ROUNDS = 7
-TRIES = 6
-CASES = (
-    "attention/dense-plain",
+TRIES = 3
+HELD = (
+    "attention/dense-gated",
+    "attention/jagged-market-day",
     "attention/jagged-call",
     "attention/time-causal",
     "attention/active-0.125",
     "attention/per-modality",
+    "attention/few-latents",
+)
+CASES = (
+    *HELD,
+    "attention/dense-plain",
+    "attention/tiny",
     "distillation/jsd",
     "distillation/small-v",
 )
@@ -71,7 +79,7 @@ def committed_ratio(name: str, mode: str) -> float:
 @pytest.mark.parametrize("name", CASES)
 def test_not_slower_than_the_best_composition_or_than_committed(name: str, mode: str) -> None:
     case = builders("cpu")[name]()
-    allowed = max(GOAL, NOISE * committed_ratio(name, mode))
+    allowed = GOAL if name in HELD else max(GOAL, NOISE * committed_ratio(name, mode))
     # A shared machine disturbs one side of a ratio now and then, not every time.
     measured = []
     while len(measured) < TRIES and (not measured or min(measured) > allowed):

@@ -48,6 +48,7 @@ def backward(
     """Gradients of query, key, value [total, H, D], from output [total_q, H, D] and lse [total_q, H, M]; one call for
     neighbouring samples of one size.
     """
+    query, key, value, output = (t.contiguous() for t in (query, key, value, output))  # the kernel checks no strides
     normaliser = lse.logsumexp(-1)
     samples = sorted((group.samples[0].batch, group.size_q, group.size_k) for group in groups)
     found = []
@@ -73,4 +74,4 @@ def backward(
 
 def _heads_first(packed: Tensor, index: slice, count: int) -> Tensor:
     """[total, H, ...] to [count, H, n, ...], a view."""
-    return packed[index].unflatten(0, (count, -1)).transpose(1, 2)
+    return packed[index].view(count, -1, *packed.shape[1:]).transpose(1, 2)
