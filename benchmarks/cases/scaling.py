@@ -10,7 +10,7 @@ from functools import partial
 from benchmarks.case import Case
 from benchmarks.cases import attention, distillation
 
-MODALITIES = (1, 2, 4, 8, 16, 32)
+MODALITIES = (2, 4, 8, 16, 32)
 # One sample of as many queries as keys; keys over all modalities; rows and classes of two heads.
 TOKENS = {"cpu": (128, 256, 512, 1024), "cuda": (1024, 2048, 4096, 8192, 16384)}
 KEYS = {"cpu": 512, "cuda": 8192}
