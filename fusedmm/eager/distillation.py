@@ -194,18 +194,18 @@ def divergence(
     ratio = u.sub_(shard.shift(z))
     p, p_size = shard.powers(z, z)
     log_sizes = torch.log2(p_size / t_size)  # log2(t / p) is ratio + log_sizes
-    balance = _Balance(p, p_size, shard) if wants_gradient else None
+    top = _saturated_top(p, p_size) if wants_gradient else None
     if beta == 0.0:
         rows = LN_2 * (shard.row_sum(torch.mul(t, ratio, out=ratio)) / t_size + log_sizes)
-        if balance is None:
+        if not wants_gradient:
             return rows, None
-        return rows, (balance(t.addcmul_(p, t_size / p_size, value=-1.0)), -1 / t_size)
+        return rows, (_balance(t.addcmul_(p, t_size / p_size, value=-1.0), top, shard), -1 / t_size)
     if beta == 1.0:
         mean = shard.row_sum(torch.mul(p, ratio, out=t)) / p_size
         rows = -LN_2 * (mean + log_sizes)
-        if balance is None:
+        if not wants_gradient:
             return rows, None
-        return rows, (balance(ratio.sub_(mean).mul_(p)), -LN_2 / p_size)
+        return rows, (_balance(ratio.sub_(mean).mul_(p), top, shard), -LN_2 / p_size)
     ratio.add_(log_sizes + math.log2(beta / (1 - beta))).clamp_(max=EXP2_LIMIT)
     log_share = torch.exp2(ratio, out=memory[1]).log1p_()  # s
     of_teacher = ratio.sub_(log_share, alpha=LOG2_E).mul_(t).sum(-1, keepdim=True)  # t log2(beta t / mix)
@@ -213,30 +213,23 @@ def divergence(
     of_teacher, of_student = shard.sum(torch.stack([of_teacher / t_size, of_student / p_size]))
     entropy = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)
     rows = entropy + (beta * LN_2) * of_teacher - (1 - beta) * of_student
-    if balance is None:
+    if not wants_gradient:
         return rows, None
-    return rows, (balance(log_share.sub_(of_student).mul_(p)), (beta - 1) / p_size)
+    return rows, (_balance(log_share.sub_(of_student).mul_(p), top, shard), (beta - 1) / p_size)
 
 
-class _Balance:
-    """Makes saturated rows of a gradient sum to 0, as a gradient of logits does, at the class that saturates them.
+def _saturated_top(p: Tensor, size: Tensor) -> Tensor | None:
+    """1 at the class that saturates its row, else 0, from powers of which the largest is 1; None where no row is."""
+    saturated = size < SATURATED  # the same on all ranks
+    return p.floor().mul_(saturated.to(p.dtype)) if bool(saturated.any()) else None
+
+
+def _balance(grad: Tensor, top: Tensor | None, shard: Shard) -> Tensor:
+    """Make saturated rows of a gradient sum to 0, as a gradient of logits does, at the class that saturates them.
 
     Where p rounds to 1 that entry is the difference of two numbers near 1, and all is lost; the others are exact.
     """
-
-    def __init__(self, powers: Tensor, size: Tensor, shard: Shard) -> None:
-        self.shard = shard
-        self.rows = (size[:, 0] < SATURATED).nonzero()[:, 0]
-        self.has_rows = self.rows.shape[0] > 0  # on all ranks or none
-        if self.has_rows:
-            largest, self.top = powers[self.rows].max(-1)
-            self.is_here = largest == 1.0
-
-    def __call__(self, grad: Tensor) -> Tensor:
-        if self.has_rows:
-            residual = self.shard.sum(grad[self.rows].sum(-1))
-            grad[self.rows, self.top] -= torch.where(self.is_here, residual, 0.0)
-        return grad
+    return grad if top is None else grad.addcmul_(top, shard.row_sum(grad), value=-1.0)
 
 
 def with_bucket(z: Tensor, teacher: TopKLogProbs, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,9 +281,9 @@ def _cross_entropy(
     rows = LN_2 * (size.log2() - label)
     if not wants_gradient:
         return rows, None
-    balance = _Balance(p, size, shard)
+    top = _saturated_top(p, size)
     if smoothing:
         p.sub_(size * (smoothing / shard.total))
     hit = (smoothing - 1) * size
     p.scatter_add_(1, index, hit if mine is None else torch.where(mine, hit, 0.0))
-    return rows, (balance(p), 1 / size)
+    return rows, (_balance(p, top, shard), 1 / size)

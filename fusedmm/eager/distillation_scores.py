@@ -103,14 +103,12 @@ def _pair_sums(
     sums |= {"p_size": p_size, "t_size": t_size}
     of_sizes = t_size / p_size
     additive = {"roots": _square_sum(root_t.addcmul_(root_p, of_sizes.sqrt(), value=-1.0), root_p)}
+    at_one = isinstance(temperature, float) and temperature == 1.0
     if labels is not None:
-        if isinstance(temperature, float) and temperature == 1.0:
-            sums |= _label_sums(z, (p, p_size), (u, t_size), labels, 2 * LN_2, shard, root_p)
-        else:
-            own, target = z * (2 * temperature), u * (2 * temperature)
-            sums |= _label_sums(
-                own, shard.powers(own, root_t), (target, shard.powers(target, root_p)[1]), labels, LN_2, shard, root_p
-            )
+        sums["teacher_label"] = 2 * LN_2 * temperature * shard.at(u, *shard.local_labels(labels))
+        sums["teacher_unit_size"] = (
+            t_size if at_one else shard.row_sum(torch.mul(u, 2 * temperature, out=root_p).exp2_())
+        )
 
     def product(x: Tensor, y: Tensor) -> Tensor:
         return torch.mul(x, y, out=root_p).sum(-1, keepdim=True)
@@ -123,6 +121,10 @@ def _pair_sums(
     additive["square"] = _square_sum(between, root_p)
     if second_pass:
         additive["absolute"] = between.abs_().sum(-1, keepdim=True)
+    if labels is not None and at_one:
+        sums |= _label_sums(z, p, p_size, labels, 2 * LN_2, shard, root_p)
+    elif labels is not None:
+        sums |= _label_sums(z.mul_(2 * temperature), *shard.powers(z, p), labels, LN_2, shard, root_p)
     return sums | dict(zip(additive, shard.sum(torch.stack(list(additive.values()))), strict=True))
 
 
@@ -149,7 +151,7 @@ def _top_sums(
     alone = {"whole_size": p_size, "whole": torch.mul(p, z, out=spare).sum(-1, keepdim=True)}
     if labels is not None:
         own = z * temperature
-        alone |= _label_sums(own, shard.powers(own, powers), None, labels, LN_2, shard, spare)
+        alone |= _label_sums(own, *shard.powers(own, powers), labels, LN_2, shard, spare)
     best = teacher.indices.gather(1, teacher.log_probs.argmax(-1, keepdim=True))
     alone["agreement"] = (shard.first_top(z, spare) == best).to(z.dtype)
     own, target, share = with_bucket(z, teacher, shard)
@@ -165,33 +167,26 @@ def _top_sums(
 
 
 def _label_sums(
-    z: Tensor,
-    powers: tuple[Tensor, Tensor],
-    teacher: tuple[Tensor, Tensor] | None,
-    labels: Tensor,
-    unit: float,
-    shard: Shard,
-    spare: Tensor,
+    z: Tensor, p: Tensor, size: Tensor, labels: Tensor, unit: float, shard: Shard, spare: Tensor
 ) -> dict[str, Tensor]:
-    """What needs the labels, from shifted logits / `unit` at temperature 1, their powers and size, and the teacher's
-    shifted logits and size; `spare` alone is changed in the end.
+    """What needs the labels, from shifted logits / `unit` at temperature 1, their powers and size; all but the size
+    are overwritten.
 
     el2n comes from the other classes' probabilities, whose sum is 1 - p_y without cancellation.
     """
-    p, size = powers
     index, mine = shard.local_labels(labels)
-    own_logit, own_power = z.gather(1, index), p.gather(1, index)
     label = shard.at(z, index, mine) * unit
     _put(p, index, mine, 0.0)
-    others, others_square = shard.sum(torch.stack([p.sum(-1, keepdim=True), _square_sum(p, spare)]))
-    p.scatter_(1, index, own_power)
     _put(z, index, mine, -torch.inf)
+    others, others_square = shard.sum(torch.stack([p.sum(-1, keepdim=True), _square_sum(p, spare)]))
     runner_up = shard.max(z.amax(-1, keepdim=True)) * unit
-    z.scatter_(1, index, own_logit)
-    sums = {"unit_size": size, "label": label, "others": others, "others_square": others_square, "runner_up": runner_up}
-    if teacher is not None:
-        sums |= {"teacher_unit_size": teacher[1], "teacher_label": shard.at(teacher[0], index, mine) * unit}
-    return sums
+    return {
+        "unit_size": size,
+        "label": label,
+        "others": others,
+        "others_square": others_square,
+        "runner_up": runner_up,
+    }
 
 
 def _put(x: Tensor, index: Tensor, mine: Tensor | None, value: float) -> None:
