@@ -1,9 +1,9 @@
 """Waves of rows: the matmuls around a distillation, so that logits exist only for some rows at a time.
 
 A wave has about `WAVE_ELEMENTS` logits, never fewer than `MIN_WAVE_ROWS` rows (below that the weight is read too often)
-and, beyond `WHOLE_ELEMENTS`, never all rows. Ignored rows are in no wave. Logits and gradients are formed in float32
-from inputs of any dtype (float64 from float64): on CUDA by the matmul's own accumulator, elsewhere from a converted
-copy of a block of the weight.
+and, beyond `WHOLE_ELEMENTS`, never all rows, unless classes are so few that logits are no larger than hidden states.
+Ignored rows are in no wave. Logits and gradients are formed in float32 from inputs of any dtype (float64 from float64):
+on CUDA by the matmul's own accumulator, elsewhere from a converted copy of a block of the weight.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ Rows = slice | Tensor  # consecutive rows, or the numbers of some
 def wave_rows(num_rows: int, num_classes: int) -> int:
     """Rows of one wave: a pure function of the sizes, so that results do not depend on the machine."""
     rows = max(MIN_WAVE_ROWS, WAVE_ELEMENTS // num_classes)
-    if rows >= num_rows and num_rows * num_classes > WHOLE_ELEMENTS:
+    if rows >= num_rows and num_classes > FEW_CLASSES and num_rows * num_classes > WHOLE_ELEMENTS:
         rows = (num_rows + 1) // 2
     return max(1, min(rows, num_rows))
 
@@ -59,7 +59,7 @@ class Scratch:
     def __init__(self, source: Tensor, num_rows: int, num_classes: int, parts: int) -> None:
         self.classes = num_classes
         size, dtype = wave_rows(num_rows, num_classes) * num_classes, compute_dtype(source)
-        if parts * size < num_rows * num_classes:  # one piece, which malloc keeps for the next call
+        if parts * size < num_rows * num_classes or num_classes <= FEW_CLASSES:  # one piece, which malloc keeps
             self.parts = source.new_empty((parts, size), dtype=dtype).unbind()
         else:
             self.parts = tuple(source.new_empty((size,), dtype=dtype) for _ in range(parts))
@@ -173,8 +173,8 @@ class HeadGradient:
     """Gradients of a head, filled wave by wave from gradients of its logits; only those that are needed have memory.
 
     The weight's gradient is a sum over waves and kept in the compute dtype until the last one, so that it is rounded
-    once. What multiplies all logits of a row is applied to the row's hidden state and to its gradient, which are
-    shorter.
+    once. What multiplies all logits of a row is applied to them, or to the row's hidden state and its gradient where
+    those are shorter.
     """
 
     def __init__(self, head: Head, needs: tuple[bool, bool, bool], source: Tensor, *, is_partial: bool) -> None:
@@ -195,20 +195,26 @@ class HeadGradient:
                 self.input[rows, : grad_logits.shape[1]] = grad_logits * row_scale
                 self.input[rows, grad_logits.shape[1] :] = 0
             return
+        is_scaled = grad_logits.shape[1] <= head.weight.shape[1]
+        if is_scaled:
+            grad_logits.mul_(row_scale)
         if self.needs_input:
             if isinstance(rows, slice) and grad_logits.dtype == head.weight.dtype == self.input.dtype:
-                wave = self.input[rows]
-                torch.mm(grad_logits, head.weight, out=wave).mul_(row_scale)
+                grad = torch.mm(grad_logits, head.weight, out=self.input[rows])
             else:
-                self.input[rows] = _grad_hidden(grad_logits, head.weight).mul_(row_scale).to(self.input.dtype)
+                grad = _grad_hidden(grad_logits, head.weight)
+            if not is_scaled:
+                grad.mul_(row_scale)
+            if grad.dtype != self.input.dtype or not isinstance(rows, slice):
+                self.input[rows] = grad.to(self.input.dtype)
         if self.needs_weight:
-            hidden = head.hidden[rows] * row_scale
+            hidden = head.hidden[rows].to(grad_logits.dtype) if is_scaled else head.hidden[rows] * row_scale
             if self.weight is None:
                 self.weight = grad_logits.t() @ hidden
             else:
                 self.weight.addmm_(grad_logits.t(), hidden)
         if self.needs_bias:
-            total = grad_logits.t() @ row_scale[:, 0]
+            total = grad_logits.sum(0) if is_scaled else grad_logits.t() @ row_scale[:, 0]
             self.bias = total if self.bias is None else self.bias.add_(total)
 
     def result(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
