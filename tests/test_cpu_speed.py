@@ -29,12 +29,14 @@ HELD = (
     "attention/active-0.125",
     "attention/per-modality",
     "attention/few-latents",
+    "distillation/kl",
+    "distillation/jsd",
 )
 CASES = (
     *HELD,
     "attention/dense-plain",
     "attention/tiny",
-    "distillation/jsd",
+    "distillation/cross-entropy",
     "distillation/small-v",
 )
 
