@@ -300,7 +300,10 @@ def attention_targets() -> tuple[Target, ...]:
             tuple(extras),
         ),
         Target(
-            3, "jagged multimodal batches", ">= 3x the best of FlexAttention, varlen and merge, compile", tuple(jagged)
+            "attention",
+            "jagged multimodal batches",
+            ">= 3x the best of FlexAttention, varlen and merge, compile",
+            tuple(jagged),
         ),
         Target("attention", "time-causal streams", ">= 85 % of the plain rate per visible pair", tuple(causal)),
         Target("attention", "metadata of a time-causal batch", "< 1 % of the forward", (metadata,)),
@@ -333,7 +336,10 @@ def attention_targets() -> tuple[Target, ...]:
         ),
         Target("attention", "tiny shapes, host time", "module forward <= 1.5x one SDPA call", (launch,)),
         Target(
-            3, "CUDA graphs", "a module's forward can be captured", (ran(("overheads/capture", "forward", "module")),)
+            "attention",
+            "CUDA graphs",
+            "a module's forward can be captured",
+            (ran(("overheads/capture", "forward", "module")),),
         ),
     )
 
