@@ -27,7 +27,7 @@ from fusedmm.eager.attention_rows import add_key_product, add_keys, product, rea
 from fusedmm.philox import keep_mask
 
 LOG2_E = math.log2(math.e)
-NOTHING = -1e30  # stands for the -inf of a row that sees nothing: hidden scores stay -inf beside it
+NOTHING = -1e30  # stands for the lse of a modality without visible keys: log of its mass stays -inf beside it
 
 
 class RowTerms(NamedTuple):
@@ -258,21 +258,17 @@ def _exponent_and_offset(
     mass: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The first two of `RowTerms`."""
-    if softmax == "joint":
-        normaliser = torch.logsumexp(lse, -1, keepdim=True)
-        if grad_mass is None:
-            offset = -inner[..., None].expand_as(mass)
-        else:
-            offset = grad_mass - (grad_mass * mass).sum(-1).add_(inner)[..., None]
-    else:
-        normaliser = lse.clone()
-        offset = -inner if softmax == "partials" else torch.zeros_like(mass)
-        if grad_lse is not None:
-            offset = grad_lse + offset
-    normaliser.clamp_min_(NOTHING)
-    exponent = -normaliser if log_prior is None else log_prior - normaliser
-    return exponent.mul_(LOG2_E).expand_as(lse), offset
+    """The first two of `RowTerms`; P = exp(s + prior - lse) * mass, in every softmax."""
+    exponent = mass.log2().sub_(lse.clamp_min(NOTHING), alpha=LOG2_E)
+    if log_prior is not None:
+        exponent.add_(log_prior, alpha=LOG2_E)
+    if softmax == "per_modality":
+        return exponent, torch.zeros_like(mass)  # it needs sums over keys
+    if softmax == "partials":
+        return exponent, -inner if grad_lse is None else grad_lse - inner
+    if grad_mass is None:
+        return exponent, -inner[..., None].expand_as(mass)
+    return exponent, grad_mass - (grad_mass * mass).sum(-1).add_(inner)[..., None]
 
 
 def _certain_rows(x: Inputs, softmax: str, groups: tuple[Group, ...]) -> Tensor | None:
