@@ -48,7 +48,7 @@ class Gate:
         missing = [f"{name}: not computed" for name in truth if name not in actual and not name.startswith("grad_")]
         errors = relative_errors(actual, shared)
         if variant.ours:
-            complaints = over_budget(actual, shared, plain, terms)
+            complaints = over_budget(actual, shared, [plain], terms)
         else:
             complaints = [
                 f"{name}: relative error {error:.1e}" for name, error in errors.items() if not error <= OTHERS

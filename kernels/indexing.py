@@ -120,6 +120,19 @@ def take_split(start, stop, full_start, full_stop, index, BLOCK_K: tl.constexpr)
 
 
 @triton.jit
+def segment_range(range_ptr, visible_ptr, offs_q, mask_q, modality, num_modalities):
+    """Of one segment: first key and end of what some row sees and of what all see; what each row sees, or None."""
+    start = tl.load(range_ptr)
+    stop = tl.load(range_ptr + 1)
+    if visible_ptr is None:
+        return start, stop, start, stop, None, None
+    else:
+        low, high = load_visible(visible_ptr, offs_q, mask_q, modality, num_modalities)
+        start, stop, full_start, full_stop = visible_range(start, stop, low, high, mask_q)
+        return start, stop, full_start, full_stop, low, high
+
+
+@triton.jit
 def keep_mask(seed, dropout_p, query, head, key):
     """True where a probability survives dropout: Philox 4x32-10 at counters (key, query, head, 0), broadcast."""
     word, _, _, _ = tl.philox(seed, key.to(tl.uint32), query.to(tl.uint32), head.to(tl.uint32), 0)

@@ -20,6 +20,11 @@ def finite_shift(running_max):
 
 @triton.jit
 def natural_lse(running_max, running_sum):
-    """Natural log of a sum of exponentials from its base-2 maximum and rescaled sum; -inf where nothing was seen."""
+    """Natural log of a sum of exponentials from its base-2 maximum and rescaled sum; -inf where nothing was seen.
+
+    In float64 up to the last rounding: the backward starts from this number, and what it lacks is a factor on every
+    probability of the row.
+    """
     seen = running_sum > 0.0
-    return tl.where(seen, (running_max + tl.log2(tl.where(seen, running_sum, 1.0))) * LN_2, -float("inf"))
+    lse2 = running_max.to(tl.float64) + tl.log2(tl.where(seen, running_sum, 1.0))
+    return tl.where(seen, (lse2 * LN_2).to(tl.float32), -float("inf"))

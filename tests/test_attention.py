@@ -221,13 +221,14 @@ def test_gradcheck_of_the_eager_operator() -> None:
         assert torch.autograd.gradcheck(attention, tensors)
 
 
-def test_far_apart_modalities_keep_their_lse() -> None:
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_far_apart_modalities_keep_their_lse(impl: str, device: torch.device) -> None:
     """A modality that underflows beside another still reports its own lse: nothing is shared but the normaliser."""
-    layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([1]), torch.tensor([[1, 1]]))
-    query = torch.full((1, 1, 16), 4.0)
-    key = torch.stack([torch.full((1, 16), 30.0), torch.full((1, 16), -30.0)])
-    result = fusedmm.gated_multimodal_attention(query, key, key, layout, impl="eager")
-    torch.testing.assert_close(result.lse[0, 0], torch.tensor([480.0, -480.0]))
+    layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([1]).to(device), torch.tensor([[1, 1]]).to(device))
+    query = torch.full((1, 1, 16), 4.0, device=device)
+    key = torch.tensor([30.0, -30.0], device=device)[:, None, None].expand(2, 1, 16)
+    result = fusedmm.gated_multimodal_attention(query, key, key, layout, impl=impl)
+    torch.testing.assert_close(result.lse[0, 0], torch.tensor([480.0, -480.0], device=device))
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])

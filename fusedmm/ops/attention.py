@@ -29,8 +29,7 @@ class AttentionOutput(NamedTuple):
         output: [total_q, Hq, D], the query's dtype.
         mass: [total_q, Hq, M] float32, the share of attention that each modality got; differentiable.
         lse: [total_q, Hq, M] float32, natural log of the sum of exp of each modality's scores, -inf for nothing; not
-            differentiable. Triton's joint softmax also gives -inf where a modality's probability against those before
-            it is below float32's range (scores some 87 lower); `fusedmm.modality_partials` has every lse exactly.
+            differentiable.
     """
 
     output: Tensor

@@ -2,7 +2,10 @@
 
     p_ij = exp2(scale2 q_i.k_j + offset_i)       R_ij = grad_output_i.v_j        dz_ij = p_ij (slope_i R_ij + shift_i)
     dq_i = scale sum_j dz_ij k_j                 dgate_i,m = sum_{j in m} p_ij R_ij
-    dlog_prior_i,m = sum_{j in m} dz_ij = slope dgate + shift mass
+    dlog_prior_i,m = sum_{j in m} dz_ij = slope dgate + shift mass - mass sum_m (slope dgate + shift mass)
+
+The last sum is 0 but for rounding: a prior common to all modalities changes nothing. What it is instead stems from the
+rounding of lse, a factor that every p of the row and dgate share but mass has not; so it is taken back.
 
 with offset, shift and slope from `backward_rows`; dropout multiplies R by keep / (1 - dropout_p).
 
@@ -22,12 +25,11 @@ from fusedmm.kernels.attention.backward_rows import padded_row
 from fusedmm.kernels.indexing import (
     keep_mask,
     load_rows,
-    load_visible,
     load_work,
+    segment_range,
     split_range,
     store_rows,
     take_split,
-    visible_range,
 )
 from fusedmm.kernels.softmax import LOG2_E
 
@@ -187,17 +189,12 @@ def _attention_backward_query_kernel(
         seed = tl.load(seed_ptr)
 
     grad_query = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    grad_prior_sum = tl.zeros([BLOCK_Q], tl.float32)
     for index in range(num_modalities):
         modality = tl.cast(index, tl.int64)
-        start = tl.load(key_ranges_ptr + modality * key_ranges_stride_m)
-        stop = tl.load(key_ranges_ptr + modality * key_ranges_stride_m + 1)
-        full_start = start
-        full_stop = stop
-        low = None
-        high = None
-        if visible_ptr is not None:
-            low, high = load_visible(visible_ptr, offs_q, mask_q, modality, num_modalities)
-            start, stop, full_start, full_stop = visible_range(start, stop, low, high, mask_q)
+        start, stop, full_start, full_stop, low, high = segment_range(
+            key_ranges_ptr + modality * key_ranges_stride_m, visible_ptr, offs_q, mask_q, modality, num_modalities
+        )
         modality_ptrs = terms_ptrs + modality * padded_rows
         offset = tl.load(modality_ptrs)
         shift = tl.load(modality_ptrs + plane)
@@ -256,7 +253,16 @@ def _attention_backward_query_kernel(
                 tl.store(grad_gate_ptr + offs_m, grad_gate, mask=mask_q)
             if grad_log_prior_ptr is not None:
                 mass = tl.load(mass_ptr + offs_m, mask=mask_mass, other=0.0)
-                tl.store(grad_log_prior_ptr + offs_m, slope * grad_gate + shift * mass, mask=mask_q)
+                grad_log_prior = slope * grad_gate + shift * mass
+                grad_prior_sum += grad_log_prior
+                tl.store(grad_log_prior_ptr + offs_m, grad_log_prior, mask=mask_q)
+    if grad_log_prior_ptr is not None:
+        tl.debug_barrier()  # the rows below were stored by other threads of this program
+        for index in range(num_modalities):
+            offs_m = offs_row * num_modalities + index
+            mass = tl.load(mass_ptr + offs_m, mask=mask_q, other=0.0)
+            grad_log_prior = tl.load(grad_log_prior_ptr + offs_m, mask=mask_q, other=0.0)
+            tl.store(grad_log_prior_ptr + offs_m, grad_log_prior - mass * grad_prior_sum, mask=mask_q)
     if not DELTA_ONLY:
         store_rows(
             grad_query_ptr + head * HEAD_DIM,

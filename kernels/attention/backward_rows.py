@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 
 from fusedmm.kernels.indexing import TILE, load_rows, load_visible, load_work, store_rows
-from fusedmm.kernels.softmax import LOG2_E, finite_shift
+from fusedmm.kernels.softmax import LN_2, LOG2_E, finite_shift
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def _attention_backward_rows_kernel(
         grad_statistic_ptrs = grad_statistic_ptr + offs_q64 * grad_statistic_stride_q + head * grad_statistic_stride_h
 
     delta = tl.zeros([BLOCK_Q], tl.float32)
-    lse2 = tl.full([BLOCK_Q], -float("inf"), tl.float32)
+    lse = tl.full([BLOCK_Q], -float("inf"), tl.float32)
     if SOFTMAX != "partials":
         # [BLOCK_Q, BLOCK_D]
         output = load_rows(
@@ -167,33 +167,35 @@ def _attention_backward_rows_kernel(
         grad_mass_sum = tl.zeros([BLOCK_Q], tl.float32)
         for index in range(num_modalities):
             modality = tl.cast(index, tl.int64)
-            lse2_m = tl.load(lse_ptr + offs_row * num_modalities + modality, mask=mask_q, other=-float("inf")) * LOG2_E
-            seen = lse2_m > -float("inf")
-            new_max = tl.maximum(lse2, lse2_m)
-            rescale = tl.exp2(lse2 - finite_shift(new_max))
-            mass = tl.exp2(lse2_m - finite_shift(new_max))
+            lse_m = tl.load(lse_ptr + offs_row * num_modalities + modality, mask=mask_q, other=-float("inf"))
+            seen = lse_m > -float("inf")
+            new_max = tl.maximum(lse, lse_m)
+            rescale = tl.exp2((lse - finite_shift(new_max)) * LOG2_E)
+            mass = tl.exp2((lse_m - finite_shift(new_max)) * LOG2_E)
             running_sum = running_sum * rescale + mass
-            lse2 = new_max
+            lse = new_max
             if grad_statistic_ptr is not None:
                 grad_mass_ptrs = grad_statistic_ptrs + modality * grad_statistic_stride_m
                 grad_mass_sum = grad_mass_sum * rescale + mass * tl.load(grad_mass_ptrs, mask=seen, other=0.0)
             range_ptr = key_ranges_ptr + modality * key_ranges_stride_m
             keys += _count_keys(range_ptr, visible_ptr, offs_q, seen, modality, num_modalities)
         running_sum = tl.where(running_sum > 0.0, running_sum, 1.0)
-        lse2 += tl.log2(running_sum)
+        normaliser = lse.to(tl.float64) + tl.log2(running_sum) * LN_2
         delta += grad_mass_sum / running_sum
     for index in range(num_modalities):
         modality = tl.cast(index, tl.int64)
-        lse2_m = tl.load(lse_ptr + offs_row * num_modalities + modality, mask=mask_q, other=-float("inf")) * LOG2_E
-        seen = lse2_m > -float("inf")
+        lse_m = tl.load(lse_ptr + offs_row * num_modalities + modality, mask=mask_q, other=-float("inf"))
+        seen = lse_m > -float("inf")
         if SOFTMAX != "joint":
-            lse2 = lse2_m
+            normaliser = lse_m.to(tl.float64)
             range_ptr = key_ranges_ptr + modality * key_ranges_stride_m
             keys = _count_keys(range_ptr, visible_ptr, offs_q, seen, modality, num_modalities)
-        offset = -lse2
+        # In float64: what is rounded here is a factor on every probability of the row.
+        offset = -normaliser
         if log_prior_ptr is not None:
             prior_ptrs = log_prior_ptr + offs_q64 * log_prior_stride_q + head * log_prior_stride_h
-            offset += tl.load(prior_ptrs + modality * log_prior_stride_m, mask=seen, other=0.0) * LOG2_E
+            offset += tl.load(prior_ptrs + modality * log_prior_stride_m, mask=seen, other=0.0)
+        offset = (offset * LOG2_E).to(tl.float32)
         if SOFTMAX == "partials":
             row_stride = num_heads * num_modalities * HEAD_DIM
             output_m_ptr = output_ptr + (head * num_modalities + modality) * HEAD_DIM

@@ -26,8 +26,9 @@ sample's keys, writes the output once: a floor of (2 total_q Hq + 2 total_k Hkv)
 of mass and lse.
 Precision: scores, softmax, mass, lse and both accumulators in float32; probabilities (times the gate) are rounded
 once to value's dtype for the second product; float32 inputs multiply in full precision unless
-``torch.backends.cuda.matmul.allow_tf32``. With the joint softmax a modality whose probability is under float32's
-range (1e-38) against modalities before it reports lse -inf, mass 0.
+``torch.backends.cuda.matmul.allow_tf32``. With the joint softmax a modality so far below those before it that its
+probabilities leave float32's range is summed once more, for its lse alone, against its own maximum: a branch behind
+the loop that is taken only then.
 Determinism: no atomics, fixed order: bitwise reproducible.
 Source: Dao 2023, "FlashAttention-2", algorithm 1; the split of the loop follows Triton's tutorial 06.
 """
@@ -46,19 +47,30 @@ from fusedmm.kernels.attention.arguments import (
 )
 from fusedmm.kernels.attention.combine import combine_splits
 from fusedmm.kernels.attention.config import _attention_forward_config, key_splits
-from fusedmm.kernels.attention.forward_keys import attend_keys
+from fusedmm.kernels.attention.forward_keys import attend_keys, sum_keys
 from fusedmm.kernels.indexing import (
     TILE,
     load_rows,
-    load_visible,
     load_work,
+    segment_range,
     split_range,
     store_rows,
     take_split,
-    visible_range,
 )
 from fusedmm.kernels.launch import device_arch, multiprocessors
 from fusedmm.kernels.softmax import LOG2_E, finite_shift, natural_lse
+
+FAINT = tl.constexpr(2.0**-64)  # a sum of probabilities below it may lack some that count, for exp2 ends at 2^-126
+
+
+@triton.jit
+def _load_prior(log_prior_ptr, column, log_prior_stride_q, offs_q, mask_q):
+    """[BLOCK_Q] log prior in base 2; 0 without one."""
+    if log_prior_ptr is None:
+        return tl.zeros(offs_q.shape, tl.float32)
+    else:
+        prior_ptrs = log_prior_ptr + column + offs_q.to(tl.int64) * log_prior_stride_q
+        return tl.load(prior_ptrs, mask=mask_q, other=-float("inf")) * LOG2_E
 
 
 @triton.jit
@@ -121,15 +133,16 @@ def _attention_forward_kernel(
     offs_q = first_query + tl.arange(0, BLOCK_Q)
     mask_q = offs_q < query_stop
     offs_row = offs_q.to(tl.int64) * num_heads + head
+    query_ptr += head * query_stride_h
     # [BLOCK_Q, BLOCK_D]
-    query = load_rows(
-        query_ptr + head * query_stride_h, query_stride_q, first_query, query_stop, BLOCK_Q, HEAD_DIM, BLOCK_D, True
-    )
+    query = load_rows(query_ptr, query_stride_q, first_query, query_stop, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
     key_ptr += head // group_size * key_stride_h
     value_ptr += head // group_size * value_stride_h
     key_ranges_ptr += sample.to(tl.int64) * key_ranges_stride_b + head * key_ranges_stride_h
     scale2 = scale * LOG2_E
     kept = 1.0 - dropout_p
+    if log_prior_ptr is not None:
+        log_prior_ptr += head * log_prior_stride_h
     seed = None
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -142,24 +155,12 @@ def _attention_forward_kernel(
     for index in range(num_modalities):
         modality = tl.cast(index, tl.int64)
         offs_m = offs_row * num_modalities + modality
-        start = tl.load(key_ranges_ptr + modality * key_ranges_stride_m)
-        stop = tl.load(key_ranges_ptr + modality * key_ranges_stride_m + 1)
-        full_start = start
-        full_stop = stop
-        low = None
-        high = None
-        if visible_ptr is not None:
-            low, high = load_visible(visible_ptr, offs_q, mask_q, modality, num_modalities)
-            start, stop, full_start, full_stop = visible_range(start, stop, low, high, mask_q)
-        prior = tl.zeros([BLOCK_Q], tl.float32)
+        range_ptr = key_ranges_ptr + modality * key_ranges_stride_m
+        start, stop, full_start, full_stop, low, high = segment_range(
+            range_ptr, visible_ptr, offs_q, mask_q, modality, num_modalities
+        )
+        prior = _load_prior(log_prior_ptr, modality * log_prior_stride_m, log_prior_stride_q, offs_q, mask_q)
         if log_prior_ptr is not None:
-            prior_ptrs = (
-                log_prior_ptr
-                + offs_q.to(tl.int64) * log_prior_stride_q
-                + head * log_prior_stride_h
-                + modality * log_prior_stride_m
-            )
-            prior = tl.load(prior_ptrs, mask=mask_q, other=-float("inf")) * LOG2_E
             stop = tl.where(tl.max(prior, 0) > -float("inf"), stop, start)
         if split_rows is not None:
             start, stop, full_start, full_stop = take_split(start, stop, full_start, full_stop, index, BLOCK_K)
@@ -240,15 +241,6 @@ def _attention_forward_kernel(
     if SOFTMAX == "joint":
         running_sum = tl.where(running_sum > 0.0, running_sum, 1.0)
         total = acc * (1.0 / (running_sum * kept))[:, None]
-        tl.debug_barrier()  # the rows below were stored by other threads of this program
-        for index in range(num_modalities):
-            modality = tl.cast(index, tl.int64)
-            offs_m = offs_row * num_modalities + modality
-            segment_sum = tl.load(mass_ptr + offs_m, mask=mask_q, other=0.0)
-            segment_max = tl.load(lse_ptr + offs_m, mask=mask_q, other=-float("inf"))
-            mass = segment_sum * tl.exp2(segment_max - finite_shift(running_max)) / running_sum
-            tl.store(mass_ptr + offs_m, mass, mask=mask_q)
-            tl.store(lse_ptr + offs_m, natural_lse(segment_max, segment_sum), mask=mask_q)
     if SOFTMAX != "partials":
         if output_gate_ptr is not None:
             output_gate = load_rows(
@@ -272,6 +264,46 @@ def _attention_forward_kernel(
             HEAD_DIM,
             BLOCK_D,
         )
+    if SOFTMAX == "joint":
+        tl.debug_barrier()  # the rows below were stored by other threads of this program
+        for index in range(num_modalities):
+            modality = tl.cast(index, tl.int64)
+            offs_m = offs_row * num_modalities + modality
+            segment_sum = tl.load(mass_ptr + offs_m, mask=mask_q, other=1.0)
+            segment_max = tl.load(lse_ptr + offs_m, mask=mask_q, other=-float("inf"))
+            if tl.min(segment_sum, 0) < FAINT:
+                range_ptr = key_ranges_ptr + modality * key_ranges_stride_m
+                start, stop, _, _, low, high = segment_range(
+                    range_ptr, visible_ptr, offs_q, mask_q, modality, num_modalities
+                )
+                if split_rows is not None:
+                    start, stop, _, _ = take_split(start, stop, start, stop, index, BLOCK_K)
+                prior = _load_prior(log_prior_ptr, modality * log_prior_stride_m, log_prior_stride_q, offs_q, mask_q)
+                is_faint = mask_q & (segment_sum < FAINT) & (prior > -float("inf"))
+                if visible_ptr is not None:
+                    is_faint = is_faint & (high > low)
+                if tl.max(is_faint.to(tl.int32), 0) > 0:
+                    own_max, own_sum = sum_keys(
+                        query=load_rows(
+                            query_ptr, query_stride_q, first_query, query_stop, BLOCK_Q, HEAD_DIM, BLOCK_D, True
+                        ),
+                        key_ptr=key_ptr,
+                        key_stride_k=key_stride_k,
+                        start=start,
+                        stop=stop,
+                        scale2=scale2,
+                        prior=prior,
+                        low=low,
+                        high=high,
+                        HEAD_DIM=HEAD_DIM,
+                        BLOCK_K=BLOCK_TAIL,
+                        PRECISION=PRECISION,
+                    )
+                    segment_max = tl.where(is_faint, own_max, segment_max)
+                    segment_sum = tl.where(is_faint, own_sum, segment_sum)
+            mass = segment_sum * tl.exp2(segment_max - finite_shift(running_max)) / running_sum
+            tl.store(mass_ptr + offs_m, mass, mask=mask_q)
+            tl.store(lse_ptr + offs_m, natural_lse(segment_max, segment_sum), mask=mask_q)
 
 
 def attention_forward(
