@@ -15,7 +15,11 @@ from fusedmm.testing import PACKED, head_orders, over_budget, restore_heads
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from fusedmm.kernels.attention import backward as backward_module
+from fusedmm.kernels.attention import backward_key_value_spans as spans_module
 from fusedmm.kernels.attention import config as config_module
 from fusedmm.kernels.attention import forward as forward_module
 from fusedmm.kernels.launch import LaunchConfig
@@ -185,7 +189,7 @@ def plain_draws(problem: Problem) -> list[dict[str, Tensor]]:
 def set_blocks(monkeypatch: pytest.MonkeyPatch, block_q: int, block_k: int, tail: int, carry: bool) -> None:
     """Small tiles, so that small problems walk many of them."""
 
-    def config(head_dim: int, *_: object) -> LaunchConfig:
+    def config(head_dim: int, *_: object, **__: object) -> LaunchConfig:
         block_d = config_module.head_block(head_dim)
         return LaunchConfig({"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_D": block_d}, num_warps=4, num_stages=2)
 
@@ -211,6 +215,7 @@ def test_fuzzed_batches_with_small_tiles(
 ) -> None:
     draw = random.Random(1000 + seed)
     set_blocks(monkeypatch, *draw.choice([(32, 16, 16, False), (32, 32, 16, True), (16, 32, 16, True)]))
+    monkeypatch.setattr(config_module, "SHORT_SEGMENT", draw.choice([0, 100]))  # key tiles of segments, or of samples
     batch, modalities = draw.randint(1, 3), draw.choice([1, 2, 3])
     q_lengths = [draw.choice([0, 1, 15, 33, 50]) for _ in range(batch)]
     k_lengths = [[draw.choice([0, 1, 5, 32, 70]) for _ in range(modalities)] for _ in range(batch)]
@@ -228,6 +233,49 @@ def test_fuzzed_batches_with_small_tiles(
         device=device,
     )
     assert complaints(problem) == []
+
+
+@pytest.mark.parametrize("softmax", ["joint", "per_modality"])
+@pytest.mark.parametrize("seed", range(4))
+def test_key_tiles_that_span_short_segments(
+    softmax: str, seed: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples of many segments of 0 to 9 keys."""
+    draw = random.Random(2000 + seed)
+    set_blocks(monkeypatch, 32, 16, 16, False)
+    modalities = draw.choice([2, 5, 8])
+    problem = draw_problem(
+        seed,
+        softmax,
+        [draw.choice([0, 1, 40]), 20],
+        [[draw.choice([0, 0, 1, 2, 5, 9]) for _ in range(modalities)] for _ in range(2)],
+        features=tuple(name for name in FEATURES if draw.random() < 0.5),
+        device=device,
+        dtype=draw.choice([torch.float32, torch.float16]),
+    )
+    assert complaints(problem) == []
+
+
+@triton.jit
+def _find_tiles_kernel(cu_seqlens_k_ptr, found_ptr, batch, num_modalities, BLOCK_K: tl.constexpr):
+    tile = tl.program_id(0)
+    sample, first_key = spans_module._find_tile(cu_seqlens_k_ptr, batch, num_modalities, tile, BLOCK_K)
+    tl.store(found_ptr + 2 * tile, sample)
+    tl.store(found_ptr + 2 * tile + 1, first_key)
+
+
+def test_tiles_that_span_segments_cover_every_sample_once(device: torch.device) -> None:
+    """More samples than one step of the search looks at, empty ones among them."""
+    lengths = torch.randint(0, 9, (600, 3)) * torch.randint(0, 2, (600, 1))
+    lengths[[0, 300, 599]] = torch.tensor([[0, 16, 0], [100, 30, 3], [16, 15, 2]])
+    layout = ModalityLayout.from_lengths(torch.ones(600, dtype=torch.int64).to(device), lengths.to(device))
+    found = torch.empty(layout.total_k // 16 + 600, 2, dtype=torch.int32, device=device)
+    _find_tiles_kernel[(found.shape[0],)](layout.cu_seqlens_k, found, batch=600, num_modalities=3, BLOCK_K=16)
+    stops = layout.cu_seqlens_k[3::3]
+    used = {(int(sample), int(key)) for sample, key in found.tolist() if key < stops[sample]}
+    starts, totals = layout.cu_seqlens_k[:-1:3].tolist(), lengths.sum(1).tolist()
+    assert used == {(b, starts[b] + first) for b, total in enumerate(totals) for first in range(0, total, 16)}
+    assert sum(key < stops[sample] for sample, key in found.tolist()) == len(used)
 
 
 @pytest.mark.parametrize("softmax", SOFTMAXES)

@@ -2,7 +2,7 @@
 
     rows       one number a query, head and modality: offset, shift, slope and gate; the output gate
     (delta)    per_modality only: shift_m = -slope sum_{j in m} p_j R_j, the query pass without its third product
-    key_value  dk, dv: a program owns keys
+    key_value  dk, dv: a program owns keys, of one segment or, where segments are short, of one sample
     query      dq, dgate, dlog_prior: a program owns queries
 
 The formulas stand in the modules of the passes. Recomputing scores in both costs 14 Hq D (visible pairs) FLOPs (18
@@ -23,6 +23,7 @@ from fusedmm.kernels.attention.arguments import (
     unit_last_stride,
 )
 from fusedmm.kernels.attention.backward_key_value import _attention_backward_key_value_kernel
+from fusedmm.kernels.attention.backward_key_value_spans import _attention_backward_key_value_spans_kernel
 from fusedmm.kernels.attention.backward_query import _attention_backward_query_kernel
 from fusedmm.kernels.attention.backward_rows import _attention_backward_rows_kernel
 from fusedmm.kernels.attention.config import (
@@ -30,6 +31,7 @@ from fusedmm.kernels.attention.config import (
     _attention_backward_query_config,
     _attention_backward_rows_config,
     key_splits,
+    spans_segments,
 )
 from fusedmm.kernels.indexing import TILE
 from fusedmm.kernels.launch import device_arch, multiprocessors
@@ -192,20 +194,27 @@ def attention_backward(
             for total, part in zip(sums, parts, strict=True):
                 if total is not None and part is not None:
                     total.copy_(part.sum(0))
-    mean_segment = key.shape[0] // max(batch * num_modalities, 1)
-    key_value_config = _attention_backward_key_value_config(head_dim, query.dtype, arch, mean_segment)
-    _attention_backward_key_value_kernel[
-        (key_tiles.shape[0] * (TILE.value // key_value_config.blocks["BLOCK_K"]) * num_key_heads,)
-    ](
+    total_k = key.shape[0]
+    spans = spans_segments(softmax, num_modalities, total_k // max(batch * num_modalities, 1))
+    mean_keys = total_k // max(batch if spans else batch * num_modalities, 1)
+    key_value_config = _attention_backward_key_value_config(head_dim, query.dtype, arch, mean_keys, spans=spans)
+    block_k = key_value_config.blocks["BLOCK_K"]
+    key_value = {
         **shared,
-        grad_key_ptr=grad_key,
-        grad_value_ptr=grad_value,
-        key_tiles_ptr=key_tiles,
-        HAS_GATE=gate is not None,
-        cu_seqlens_k_ptr=cu_seqlens_k,
-        num_key_heads=num_key_heads,
+        "grad_key_ptr": grad_key,
+        "grad_value_ptr": grad_value,
+        "cu_seqlens_k_ptr": cu_seqlens_k,
+        "num_key_heads": num_key_heads,
+        "HAS_GATE": gate is not None,
         **key_value_config.launch_options(),
-    )
+    }
+    if spans:
+        del key_value["grad_output_stride_m"]
+        grid = ((total_k // block_k + batch) * num_key_heads,)
+        _attention_backward_key_value_spans_kernel[grid](**key_value, batch=batch)
+    else:
+        grid = (key_tiles.shape[0] * (TILE.value // block_k) * num_key_heads,)
+        _attention_backward_key_value_kernel[grid](**key_value, key_tiles_ptr=key_tiles)
     return grad_query, grad_key, grad_value, grad_log_prior, grad_gate, grad_output_gate
 
 

@@ -70,7 +70,8 @@ BLOCK_ROWS = 32  # queries of a program of the backward's first pass, which only
 FEW_QUERIES = 64  # queries of the average sample up to which tiles have so many rows
 MAX_SPLITS = 64  # parts of the keys at most: all of a row's are one tile of the kernel that combines them
 SPLIT_KEYS = 256  # keys of a split at least
-SHORT_SEGMENT = 32  # keys of the average segment up to which a key tile of that size serves the backward better
+SPAN = 64  # keys at most of a tile that spans segments, whose pairs hold terms of their own in registers
+SHORT_SEGMENT = 32  # keys on average up to which the backward's key tiles span segments, or are of this size
 
 
 def head_block(head_dim: int) -> int:
@@ -94,13 +95,21 @@ def _attention_forward_config(head_dim: int, dtype: torch.dtype, arch: str, mean
     return LaunchConfig(blocks=blocks, num_warps=num_warps, num_stages=num_stages)
 
 
+def spans_segments(softmax: str, num_modalities: int, mean_segment: int) -> bool:
+    """Whether key tiles of the backward span the segments of a sample."""
+    return softmax != "partials" and num_modalities > 1 and mean_segment <= SHORT_SEGMENT
+
+
 def _attention_backward_key_value_config(
-    head_dim: int, dtype: torch.dtype, arch: str, mean_segment: int
+    head_dim: int, dtype: torch.dtype, arch: str, mean_keys: int, *, spans: bool
 ) -> LaunchConfig:
-    """Tiles of the backward for keys and values, where a segment has ``mean_segment`` keys on average."""
+    """Tiles of the backward for keys and values, where a segment, or with ``spans`` a sample, has ``mean_keys`` keys
+    on average."""
     block_d = head_block(head_dim)
     block_q, block_k, num_warps, num_stages = _TABLE["key_value", dtype.itemsize][arch][max(64, block_d)]
-    if mean_segment <= SHORT_SEGMENT:
+    if spans:
+        block_k = min(block_k, SPAN)
+    if mean_keys <= SHORT_SEGMENT:
         block_k = min(block_k, SHORT_SEGMENT)
         num_warps = 4 if dtype.itemsize == 2 and block_d <= 128 else num_warps
     blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_D": block_d}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fusedmm.kernels.attention.backward_key_value import _attention_backward_key_value_kernel
+from fusedmm.kernels.attention.backward_key_value_spans import _attention_backward_key_value_spans_kernel
 from fusedmm.kernels.attention.backward_query import _attention_backward_query_kernel
 from fusedmm.kernels.attention.backward_rows import _attention_backward_rows_kernel
 from fusedmm.kernels.attention.combine import _attention_combine_kernel
@@ -114,6 +115,7 @@ def _main_loop_flops(kernel: Any, config: LaunchConfig, constexprs: dict[str, An
     products = {
         _attention_forward_kernel: 2,
         _attention_backward_key_value_kernel: 4,
+        _attention_backward_key_value_spans_kernel: 4,
         _attention_backward_query_kernel: 2 if constexprs.get("DELTA_ONLY") else 3,
         _attention_backward_rows_kernel: 0,
         _attention_combine_kernel: 0,
@@ -142,9 +144,12 @@ def _joint_specs(
     yield _spec(_attention_forward_kernel, f"attention_forward{label}", forward, SOFTMAX="joint", **common)
     for length, mean_segment in SEGMENTS.items():
         if length == "long" or variant == "gated":
-            key_value = _attention_backward_key_value_config(head_dim, dtype, arch, mean_segment)
+            key_value = _attention_backward_key_value_config(head_dim, dtype, arch, mean_segment, spans=False)
             name = f"attention_backward_key_value[joint,{variant},{length},d{head_dim},{DTYPES[dtype]}]"
             yield _spec(_attention_backward_key_value_kernel, name, key_value, HAS_GATE="gate_ptr" in present, **common)
+    spans = _attention_backward_key_value_config(head_dim, dtype, arch, SEGMENTS["long"], spans=True)
+    name = f"attention_backward_key_value_spans{label}"
+    yield _spec(_attention_backward_key_value_spans_kernel, name, spans, HAS_GATE="gate_ptr" in present, **common)
     if variant in ("plain", "gated"):  # times and dropout change nothing in it
         rows = _attention_backward_rows_config(head_dim)
         yield _spec(_attention_backward_rows_kernel, f"attention_backward_rows{label}", rows, SOFTMAX="joint", **common)
