@@ -86,7 +86,7 @@ def test_many_keys_are_split_on_their_own(device: torch.device, monkeypatch: pyt
         combine(split_output, *arguments, **others)
 
     monkeypatch.setattr(forward_module, "combine_splits", count)
-    problem = draw_problem(6, "joint", [2], [[700, 30]], features=("log_prior", "gate"), heads=1, device=device)
+    problem = draw_problem(6, "joint", [8], [[700, 30]], features=("log_prior", "gate"), heads=1, device=device)
     assert complaints(problem) == []
     assert calls == [2]
 

@@ -65,12 +65,14 @@ _TABLE = {
 # (arch, BLOCK_D) of the order of the forward's products that needs them to be asynchronous: nearly every exp2
 # then has one in flight. At 256 the second set of scores would spill.
 _CARRY_SCORES = {("sm_90", 64), ("sm_90", 128)}
+# Queries, where not 32, of a tile that spans segments: its pairs have terms of their own, for which larger tiles spill
+# or lack sm_80's shared memory.
+_SPAN_QUERIES = {("sm_90", 64): 64}
 BLOCK_TAIL = 32  # keys of the tile that finishes a segment: a segment of 5 keys costs 32 columns, not BLOCK_K
 BLOCK_ROWS = 32  # queries of a program of the backward's first pass, which only streams
 FEW_QUERIES = 64  # queries of the average sample up to which tiles have so many rows
 MAX_SPLITS = 64  # parts of the keys at most: all of a row's are one tile of the kernel that combines them
 SPLIT_KEYS = 256  # keys of a split at least
-SPAN = 64  # keys at most of a tile that spans segments, whose pairs hold terms of their own in registers
 SHORT_SEGMENT = 32  # keys on average up to which the backward's key tiles span segments, or are of this size
 
 
@@ -108,7 +110,8 @@ def _attention_backward_key_value_config(
     block_d = head_block(head_dim)
     block_q, block_k, num_warps, num_stages = _TABLE["key_value", dtype.itemsize][arch][max(64, block_d)]
     if spans:
-        block_k = min(block_k, SPAN)
+        block_q = min(block_q, _SPAN_QUERIES.get((arch, max(64, block_d)), 32))
+        block_k = min(block_k, 64 if block_d <= 128 else 32)
     if mean_keys <= SHORT_SEGMENT:
         block_k = min(block_k, SHORT_SEGMENT)
         num_warps = 4 if dtype.itemsize == 2 and block_d <= 128 else num_warps
