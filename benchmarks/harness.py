@@ -145,6 +145,7 @@ class Harness:
             peak_mib=round(peak_mib, 2),
             tflops=round(case.flops[mode] / median / 1e9, 4),
             share=round(floor / median, 4),
+            intensity=float(f"{case.flops[mode] / case.bytes[mode]:.4g}"),
             worst_error=float(f"{error:.3g}"),
             clock_mhz=times.clock_mhz,
             power_w=times.power_w,

@@ -69,33 +69,31 @@ def speed_and_memory(timed: Measured, file: Path) -> None:
         axis.set_yticks([-place for place in range(len(cases))], labels if attribute == "median_ms" else [])
         axis.grid(alpha=0.25)
     _legend(figure, axes)
-    _save(figure, timed, file, "Forward and backward against what else does the same work")
+    _save(figure, _of(timed, cases), file, "Forward and backward against what else does the same work")
 
 
 def roofline(timed: Measured, file: Path) -> None:
     """Rate over arithmetic intensity, under the ceilings measured in the same run."""
-    run = next(iter(timed.values()))[0]
+    mine = {key: row for key, row in timed.items() if key[2] == "fusedmm" and row[1].intensity and row[1].tflops}
+    run = max((run for run, _ in (mine or timed).values()), key=lambda run: run.began)
     figure, axes = _figure(1, 1, width=7, height=4.5)
     axis = axes[0]
     rate = max(run.matrix_tflops.values())
     knee = rate * 1e3 / run.copy_gb_s
-    span = [0.1, knee, 1e4]
-    axis.plot(span, [x * run.copy_gb_s / 1e3 if x < knee else rate for x in span], color="#444444", linewidth=1)
+    intensities = [result.intensity or knee for _, result in mine.values()]
+    span = [min([knee, *intensities]) / 4, knee, max([knee, *intensities]) * 4]
+    ceiling = f"copying {run.copy_gb_s:g} GB/s, matrix products {rate:g} TFLOP/s"
+    axis.plot(span, [min(x * run.copy_gb_s / 1e3, rate) for x in span], color="#444444", linewidth=1, label=ceiling)
     for rank, mode in enumerate(("forward", "both")):
-        points = [
-            (result.tflops, result.share)
-            for (_, found_mode, variant), (_, result) in timed.items()
-            if variant == "fusedmm" and found_mode == mode and result.tflops and result.share
-        ]
-        # A share is of the ceiling at this intensity: where that is the sloped part, it tells the intensity.
-        xs = [min(max(tflops / share * 1e3 / run.copy_gb_s, 0.1), 1e4) for tflops, share in points]
-        axis.plot(xs, [tflops for tflops, _ in points], "o", color=(OURS, COLOURS[0])[rank], label=f"fusedmm, {mode}")
+        points = [(r.intensity, r.tflops) for (_, found, _), (_, r) in mine.items() if found == mode]
+        if points:
+            axis.plot(*zip(*points, strict=True), "o", color=(OURS, COLOURS[0])[rank], label=f"fusedmm, {mode}")
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_xlabel("FLOP for each byte that must move (at the knee or right of it: bound by arithmetic)")
+    axis.set_xlabel("FLOP for each byte that must move")
     axis.set_ylabel("TFLOP/s")
     axis.legend(fontsize=8)
-    _save(figure, timed, file, "Reached rate under the measured ceilings")
+    _save(figure, mine or timed, file, "Reached rate under the measured ceilings")
 
 
 def scaling(timed: Measured, file: Path) -> None:
@@ -125,10 +123,15 @@ def scaling(timed: Measured, file: Path) -> None:
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("forward and backward, ms")
     _legend(figure, axes)
-    _save(figure, timed, file, "How cost grows")
+    _save(figure, _of(timed, cases), file, "How cost grows")
 
 
 FIGURES = {"speed-and-memory": speed_and_memory, "roofline": roofline, "scaling": scaling}
+
+
+def _of(timed: Measured, cases: Collection[str]) -> Measured:
+    """The rows of these cases."""
+    return {key: row for key, row in timed.items() if key[0] in cases}
 
 
 def _looks(timed: Measured, cases: Collection[str]) -> dict[str, dict[str, str]]:

@@ -227,7 +227,8 @@ def _static_row(row: Row) -> str:
 
 
 def _machine(found: Latest) -> str:
-    run = max((run for run, _ in found.values()), key=lambda run: run.began)
-    threads = f", {run.threads} threads" if run.threads else ""
+    listed = [run for (case, _, _), (run, _) in found.items() if not case.startswith("scaling/")]
+    run = max(listed or [run for run, _ in found.values()], key=lambda run: run.began)
+    threads = f", {run.threads} thread{'s' * (run.threads > 1)}" if run.threads else ""
     software = f"torch {run.versions['torch']}, triton {run.versions['triton']}"
     return f"{run.device}{threads}, {software}, commit {run.commit}, {run.began[:10]}"

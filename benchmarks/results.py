@@ -75,6 +75,7 @@ class Result:
         peak_mib: most memory that the call held beyond its inputs.
         tflops: on the FLOPs of the visible work, whoever does it.
         share: of the measured ceiling that bounds this case, memory or matrix products.
+        intensity: FLOPs for each byte that must move.
         worst_error: largest error over what the gate allows; at most 1 where it is green.
         clock_mhz, power_w, energy_mj, throttled: of the GPU while this variant ran; None where they cannot be read.
         kernel: name in the static table of the kernel that does the work, for the model's error.
@@ -94,6 +95,7 @@ class Result:
     peak_mib: float | None = None
     tflops: float | None = None
     share: float | None = None
+    intensity: float | None = None
     worst_error: float | None = None
     clock_mhz: float | None = None
     power_w: float | None = None
