@@ -1,57 +1,61 @@
 """Tile sizes of the distillation kernels: pure functions of sizes and architecture.
 
 With a weight, two float32 accumulators of [128, 128] take 128 registers of a thread at 8 warps, which leaves room for
-the statistics of a row. Without one, a tile is a stretch of rows of 8192 elements that need no matmul. Splits of the
-vocabulary give every multiprocessor a program when rows are few.
+the statistics of a row; a tile of 64 classes would ask L2 for half as much again. Without one, a tile is a stretch of
+rows of 4096 elements that need no matmul. Splits of the vocabulary give every multiprocessor a program.
 """
+
+from typing import Literal
 
 import triton
 
 from fusedmm.kernels.launch import LaunchConfig
 
+Pass = Literal["scores", "loss", "mixture", "gradient", "mixture_gradient"]
+
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 ROW_TILE = 4096
 MIN_SPLIT = 64  # classes: a state of 22 numbers stays small beside them
+ROW_GROUP = 16  # row blocks that run together: 25 MB of hidden states of 6144 dimensions, half of H200's L2
 
 
-def tile_config(
-    arch: str, num_classes: int, has_matmul: bool, is_float32: bool, *, is_narrow: bool = False
-) -> LaunchConfig:
-    """Tiles of the statistics, mixture and gradient kernels; narrow where they keep so many numbers a row that wider
-    tiles spill.
-    """
+def tile_config(arch: str, num_classes: int, has_matmul: bool, is_float32: bool, kind: Pass) -> LaunchConfig:
+    """Tiles of one pass over the logits; smaller where it keeps so many numbers that larger ones spill."""
+    is_narrow = kind in ("scores", "mixture", "mixture_gradient")
     if not has_matmul:
         block_v = min(1024, max(16, triton.next_power_of_2(num_classes)))
-        return LaunchConfig(
-            {
-                "BLOCK_N": (ROW_TILE // 2 if is_narrow else ROW_TILE) // block_v,
-                "BLOCK_V": block_v,
-                "BLOCK_D": 16,
-                "SLABS": 1,
-            },
-            num_warps=8,
-            num_stages=2,
-        )
+        rows = (ROW_TILE // 2 if is_narrow else ROW_TILE) // block_v
+        return _config(rows, block_v, 16, slabs=1, num_warps=8, num_stages=2, group=1 << 20)
     if is_float32:
-        return LaunchConfig(
-            {"BLOCK_N": 32, "BLOCK_V": 16 if is_narrow else 32, "BLOCK_D": 32, "SLABS": 1}, num_warps=4, num_stages=2
-        )
+        return _config(32, 16 if is_narrow else 32, 32, slabs=1, num_warps=4, num_stages=2)
     if arch == "sm_80":
-        block_v = 32 if is_narrow else 64
-        return LaunchConfig({"BLOCK_N": 64, "BLOCK_V": block_v, "BLOCK_D": 64, "SLABS": 2}, num_warps=4, num_stages=3)
+        if kind == "scores":  # two rows a thread, not four: 22 numbers of each
+            return _config(64, 64, 64, slabs=4, num_warps=8, num_stages=3)
+        return _config(64, 64, 64, slabs=8 if kind == "mixture" else 4, num_warps=4, num_stages=3)
     if arch == "gfx942":
-        return LaunchConfig({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 64, "SLABS": 2}, num_warps=4, num_stages=2)
-    return LaunchConfig(
-        {"BLOCK_N": 128, "BLOCK_V": 64 if is_narrow else 128, "BLOCK_D": 64, "SLABS": 4 if is_narrow else 8},
-        num_warps=8,
-        num_stages=4 if is_narrow else 3,
-    )
+        return _config(64, 64, 64, slabs=4, num_warps=4, num_stages=2)
+    if kind == "mixture":
+        return _config(128, 64, 64, slabs=4, num_warps=8, num_stages=4)
+    return _config(128, 128, 64, slabs=8, num_warps=8, num_stages=3)
+
+
+def _config(
+    block_n: int, block_v: int, block_d: int, *, slabs: int, num_warps: int, num_stages: int, group: int = ROW_GROUP
+) -> LaunchConfig:
+    blocks = {"BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_D": block_d, "SLABS": slabs, "GROUP_N": group}
+    return LaunchConfig(blocks, num_warps=num_warps, num_stages=num_stages)
+
+
+def row_threads(arch: str) -> int:
+    """Threads that share a row of an accumulator's 16 columns: 4 of one warp, on sm_80 4 of each of two warps."""
+    return 8 if arch == "sm_80" else 4
 
 
 def vocabulary_splits(arch: str, num_rows: int, num_classes: int, config: LaunchConfig) -> int:
-    """Programs that share a block of rows: enough to occupy the device twice over where rows are few, never more than
-    there are tiles of classes.
+    """Programs that share a block of rows: as many as occupy the device together with the row blocks of one group,
+    never more than there are tiles of classes.
     """
-    row_blocks = triton.cdiv(max(num_rows, 1), config.blocks["BLOCK_N"])
+    row_blocks = min(triton.cdiv(max(num_rows, 1), config.blocks["BLOCK_N"]), config.blocks["GROUP_N"])
     tiles = triton.cdiv(num_classes, config.blocks["BLOCK_V"])
-    return max(1, min(int(tiles), num_classes // MIN_SPLIT, 2 * MULTIPROCESSORS[arch] // int(row_blocks)))
+    programs = MULTIPROCESSORS[arch] * 8 // config.num_warps
+    return max(1, min(int(tiles), num_classes // MIN_SPLIT, programs // int(row_blocks)))

@@ -4,12 +4,15 @@ heads, or from logits that exist.
 With p and t the probabilities at the temperature T, p1 at 1, k the student's most likely class, r the log-ratio minus
 its value at k, and G minus the mean of r over p:
 
-    beta = 0   g = p - t            beta = 1   g = p (r + G), r = log(p / t)            between   g = (1 - beta) p (r +
-    G), r = log(p / mix) grad_logits = grad_row * (alpha T g + (1 - alpha) (p1 - (1 - label_smoothing) onehot -
-    label_smoothing / V)) * (1 - (z / softcap)^2)
+    beta = 0    g = p - t
+    beta = 1    g = p (r + G), r = log(p / t)
+    between     g = (1 - beta) p (r + G), r = log(p / mix)
+
+    h = alpha T g + (1 - alpha) (p1 - (1 - label_smoothing) onehot - label_smoothing / V)
+    grad_logits = grad_row h (1 - (z / softcap)^2), 0 where grad_row is 0
 
 At k, where p may round to 1, ``p - t`` is the difference of what p and t leave to the others. One rounding, to the
-dtype of the matmuls that follow; float16 is stored times `float16_scale`. FLOPs: 2 N V (Ds + Dt) for heads with
+dtype of the matmuls that follow; float16 is stored times `grad_scale`. FLOPs: 2 N V (Ds + Dt) for heads with
 weights; bytes: the gradient once, and logits that exist once.
 """
 
@@ -17,10 +20,16 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmm.kernels.distillation.config import tile_config
+from fusedmm.kernels.distillation.config import Pass, tile_config
 from fusedmm.kernels.distillation.mixture import mixture_ratio
-from fusedmm.kernels.distillation.statistics import shares_weight
-from fusedmm.kernels.distillation.tiles import FORBIDDEN, HeadTensors, finish, pair_tiles, slabs
+from fusedmm.kernels.distillation.tiles import (
+    FORBIDDEN,
+    HeadTensors,
+    logit_tiles,
+    program_tile,
+    shares_weight,
+    slabs,
+)
 from fusedmm.kernels.launch import device_arch
 from fusedmm.kernels.softmax import LN_2
 
@@ -65,18 +74,24 @@ def _gradient_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SLABS: tl.constexpr,
+    GROUP_N: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_block, column_block = program_tile(
+        tl.cdiv(num_rows, BLOCK_N), tl.cdiv(last_column - first_column, BLOCK_V), GROUP_N
+    )
+    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = rows < num_rows
     offs_n = tl.minimum(rows, num_rows - 1)
     inverse = tl.full([BLOCK_N], 1.0, tl.float32) * inverse_temperature
     if row_temperature_ptr is not None:
         inverse = 1.0 / tl.load(row_temperature_ptr + offs_n)
-    first_tile = tl.program_id(1) * BLOCK_V
-    student, teacher = pair_tiles(
-        student_ptr, student_weight_ptr, student_stride_n, student_weight_stride_v, student_size_d,
-        teacher_ptr, teacher_weight_ptr, teacher_stride_n, teacher_weight_stride_v, teacher_size_d,
-        offs_n, first_column + first_tile + tl.arange(0, BLOCK_V), num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D,
+    first_tile = column_block * BLOCK_V
+    student, teacher = logit_tiles(
+        student_ptr, student_weight_ptr, student_bias_ptr,
+        student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
+        teacher_ptr, teacher_weight_ptr, teacher_bias_ptr,
+        teacher_stride_n, teacher_weight_stride_v, teacher_size_d, teacher_softcap,
+        offs_n, first_column + first_tile, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D,
     )  # fmt: skip
     row_stride = tl.full([], 1, tl.int64) * num_rows
     saved_ptrs = saved_ptr + offs_n
@@ -93,8 +108,8 @@ def _gradient_kernel(
         columns = first_tile + i * width + tl.arange(0, width)
         offs_v = first_column + columns
         classes = (first_class + offs_v)[None, :]
-        x = finish(students[i], student_bias_ptr, student_softcap, offs_v, num_classes)
-        y = finish(teachers[i], teacher_bias_ptr, teacher_softcap, offs_v, num_classes)
+        x = students[i]
+        y = teachers[i]
         is_top = classes == student_arg[:, None]
         g = (
             _divergence_gradient(
@@ -112,10 +127,12 @@ def _gradient_kernel(
             g += (1.0 - alpha) * (
                 tl.where(classes == labels[:, None], at_label, unit) - label_smoothing / total_classes
             )
-        g *= grad_rows[:, None]
         if student_softcap is not None:
             share = tl.where(x > FORBIDDEN, x, 0.0) * (LN_2 / student_softcap)
             g *= 1.0 - share * share
+        g = tl.where(
+            (grad_rows == 0.0)[:, None], 0.0, g * grad_rows[:, None]
+        )  # whatever a row holds that does not count
         if grad_logits_ptr.dtype.element_ty == tl.float16:
             g = tl.minimum(tl.maximum(g, -65504.0), 65504.0)
         grad_ptrs = grad_logits_ptr + rows[:, None] * grad_stride_n + columns[None, :]
@@ -169,16 +186,13 @@ def gradient_logits(
     arch = device_arch(student.source.device)
     num_rows, width = out.shape
     has_matmul = student.weight is not None or teacher.weight is not None
-    config = tile_config(
-        arch,
-        width,
-        has_matmul,
-        torch.float32 in (student.source.dtype, teacher.source.dtype),
-        is_narrow=0.0 < beta < 1.0,
-    )
+    is_float32 = torch.float32 in (student.source.dtype, teacher.source.dtype)
+    kind: Pass = "mixture_gradient" if 0.0 < beta < 1.0 else "gradient"
+    config = tile_config(arch, width, has_matmul, is_float32, kind)
     if num_rows == 0:
         return out
-    _gradient_kernel[(triton.cdiv(num_rows, config.blocks["BLOCK_N"]), triton.cdiv(width, config.blocks["BLOCK_V"]))](
+    tiles = triton.cdiv(num_rows, config.blocks["BLOCK_N"]) * triton.cdiv(width, config.blocks["BLOCK_V"])
+    _gradient_kernel[(tiles,)](
         **student.arguments("student"),
         **teacher.arguments("teacher"),
         labels_ptr=labels,

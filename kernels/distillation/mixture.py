@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 
 from fusedmm.kernels.distillation.config import tile_config, vocabulary_splits
-from fusedmm.kernels.distillation.statistics import shares_weight
-from fusedmm.kernels.distillation.tiles import HeadTensors, after, finish, pair_tiles, slabs
+from fusedmm.kernels.distillation.tiles import HeadTensors, after, logit_tiles, program_tile, shares_weight, slabs
 from fusedmm.kernels.launch import device_arch
 
 SUMS = 3  # mean log-ratio of the student, of the teacher, total variation
@@ -75,13 +74,16 @@ def _mixture_kernel(
     num_rows,
     num_classes,
     tiles_per_split,
+    num_splits,
     IS_SHARED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SLABS: tl.constexpr,
+    GROUP_N: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_block, split = program_tile(tl.cdiv(num_rows, BLOCK_N), num_splits, GROUP_N)
+    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = rows < num_rows
     offs_n = tl.minimum(rows, num_rows - 1)
     inverse = tl.full([BLOCK_N], 1.0, tl.float32) * inverse_temperature
@@ -96,27 +98,23 @@ def _mixture_kernel(
     gap = tl.load(saved_ptrs + 15 * row_stride)
     student_top = tl.load(saved_ptrs + 8 * row_stride) - gap
     teacher_top = gap - tl.load(saved_ptrs + 9 * row_stride)
-    split = tl.program_id(1)
     first = split * tiles_per_split * BLOCK_V
     student_mean = tl.zeros([BLOCK_N], tl.float32)
     teacher_mean = tl.zeros([BLOCK_N], tl.float32)
     variation = tl.zeros([BLOCK_N], tl.float32)
-    width: tl.constexpr = BLOCK_V // SLABS
     for first_v in range(first, tl.minimum(first + tiles_per_split * BLOCK_V, num_classes), BLOCK_V):
-        student, teacher = pair_tiles(
-            student_ptr, student_weight_ptr, student_stride_n, student_weight_stride_v, student_size_d,
-            teacher_ptr, teacher_weight_ptr, teacher_stride_n, teacher_weight_stride_v, teacher_size_d,
-            offs_n, first_v + tl.arange(0, BLOCK_V), num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D,
+        x, y = logit_tiles(
+            student_ptr, student_weight_ptr, student_bias_ptr,
+            student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
+            teacher_ptr, teacher_weight_ptr, teacher_bias_ptr,
+            teacher_stride_n, teacher_weight_stride_v, teacher_size_d, teacher_softcap,
+            offs_n, first_v, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
-        students = slabs(student, SLABS)
-        teachers = slabs(teacher, SLABS)
+        students = slabs(x, SLABS)
+        teachers = slabs(y, SLABS)
         for i in tl.static_range(SLABS):
-            offs_v = first_v + i * width + tl.arange(0, width)
-            s = (
-                finish(after(students[i], student_mean), student_bias_ptr, student_softcap, offs_v, num_classes)
-                * inverse[:, None]
-            )
-            t = finish(teachers[i], teacher_bias_ptr, teacher_softcap, offs_v, num_classes) * inverse[:, None]
+            s = after(students[i], student_mean) * inverse[:, None]
+            t = teachers[i] * inverse[:, None]
             p = tl.exp2((s - student_shift[:, None]) - student_log[:, None])
             q = tl.exp2((t - teacher_shift[:, None]) - teacher_log[:, None])
             ratio = (t - s) - gap[:, None]
@@ -148,15 +146,13 @@ def mixture_sums(
     arch = device_arch(student.source.device)
     num_rows = student.source.shape[0]
     has_matmul = student.weight is not None or teacher.weight is not None
-    config = tile_config(
-        arch, num_classes, has_matmul, torch.float32 in (student.source.dtype, teacher.source.dtype), is_narrow=True
-    )
+    is_float32 = torch.float32 in (student.source.dtype, teacher.source.dtype)
+    config = tile_config(arch, num_classes, has_matmul, is_float32, "mixture")
     splits = vocabulary_splits(arch, num_rows, num_classes, config)
     sums = saved.new_empty((splits, SUMS, num_rows))
     if num_rows == 0:
         return sums.sum(0)
-    grid = (triton.cdiv(num_rows, config.blocks["BLOCK_N"]), splits)
-    _mixture_kernel[grid](
+    _mixture_kernel[(triton.cdiv(num_rows, config.blocks["BLOCK_N"]) * splits,)](
         **student.arguments("student"),
         **teacher.arguments("teacher"),
         row_temperature_ptr=row_temperature,
@@ -167,6 +163,7 @@ def mixture_sums(
         num_rows=num_rows,
         num_classes=num_classes,
         tiles_per_split=triton.cdiv(triton.cdiv(num_classes, config.blocks["BLOCK_V"]), splits),
+        num_splits=splits,
         IS_SHARED=shares_weight(student, teacher),
         **config.launch_options(),
     )

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from fusedmm.kernels.distillation.config import tile_config
+from fusedmm.kernels.distillation.config import Pass, row_threads, tile_config
 from fusedmm.kernels.distillation.gradient import _gradient_kernel
 from fusedmm.kernels.distillation.mixture import _mixture_kernel
 from fusedmm.kernels.distillation.state import SIZE_LOSS, SIZE_SCORES
@@ -106,16 +106,13 @@ def kernel_specs(arch: str) -> Iterator[KernelSpec]:
         ("heads", "fp32", "plain", ()),
         ("shared", "bf16", "labels", LABELS),
     ):
-        configs = [
-            tile_config(arch, CLASSES["large"], True, element == "fp32", is_narrow=narrow) for narrow in (False, True)
-        ]
         absent = frozenset(OPTIONAL) - set(present)
-        yield from _specs(f"{kind},{label},{element}", configs, arch, element, absent, kind == "shared")
+        sizes = (CLASSES["large"], True, element == "fp32")
+        yield from _specs(f"{kind},{label},{element}", sizes, arch, element, absent, kind == "shared")
     for size, classes in CLASSES.items():
-        configs = [tile_config(arch, classes, False, True, is_narrow=narrow) for narrow in (False, True)]
         for label, present in (("labels", LABELS), ("everything", OPTIONAL)):
             absent = frozenset((*OPTIONAL, *WEIGHTS)) - set(present)
-            yield from _specs(f"logits,{size},{label}", configs, arch, "fp32", absent, False)
+            yield from _specs(f"logits,{size},{label}", (classes, False, True), arch, "fp32", absent, False)
     for is_scores, unit in ((True, True), (True, False), (False, True), (False, False)):
         yield _spec(
             _merge_statistics_kernel,
@@ -131,33 +128,41 @@ def kernel_specs(arch: str) -> Iterator[KernelSpec]:
 
 
 def _specs(
-    label: str, configs: list[LaunchConfig], arch: str, element: str, absent: frozenset[str], shared: bool
+    label: str, sizes: tuple[int, bool, bool], arch: str, element: str, absent: frozenset[str], shared: bool
 ) -> Iterator[KernelSpec]:
-    """The kernels over tiles of logits in one variant; `configs` for few and for many live values."""
+    """The kernels over tiles of logits in one variant; `sizes` as `tile_config` takes them."""
     unit = "row_temperature_ptr" in absent
-    for is_scores in (True, False):
+    kinds: tuple[Pass, ...] = ("scores", "loss")
+    for kind in kinds:
         yield _spec(
             _statistics_kernel,
-            f"distillation_statistics[{'scores' if is_scores else 'loss'},{label}]",
-            configs[is_scores],
+            f"distillation_statistics[{kind},{label}]",
+            tile_config(arch, *sizes, kind),
             arch,
             element,
             absent,
-            IS_SCORES=is_scores,
+            LANES=row_threads(arch),
+            IS_SCORES=kind == "scores",
             IS_UNIT=unit,
             IS_SHARED=shared,
         )
     yield _spec(
-        _mixture_kernel, f"distillation_mixture[{label}]", configs[True], arch, element, absent, IS_SHARED=shared
+        _mixture_kernel,
+        f"distillation_mixture[{label}]",
+        tile_config(arch, *sizes, "mixture"),
+        arch,
+        element,
+        absent,
+        IS_SHARED=shared,
     )
-    for kind, name in ((0, "forward_kl"), (1, "reverse_kl"), (2, "mixture")):
+    for index, name in enumerate(("forward_kl", "reverse_kl", "mixture")):
         yield _spec(
             _gradient_kernel,
             f"distillation_gradient[{name},{label}]",
-            configs[kind == 2],
+            tile_config(arch, *sizes, "mixture_gradient" if name == "mixture" else "gradient"),
             arch,
             element,
             absent,
-            KIND=kind,
+            KIND=index,
             IS_SHARED=shared,
         )

@@ -22,6 +22,8 @@ and u is a difference of logits taken element by element, so that a student near
 import triton
 import triton.language as tl
 
+from fusedmm.kernels.distillation.tiles import slabs
+
 SIZE_LOSS = tl.constexpr(13)
 SIZE_SCORES = tl.constexpr(22)
 NOTHING = tl.constexpr(-1e35)  # peak of a state that has seen no class: below any logit
@@ -41,69 +43,158 @@ def empty_state(BLOCK_N: tl.constexpr, IS_SCORES: tl.constexpr):
 
 
 @triton.jit
-def _head_state(x, scaled, u, offs_v):
-    """Peak and the rest of one head's tile."""
-    peak = tl.max(x, 1)
-    arg = tl.min(tl.where(x == peak[:, None], offs_v[None, :], NO_CLASS), 1)
-    is_peak = offs_v[None, :] == arg[:, None]
-    a = tl.exp2(scaled - tl.max(scaled, 1)[:, None])
-    ratio = tl.sum(tl.where(is_peak, u, 0.0), 1)
-    return peak, arg.to(tl.float32), tl.sum(tl.where(is_peak, 0.0, a), 1), tl.sum(a * (u - ratio[:, None]), 1), ratio
+def tile_state(
+    x, y, inverse, labels, num_classes, first_class,
+    IS_SCORES: tl.constexpr, IS_UNIT: tl.constexpr, HAS_LABELS: tl.constexpr, SLABS: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """The state of one tile: x the student's and y the teacher's logits in base 2 [BLOCK_N, BLOCK_V]; labels and
+    the number of classes that exist are counted from its first column, which is `first_class` over all ranks.
 
-
-@triton.jit
-def loss_state(x, y, inverse_temperature, offs_v, labels, mask_v, IS_UNIT: tl.constexpr, HAS_LABELS: tl.constexpr):
-    """Base and loss numbers of one tile: x the student's and y the teacher's logits in base 2 [BLOCK_N, BLOCK_V];
-    offs_v are classes over all ranks.
+    The peaks of the whole tile come first. Against them everything else is a plain sum, taken slab by slab, and only
+    one merge is left to do a tile. A slab's columns are compared with ``arg - i * width``: numbers of every column of
+    the tile would be kept in registers.
     """
-    s = x * inverse_temperature[:, None]
-    t = y * inverse_temperature[:, None]
-    u = t - s
-    student_peak, student_arg, student_others, student_slope, student_ratio = _head_state(x, s, u, offs_v)
-    teacher_peak, teacher_arg, teacher_others, teacher_slope, teacher_ratio = _head_state(y, t, u, offs_v)
-    unit_others = student_others
-    label_logit = tl.zeros_like(student_peak)
-    total = label_logit
-    if HAS_LABELS:
-        label_logit = tl.sum(tl.where(offs_v[None, :] == labels[:, None], x, 0.0), 1)
-        total = tl.sum(tl.where(mask_v[None, :], x, 0.0), 1)
-        if not IS_UNIT:
-            is_peak = offs_v[None, :] == student_arg.to(tl.int32)[:, None]
-            unit_others = tl.sum(tl.where(is_peak, 0.0, tl.exp2(x - student_peak[:, None])), 1)
-    return (
-        student_peak, student_arg, student_others, student_slope, student_ratio,
-        teacher_peak, teacher_arg, teacher_others, teacher_slope, teacher_ratio, unit_others, label_logit, total,
+    width: tl.constexpr = x.shape[1] // SLABS
+    students = slabs(x, SLABS)
+    teachers = slabs(y, SLABS)
+    student_peak = students[0]
+    teacher_peak = teachers[0]
+    for i in tl.static_range(1, SLABS):
+        student_peak = tl.maximum(student_peak, students[i])
+        teacher_peak = tl.maximum(teacher_peak, teachers[i])
+    student_peak = tl.max(student_peak, 1)
+    teacher_peak = tl.max(teacher_peak, 1)
+    student_arg = tl.full([x.shape[0], width], NO_CLASS, tl.int32)
+    teacher_arg = student_arg
+    student_label = tl.zeros([x.shape[0], width], tl.float32)
+    last = student_label
+    runner_up = student_label + NOTHING
+    columns = tl.arange(0, width)[None, :]
+    for i in tl.static_range(SLABS):
+        student_arg = tl.minimum(
+            student_arg, tl.where(students[i] == student_peak[:, None], columns + i * width, NO_CLASS)
+        )
+        teacher_arg = tl.minimum(
+            teacher_arg, tl.where(teachers[i] == teacher_peak[:, None], columns + i * width, NO_CLASS)
+        )
+        if HAS_LABELS:
+            is_label = columns == (labels - i * width)[:, None]
+            student_label += tl.where(is_label, students[i], 0.0)
+            if IS_SCORES:
+                last += tl.where(is_label, teachers[i], 0.0)
+                runner_up = tl.maximum(runner_up, tl.where(is_label, NOTHING, students[i]))
+            else:
+                last += tl.where(columns < num_classes - i * width, students[i], 0.0)
+    student_arg = tl.min(student_arg, 1)
+    teacher_arg = tl.min(teacher_arg, 1)
+    level = (teacher_peak - student_peak) * inverse
+    sums = _slab_sums(
+        students[0], teachers[0], student_peak, student_arg, teacher_peak, teacher_arg, level, inverse,
+        IS_SCORES, IS_UNIT, LANES if SLABS > 1 else 0,
     )  # fmt: skip
+    for i in tl.static_range(1, SLABS):
+        slab = _slab_sums(
+            _after(students[i], sums[0]), teachers[i], student_peak, student_arg - i * width, teacher_peak,
+            teacher_arg - i * width, level, inverse, IS_SCORES, IS_UNIT, LANES,
+        )  # fmt: skip
+        sums = _added(sums, slab)
+    if SLABS > 1:
+        sums = _over_lanes(sums)
+    base = (
+        student_peak, (student_arg + first_class).to(tl.float32),
+        sums[0], sums[1] - (sums[2] - level) * sums[0], sums[2],
+        teacher_peak, (teacher_arg + first_class).to(tl.float32),
+        sums[3], sums[4] - (sums[5] - level) * sums[3], sums[5],
+        sums[6], tl.sum(student_label, 1), tl.sum(last, 1),
+    )  # fmt: skip
+    if IS_SCORES:
+        return base + (tl.max(runner_up, 1),) + sums[7:]  # noqa: RUF005 (Triton knows no unpacking)
+    else:
+        return base
 
 
 @triton.jit
-def score_sums(x, y, base, inverse_temperature, offs_v, labels, IS_UNIT: tl.constexpr, HAS_LABELS: tl.constexpr):
-    """Numbers 12 to 21 of a state for scores of a tile whose loss state is `base`."""
-    s = (x - base[0][:, None]) * inverse_temperature[:, None]
-    t = (y - base[5][:, None]) * inverse_temperature[:, None]
+def _slab_sums(
+    x, y, student_peak, student_arg, teacher_peak, teacher_arg, level, inverse,
+    IS_SCORES: tl.constexpr, IS_UNIT: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Sums over one slab: of each head others, slope with `level` in the place of ratio, and ratio; others of the
+    student at T = 1; for scores numbers 14 to 21 of a state.
+    """
+    columns = tl.arange(0, x.shape[1])[None, :]
+    u = y - x
+    x -= student_peak[:, None]
+    y -= teacher_peak[:, None]
+    s = x
+    t = y
+    if not IS_UNIT:
+        u *= inverse[:, None]
+        s *= inverse[:, None]
+        t *= inverse[:, None]
     a = tl.exp2(s)
     b = tl.exp2(t)
-    zero = tl.zeros_like(base[0])
-    teacher_label_logit = zero
-    runner_up = zero
-    squares = zero
-    teacher_unit_others = zero
-    if HAS_LABELS:
-        is_label = offs_v[None, :] == labels[:, None]
-        teacher_label_logit = tl.sum(tl.where(is_label, y, 0.0), 1)
-        runner_up = tl.max(tl.where(is_label, NOTHING, x), 1)
-        unit = a
-        if not IS_UNIT:
-            unit = tl.exp2(x - base[0][:, None])
-            is_teacher_peak = offs_v[None, :] == base[6].to(tl.int32)[:, None]
-            teacher_unit_others = tl.sum(tl.where(is_teacher_peak, 0.0, tl.exp2(y - base[5][:, None])), 1)
-        squares = tl.sum(tl.where(offs_v[None, :] == base[1].to(tl.int32)[:, None], 0.0, unit * unit), 1)
-    difference = a - b
-    return (
-        teacher_label_logit, runner_up, squares, teacher_unit_others, tl.sum(a * s, 1), tl.sum(b * t, 1),
-        tl.sum(tl.exp2(0.5 * (s + t)), 1),
-        tl.sum(difference * difference, 1), tl.sum(difference * b, 1), tl.sum(b * b, 1),
+    is_student_peak = columns == student_arg[:, None]
+    is_teacher_peak = columns == teacher_arg[:, None]
+    student_others = tl.where(is_student_peak, 0.0, a)
+    teacher_others = tl.where(is_teacher_peak, 0.0, b)
+    rise = u - level[:, None]
+    unit = student_others
+    teacher_unit = teacher_others
+    if not IS_UNIT:
+        unit = tl.where(is_student_peak, 0.0, tl.exp2(x))
+        if IS_SCORES:
+            teacher_unit = tl.where(is_teacher_peak, 0.0, tl.exp2(y))
+    sums = (
+        _row_sum(student_others, LANES), _row_sum(student_others * rise, LANES),
+        _row_sum(tl.where(is_student_peak, u, 0.0), LANES),
+        _row_sum(teacher_others, LANES), _row_sum(teacher_others * rise, LANES),
+        _row_sum(tl.where(is_teacher_peak, u, 0.0), LANES), _row_sum(unit, LANES),
     )  # fmt: skip
+    if IS_SCORES:
+        difference = a - b
+        return sums + (  # noqa: RUF005
+            _row_sum(unit * unit, LANES), _row_sum(teacher_unit, LANES),
+            _row_sum(a * s, LANES), _row_sum(b * t, LANES), _row_sum(tl.exp2(0.5 * (s + t)), LANES),
+            _row_sum(difference * difference, LANES), _row_sum(difference * b, LANES), _row_sum(b * b, LANES),
+        )  # fmt: skip
+    else:
+        return sums
+
+
+@triton.jit
+def _row_sum(x, LANES: tl.constexpr):
+    """Sum of every row [BLOCK_N]; with `LANES` [BLOCK_N, LANES], what each of the threads holds that share a row of a
+    matrix accumulator in pairs of columns: no exchange between threads until all slabs are done.
+    """
+    if LANES == 0:
+        return tl.sum(x, 1)
+    else:
+        return tl.sum(tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // (2 * LANES), LANES, 2]), 3), 1)
+
+
+@triton.jit
+def _after(x, lanes):
+    """`after` for sums [BLOCK_N, LANES]."""
+    threads: tl.constexpr = lanes.shape[1]
+    parts = tl.reshape(x, [x.shape[0], x.shape[1] // (2 * threads), threads, 2])
+    return tl.reshape(parts + (lanes * 0.0)[:, None, :, None], [x.shape[0], x.shape[1]])
+
+
+@triton.jit
+def _added(one, two):
+    if len(one) == 1:
+        return (one[0] + two[0],)
+    else:
+        return (one[0] + two[0],) + _added(one[1:], two[1:])  # noqa: RUF005
+
+
+@triton.jit
+def _over_lanes(sums):
+    if len(sums) == 1:
+        return (tl.sum(sums[0], 1),)
+    else:
+        return (tl.sum(sums[0], 1),) + _over_lanes(sums[1:])  # noqa: RUF005
 
 
 @triton.jit

@@ -15,17 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmm.kernels.distillation.config import tile_config, vocabulary_splits
+from fusedmm.kernels.distillation.config import row_threads, tile_config, vocabulary_splits
 from fusedmm.kernels.distillation.state import (
-    NO_CLASS,
     SIZE_LOSS,
     SIZE_SCORES,
     empty_state,
-    loss_state,
     merge_states,
-    score_sums,
+    tile_state,
 )
-from fusedmm.kernels.distillation.tiles import HeadTensors, after, finish, pair_tiles, slabs
+from fusedmm.kernels.distillation.tiles import HeadTensors, logit_tiles, program_tile, shares_weight
 from fusedmm.kernels.launch import device_arch
 from fusedmm.kernels.softmax import LN_2
 
@@ -58,6 +56,7 @@ def _statistics_kernel(
     num_classes,
     first_class,
     tiles_per_split,
+    num_splits,
     IS_SCORES: tl.constexpr,
     IS_UNIT: tl.constexpr,
     IS_SHARED: tl.constexpr,
@@ -65,40 +64,37 @@ def _statistics_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SLABS: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUP_N: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_block, split = program_tile(tl.cdiv(num_rows, BLOCK_N), num_splits, GROUP_N)
+    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = rows < num_rows
     offs_n = tl.minimum(rows, num_rows - 1)
     inverse = tl.full([BLOCK_N], 1.0, tl.float32) * inverse_temperature
     if row_temperature_ptr is not None:
         inverse = 1.0 / tl.load(row_temperature_ptr + offs_n)
-    labels = tl.full([BLOCK_N], -1, tl.int64)
+    labels = tl.full([BLOCK_N], -1, tl.int32)
     if labels_ptr is not None:
-        labels = tl.load(labels_ptr + offs_n)
-    split = tl.program_id(1)
+        labels = tl.load(labels_ptr + offs_n) - first_class
+        labels = tl.where((labels >= 0) & (labels < num_classes), labels, -1).to(tl.int32)  # -1: another rank's
     first = split * tiles_per_split * BLOCK_V
     row_stride = tl.full([], 1, tl.int64) * num_rows
     state = empty_state(BLOCK_N, IS_SCORES)
     size: tl.constexpr = len(state)
-    width: tl.constexpr = BLOCK_V // SLABS
     for first_v in range(first, tl.minimum(first + tiles_per_split * BLOCK_V, num_classes), BLOCK_V):
-        student, teacher = pair_tiles(
-            student_ptr, student_weight_ptr, student_stride_n, student_weight_stride_v, student_size_d,
-            teacher_ptr, teacher_weight_ptr, teacher_stride_n, teacher_weight_stride_v, teacher_size_d,
-            offs_n, first_v + tl.arange(0, BLOCK_V), num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D,
+        x, y = logit_tiles(
+            student_ptr, student_weight_ptr, student_bias_ptr,
+            student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
+            teacher_ptr, teacher_weight_ptr, teacher_bias_ptr,
+            teacher_stride_n, teacher_weight_stride_v, teacher_size_d, teacher_softcap,
+            offs_n, first_v, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
-        teachers = slabs(teacher, SLABS)
-        students = slabs(student, SLABS)
-        for i in tl.static_range(SLABS):
-            offs_v = first_v + i * width + tl.arange(0, width)
-            x = finish(after(students[i], state[2]), student_bias_ptr, student_softcap, offs_v, num_classes)
-            y = finish(teachers[i], teacher_bias_ptr, teacher_softcap, offs_v, num_classes)
-            mask_v = offs_v < num_classes
-            classes = tl.where(mask_v, first_class + offs_v, NO_CLASS)  # beyond the last they are another rank's
-            slab = loss_state(x, y, inverse, classes, labels, mask_v, IS_UNIT, labels_ptr is not None)
-            if IS_SCORES:
-                slab = slab[:12] + score_sums(x, y, slab, inverse, classes, labels, IS_UNIT, labels_ptr is not None)
-            state = merge_states(state, slab, inverse, IS_SCORES)
+        tile = tile_state(
+            x, y, inverse, labels - first_v, num_classes - first_v, first_class + first_v, IS_SCORES, IS_UNIT,
+            labels_ptr is not None, SLABS, LANES,
+        )  # fmt: skip
+        state = merge_states(state, tile, inverse, IS_SCORES)
     _store_state(state, state_ptr + split * size * row_stride + rows, row_stride, mask_n)
 
 
@@ -253,21 +249,15 @@ def statistics(
     arch = device_arch(student.source.device)
     num_rows = student.source.shape[0]
     has_matmul = student.weight is not None or teacher.weight is not None
-    config = tile_config(
-        arch,
-        num_classes,
-        has_matmul,
-        torch.float32 in (student.source.dtype, teacher.source.dtype),
-        is_narrow=for_scores,
-    )
+    is_float32 = torch.float32 in (student.source.dtype, teacher.source.dtype)
+    config = tile_config(arch, num_classes, has_matmul, is_float32, "scores" if for_scores else "loss")
     splits = vocabulary_splits(arch, num_rows, num_classes if split_classes is None else split_classes, config)
     state = student.source.new_empty(
         (splits, (SIZE_SCORES if for_scores else SIZE_LOSS).value, num_rows), dtype=torch.float32
     )
-    grid = (triton.cdiv(num_rows, config.blocks["BLOCK_N"]), splits)
     if num_rows == 0:
         return state
-    _statistics_kernel[grid](
+    _statistics_kernel[(triton.cdiv(num_rows, config.blocks["BLOCK_N"]) * splits,)](
         **student.arguments("student"),
         **teacher.arguments("teacher"),
         labels_ptr=labels,
@@ -278,9 +268,11 @@ def statistics(
         num_classes=num_classes,
         first_class=first_class,
         tiles_per_split=triton.cdiv(triton.cdiv(num_classes, config.blocks["BLOCK_V"]), splits),
+        num_splits=splits,
         IS_SCORES=for_scores,
         IS_UNIT=row_temperature is None and temperature == 1.0,
         IS_SHARED=shares_weight(student, teacher),
+        LANES=row_threads(arch),
         **config.launch_options(),
     )
     return state
@@ -325,13 +317,3 @@ def merge_statistics(
         num_warps=1,
     )
     return saved, fields
-
-
-def shares_weight(student: HeadTensors, teacher: HeadTensors) -> bool:
-    """Whether both heads multiply with the same weight in memory."""
-    a, b = student.weight, teacher.weight
-    if a is None or b is None:
-        return False
-    return a is b or (
-        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
-    )

@@ -46,29 +46,44 @@ class HeadTensors(NamedTuple):
         }
 
 
+def shares_weight(student: HeadTensors, teacher: HeadTensors) -> bool:
+    """Whether both heads multiply with the same weight in memory."""
+    a, b = student.weight, teacher.weight
+    if a is None or b is None:
+        return False
+    return a is b or (
+        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    )
+
+
 @triton.jit
-def pair_tiles(
-    student_ptr,
-    student_weight_ptr,
-    student_stride_n,
-    student_weight_stride_v,
-    student_size_d,
-    teacher_ptr,
-    teacher_weight_ptr,
-    teacher_stride_n,
-    teacher_weight_stride_v,
-    teacher_size_d,
-    offs_n,
-    offs_v,
-    num_classes,
-    IS_SHARED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Tiles of student and teacher before `finish`, for rows `offs_n` and classes `offs_v`; rows must exist, classes
-    may lie beyond `num_classes`.
+def program_tile(row_blocks, columns, GROUP_N: tl.constexpr):
+    """Row block and column (a split or a tile of classes) of this program.
+
+    Programs that run together share `GROUP_N` row blocks and walk the columns: hidden states of all rows (100 MB at
+    8192 rows and 6144 dimensions) do not fit L2, those of a group do, and a weight is read once a group.
     """
+    program = tl.program_id(0)
+    group = program // (GROUP_N * columns)
+    first = group * GROUP_N
+    size = tl.minimum(row_blocks - first, GROUP_N)
+    inside = program - first * columns
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def logit_tiles(
+    student_ptr, student_weight_ptr, student_bias_ptr,
+    student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
+    teacher_ptr, teacher_weight_ptr, teacher_bias_ptr,
+    teacher_stride_n, teacher_weight_stride_v, teacher_size_d, teacher_softcap,
+    offs_n, first_v, num_classes,
+    IS_SHARED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Tiles of student and teacher for rows `offs_n`, which must exist, and classes from `first_v`, which may lie
+    beyond `num_classes`.
+    """
+    offs_v = first_v + tl.arange(0, BLOCK_V)
     if IS_SHARED:
         student, teacher = _shared_matmul(
             student_ptr, teacher_ptr, student_weight_ptr, student_stride_n, teacher_stride_n, student_weight_stride_v,
@@ -76,32 +91,17 @@ def pair_tiles(
         )  # fmt: skip
     else:
         student = _head_tile(
-            student_ptr,
-            student_weight_ptr,
-            student_stride_n,
-            student_weight_stride_v,
-            student_size_d,
-            offs_n,
-            offs_v,
-            num_classes,
-            BLOCK_N,
-            BLOCK_V,
-            BLOCK_D,
-        )
+            student_ptr, student_weight_ptr, student_stride_n, student_weight_stride_v, student_size_d,
+            offs_n, offs_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
         teacher = _head_tile(
-            teacher_ptr,
-            teacher_weight_ptr,
-            teacher_stride_n,
-            teacher_weight_stride_v,
-            teacher_size_d,
-            offs_n,
-            offs_v,
-            num_classes,
-            BLOCK_N,
-            BLOCK_V,
-            BLOCK_D,
-        )
-    return student, teacher
+            teacher_ptr, teacher_weight_ptr, teacher_stride_n, teacher_weight_stride_v, teacher_size_d,
+            offs_n, offs_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+    return (
+        _finish(student, student_bias_ptr, student_softcap, offs_v, num_classes),
+        _finish(teacher, teacher_bias_ptr, teacher_softcap, offs_v, num_classes),
+    )
 
 
 @triton.jit
@@ -190,12 +190,12 @@ def after(x, row):
 
 
 @triton.jit
-def finish(z, bias_ptr, softcap, offs_v, num_classes):
+def _finish(z, bias_ptr, softcap, offs_v, num_classes):
     """Bias, soft-cap, base 2 and the classes that do not exist; a NaN stays one."""
     mask_v = offs_v < num_classes
     if bias_ptr is not None:
         z += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
     if softcap is not None:
         z = softcap * (2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0)
-    z *= LOG2_E
-    return tl.where(mask_v[None, :] & ~(z < FORBIDDEN), z, FORBIDDEN)
+    z = z * LOG2_E + tl.where(mask_v, 0.0, FORBIDDEN)[None, :]
+    return tl.maximum(z, FORBIDDEN, propagate_nan=tl.PropagateNan.ALL)
