@@ -6,11 +6,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fusedmm import LinearHead, distillation_loss, distillation_scores
+from fusedmm.eager.distillation import Objective
+from fusedmm.eager.shard import Shard
 from fusedmm.eager.waves import MIN_WAVE_ROWS, WAVE_ELEMENTS
+from fusedmm.kernels.distillation import gradient, mixture, statistics
 from fusedmm.ops import distillation_op, distillation_triton
 
 SIZES = {"eager": (300, 400), "triton": (40, 160)}  # rows, classes: the interpreter takes its time
@@ -114,3 +118,82 @@ def test_a_frozen_head_has_no_weight_gradient(memory: str, impl: str, device: to
     assert elements < student.weight.numel()
     assert student.weight.grad is None
     assert student.hidden.grad is not None
+
+
+class PeakAllocation(TorchDispatchMode):
+    """Most bytes alive at once among the storages that operators returned."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.known = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in known}
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = StorageWeakRef(tensor.untyped_storage())
+                if storage.cdata not in self.known:
+                    self.alive[storage.cdata] = storage, tensor.untyped_storage().nbytes()
+        self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}
+        self.bytes = max(self.bytes, sum(size for _, size in self.alive.values()))
+        return result
+
+
+class NoKernel:
+    """A Triton kernel that computes nothing."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda **arguments: None
+
+
+@pytest.fixture
+def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels and matmuls of the Triton path that write nothing, so that it runs on meta tensors of any size; the
+    matmuls allocate what they do on CUDA.
+    """
+    for module, kernel in (
+        (statistics, "_statistics_kernel"),
+        (statistics, "_merge_statistics_kernel"),
+        (mixture, "_mixture_kernel"),
+        (gradient, "_gradient_kernel"),
+    ):
+        monkeypatch.setattr(module, kernel, NoKernel())
+    monkeypatch.setattr(
+        distillation_triton, "matmul", lambda a, b: a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
+    )
+    monkeypatch.setattr(distillation_triton, "_accumulate", lambda total, a, b, *, is_sum: None)
+
+
+ROWS, CLASSES, WIDTH = 8192, 128256, 4096
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize(("path", "limit"), [("scores", 16 << 20), ("lean", 64 << 20), ("fast", 1 << 30)])
+def test_memory_of_a_large_vocabulary(path: str, limit: int, beta: float, nothing_computed: None) -> None:
+    """Beyond inputs and gradients, counted on meta tensors."""
+    student, teacher = (
+        LinearHead(
+            torch.empty(ROWS, WIDTH, dtype=torch.bfloat16, device="meta"),
+            torch.empty(CLASSES, WIDTH, dtype=torch.bfloat16, device="meta"),
+            torch.empty(CLASSES, dtype=torch.bfloat16, device="meta"),
+        )
+        for _ in range(2)
+    )
+    labels = torch.empty(ROWS, dtype=torch.int64, device="meta")
+    grad_rows = torch.empty(ROWS, device="meta")
+    objective = Objective(Shard(CLASSES, 0, CLASSES), beta, 0.5, 2.0, 0.1, -100)
+    needs = (True, True, True)
+    inputs = [x for head in (student, teacher) for x in (head.hidden, head.weight, head.bias) if x is not None]
+    with PeakAllocation([*inputs, labels, grad_rows]) as peak:
+        if path == "scores":
+            distillation_triton.scores(student, teacher, labels, None, objective, beta > 0.0)
+        elif path == "fast":
+            distillation_triton.fast(student, teacher, labels, None, objective, grad_rows, needs)
+        else:
+            _, saved = distillation_triton.rows(student, teacher, labels, None, objective)
+            distillation_triton.backward(student, teacher, labels, None, objective, grad_rows, saved, needs)
+    assert student.bias is not None
+    outputs = 2 * (student.hidden.numel() + student.weight.numel() + student.bias.numel()) if path != "scores" else 0
+    assert limit / 8 < peak.bytes - outputs <= limit

@@ -4,8 +4,8 @@
   are kept.
 * "fast": waves of rows. Logits by two matmuls into float32, the same kernels over them, the gradient in the matmuls'
   dtype, two matmuls more. 10 bytes a logit of a wave.
-* Backward of "lean": the gradient kernel over the heads for all rows and a range of classes, two matmuls. 2 bytes a
-  logit of a range, and hidden's gradient in float32.
+* Backward of "lean": waves of rows, and of each ranges of classes: the gradient kernel over the heads, two matmuls.
+  2 bytes a logit of a range; hidden's gradient in float32 for a wave.
 """
 
 import math
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 Needs = tuple[bool, bool, bool]
 
 FAST_ELEMENTS = 100 << 20  # logits of a wave of rows: 1 GiB at 10 bytes each
-RANGE_ELEMENTS = 16 << 20  # logits of a range of classes: 32 MiB at 2 bytes each
+RANGE_ELEMENTS = 8 << 20  # logits of a range of classes: 16 MiB at 2 bytes each
+RANGE_INPUT_BYTES = 24 << 20  # hidden's gradient of a wave in float32, before it is rounded
 RANGE_ROWS = 16384
 ROUNDED_SUMS = 12  # waves after each of which a bfloat16 weight gradient may be rounded (0.5 % in all); else float32
 FLOAT16_SCALE = 64.0  # keeps gradients of probabilities near 1e-6 out of float16's subnormals
@@ -82,29 +83,36 @@ def fast(
     """Loss of every row, and the gradient of ``(grad_rows * loss).sum()`` in the student's input, weight and bias;
     empty where not needed.
     """
-    from fusedmm.kernels.distillation.tiles import HeadTensors
-
     student_head, teacher_head = _tensors(student, teacher, objective)
     num_rows, classes = student_head.source.shape[0], objective.shard.count
-    wave_rows = min(max(num_rows, 1), max(128, FAST_ELEMENTS // classes // 128 * 128))
-    gradient = _Gradient(
-        student_head, objective, needs, is_split=(wave_rows < num_rows, False), waves=-(-num_rows // wave_rows)
-    )
+    wave_rows = fast_rows(num_rows, classes)
+    gradient = _Gradient(student_head, objective, needs, waves=-(-num_rows // wave_rows), is_cut=False)
     result = student_head.source.new_empty((num_rows,), dtype=torch.float32)
-    for first in range(0, num_rows, wave_rows):
-        wave = slice(first, min(first + wave_rows, num_rows))
-        logits = [
-            HeadTensors(values, None, head.bias, head.softcap)
-            for head, values in zip(
-                (student_head, teacher_head), _wave_logits(student_head, teacher_head, wave), strict=True
-            )
-        ]
-        wave_labels, wave_temperature = _of(labels, wave), _of(temperature, wave)
-        result[wave], saved = _loss_rows(logits[0], logits[1], wave_labels, wave_temperature, objective)
-        gradient.add(
-            wave, slice(0, classes), logits[0], logits[1], saved, grad_rows[wave], wave_labels, wave_temperature
+    for wave in _slices(num_rows, wave_rows):
+        # A call of its own, so that a wave's logits are gone before the next wave's are formed.
+        result[wave] = _fast_wave(
+            student_head, teacher_head, wave, _of(labels, wave), _of(temperature, wave), grad_rows[wave], gradient
         )
-    return result, gradient.result(student)
+    return result, gradient.result()
+
+
+def _fast_wave(
+    student: "HeadTensors",
+    teacher: "HeadTensors",
+    wave: slice,
+    labels: Tensor | None,
+    temperature: Tensor | None,
+    grad_rows: Tensor,
+    gradient: "_Gradient",
+) -> Tensor:
+    """Loss of a wave's rows; its gradient goes to the sums."""
+    student_logits, teacher_logits = _wave_logits(student, teacher, wave)
+    student = student._replace(source=student_logits, weight=None)
+    teacher = teacher._replace(source=teacher_logits, weight=None)
+    result, saved = _loss_rows(student, teacher, labels, temperature, gradient.objective)
+    classes = slice(0, gradient.objective.shard.count)
+    gradient.add(wave, classes, student, teacher, saved, grad_rows, labels, temperature)
+    return result
 
 
 def backward(
@@ -122,17 +130,8 @@ def backward(
     """
     student_head, teacher_head = _tensors(student, teacher, objective)
     num_rows, classes = student_head.source.shape[0], objective.shard.count
-    range_rows = max(1, min(num_rows, RANGE_ROWS))
-    columns = min(classes, max(128, RANGE_ELEMENTS // range_rows // 128 * 128))
-    if columns == classes and range_rows == num_rows and num_rows * classes > WHOLE_ELEMENTS:
-        range_rows = (num_rows + 1) // 2
-    gradient = _Gradient(
-        student_head,
-        objective,
-        needs,
-        is_split=(range_rows < num_rows, columns < classes),
-        waves=-(-num_rows // range_rows),
-    )
+    range_rows, columns = lean_sizes(num_rows, classes, student_head.source.shape[1])
+    gradient = _Gradient(student_head, objective, needs, waves=-(-num_rows // range_rows), is_cut=columns < classes)
     for wave in _slices(num_rows, range_rows):
         heads = [head._replace(source=head.source[wave]) for head in (student_head, teacher_head)]
         saved = statistics[:, wave].contiguous()
@@ -140,7 +139,26 @@ def backward(
             gradient.add(
                 wave, block, heads[0], heads[1], saved, grad_rows[wave], _of(labels, wave), _of(temperature, wave)
             )
-    return gradient.result(student)
+    return gradient.result()
+
+
+def fast_rows(num_rows: int, num_classes: int) -> int:
+    """Rows of a wave of the fast path."""
+    return min(max(num_rows, 1), max(128, FAST_ELEMENTS // num_classes // 128 * 128))
+
+
+def lean_sizes(num_rows: int, num_classes: int, dim: int) -> tuple[int, int]:
+    """Rows and classes of a range of the lean backward.
+
+    Rows as many as fit `RANGE_INPUT_BYTES`, or as leave the weight's gradient no more than `ROUNDED_SUMS` parts; never
+    all logits at once beyond `WHOLE_ELEMENTS`.
+    """
+    fitting = max(128, RANGE_INPUT_BYTES // (4 * dim) // 128 * 128)
+    rows = max(1, min(num_rows, RANGE_ROWS, max(fitting, -(-num_rows // ROUNDED_SUMS))))
+    columns = min(num_classes, max(128, RANGE_ELEMENTS // rows // 128 * 128))
+    if columns == num_classes and rows == num_rows and num_rows * num_classes > WHOLE_ELEMENTS:
+        rows = (num_rows + 1) // 2
+    return rows, columns
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:
@@ -273,26 +291,25 @@ def _loss_rows(
 class _Gradient:
     """Gradients of the student's head from ranges of rows and classes of the gradient of its logits.
 
-    Each is a sum over one of the two: hidden's over classes, the weight's and the bias's over rows. A sum that one
-        range completes is written in its dtype; one of several parts is kept in float32 and rounded at the end, except
-        a bfloat16 weight gradient of at most `ROUNDED_SUMS` parts, which would double the memory of the largest tensor.
+    Hidden's is a sum over classes: complete with the last range of a wave, where it is rounded to its dtype. The
+    weight's and the bias's are sums over waves. They are kept in float32, except a bfloat16 weight gradient of at most
+    `ROUNDED_SUMS` parts, which would double the memory of the largest tensor.
     """
 
-    def __init__(
-        self, head: "HeadTensors", objective: Objective, needs: Needs, *, is_split: tuple[bool, bool], waves: int
-    ) -> None:
+    def __init__(self, head: "HeadTensors", objective: Objective, needs: Needs, *, waves: int, is_cut: bool) -> None:
         self.head, self.objective, self.needs = head, objective, needs
         source, weight = head.source, head.weight
         self.scale = FLOAT16_SCALE if source.dtype == torch.float16 and weight is not None else 1.0
-        exact = source.dtype == torch.float32 or source.dtype == torch.bfloat16
         self.buffer = source.new_empty((0,))
-        self.input = self._zeros(
-            source, needs[0], torch.float32 if weight is not None and (is_split[1] or not exact) else source.dtype
-        )
-        in_float32 = not exact or (is_split[0] and waves > ROUNDED_SUMS)
-        self.weight = self._zeros(weight, needs[1], torch.float32 if in_float32 else source.dtype)
+        self.input = self._zeros(source, needs[0], source.dtype)
+        is_rounded = source.dtype == torch.bfloat16 and waves <= ROUNDED_SUMS
+        self.weight = self._zeros(weight, needs[1], source.dtype if is_rounded else torch.float32)
         self.bias = self._zeros(head.bias, needs[2], torch.float32)
-        self.is_split = is_split
+        # Every rank of a sharded head takes the same dtype: its classes may fit one range where another's do not.
+        in_parts = is_cut or self.scale != 1.0 or objective.shard.group is not None
+        self.keeps_partial = needs[0] and weight is not None and source.dtype != torch.float32 and in_parts
+        self.partial = source.new_empty((0,), dtype=torch.float32)
+        self.counted = source.new_empty((0,))
 
     def _zeros(self, source: Tensor | None, needed: bool, dtype: torch.dtype) -> Tensor:
         shape = source.shape if source is not None and needed else (0,)
@@ -310,13 +327,14 @@ class _Gradient:
         temperature: Tensor | None,
     ) -> None:
         """Form the gradient of the logits of rows `wave` and classes `block`, and take it into the sums; `student` and
-        `teacher` hold the rows of the wave only.
+        `teacher` hold the rows of the wave only. The ranges of a wave come one after the other.
         """
         from fusedmm.kernels.distillation.gradient import gradient_logits
 
         objective = self.objective
-        if labels is not None and objective.alpha == 1.0:  # without cross entropy labels only say which rows count
-            grad_rows, labels = torch.where(labels == objective.ignore_index, 0.0, grad_rows), None
+        if labels is not None:
+            grad_rows = torch.where(labels == objective.ignore_index, 0.0, grad_rows)
+            labels = None if objective.alpha == 1.0 else labels  # that is all they say without cross entropy
         shape = (wave.stop - wave.start, block.stop - block.start)
         if self.buffer.numel() < shape[0] * shape[1]:
             self.buffer = self.head.source.new_empty(shape[0] * shape[1])
@@ -345,22 +363,35 @@ class _Gradient:
                 self.input[wave, block] = grad_logits
             return
         if self.needs[0]:
-            _accumulate(self.input[wave], grad_logits, weight[block], is_sum=self.is_split[1])
+            self._add_input(wave, block, grad_logits, weight)
         if self.needs[1]:
-            _accumulate(self.weight[block], grad_logits.t(), self.head.source[wave], is_sum=self.is_split[0])
+            if block.start == 0:  # 0 * NaN is NaN: what a row that does not count holds must not reach the sum
+                self.counted = self.counted.new_empty((0,))  # frees the former wave's
+                self.counted = self.head.source[wave].masked_fill((grad_rows == 0.0)[:, None], 0.0)
+            _accumulate(self.weight[block], grad_logits.t(), self.counted, is_sum=wave.start > 0)
         if self.needs[2]:
             self.bias[block] += grad_logits.sum(0, dtype=torch.float32)
 
-    def result(self, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+    def _add_input(self, wave: slice, block: slice, grad_logits: Tensor, weight: Tensor) -> None:
+        """Take a range into hidden's gradient; the last one of a wave completes it."""
+        total = self.input[wave]
+        if self.keeps_partial:
+            if self.partial.numel() == 0:
+                self.partial = torch.empty(total.shape, dtype=torch.float32, device=total.device)
+            total = self.partial[: total.shape[0]]
+        _accumulate(total, grad_logits, weight[block], is_sum=block.start > 0)
+        if block.stop == self.objective.shard.count:
+            self.objective.shard.sum(total)
+            if self.keeps_partial:
+                self.input[wave] = total if self.scale == 1.0 else total.div_(self.scale)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """The three gradients in the dtypes of their inputs, hidden's summed over ranks."""
-        if isinstance(head, LinearHead) and self.needs[0]:
-            self.objective.shard.sum(self.input)
-        dtype = self.head.source.dtype
-        gradients = (self.input, self.weight, self.bias)
         if self.scale != 1.0:
-            for gradient in gradients:
-                gradient.div_(self.scale)
-        return gradients[0].to(dtype), gradients[1].to(dtype), gradients[2].to(dtype)
+            self.weight.div_(self.scale)
+            self.bias.div_(self.scale)
+        dtype = self.head.source.dtype
+        return self.input, self.weight.to(dtype), self.bias.to(dtype)
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_sum: bool) -> None:

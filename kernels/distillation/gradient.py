@@ -25,10 +25,9 @@ from fusedmm.kernels.distillation.mixture import mixture_ratio
 from fusedmm.kernels.distillation.tiles import (
     FORBIDDEN,
     HeadTensors,
-    logit_tiles,
+    logit_slabs,
     program_tile,
     shares_weight,
-    slabs,
 )
 from fusedmm.kernels.launch import device_arch
 from fusedmm.kernels.softmax import LN_2
@@ -86,12 +85,12 @@ def _gradient_kernel(
     if row_temperature_ptr is not None:
         inverse = 1.0 / tl.load(row_temperature_ptr + offs_n)
     first_tile = column_block * BLOCK_V
-    student, teacher = logit_tiles(
+    students, teachers = logit_slabs(
         student_ptr, student_weight_ptr, student_bias_ptr,
         student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
         teacher_ptr, teacher_weight_ptr, teacher_bias_ptr,
         teacher_stride_n, teacher_weight_stride_v, teacher_size_d, teacher_softcap,
-        offs_n, first_column + first_tile, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D,
+        offs_n, first_column + first_tile, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D, SLABS,
     )  # fmt: skip
     row_stride = tl.full([], 1, tl.int64) * num_rows
     saved_ptrs = saved_ptr + offs_n
@@ -101,8 +100,6 @@ def _gradient_kernel(
         labels = tl.load(labels_ptr + offs_n)
         grad_rows = tl.where(labels == ignore_index, 0.0, grad_rows)
     student_arg = tl.load(saved_ptrs + 4 * row_stride).to(tl.int32)
-    students = slabs(student, SLABS)
-    teachers = slabs(teacher, SLABS)
     width: tl.constexpr = BLOCK_V // SLABS
     for i in tl.static_range(SLABS):
         columns = first_tile + i * width + tl.arange(0, width)

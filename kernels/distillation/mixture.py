@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fusedmm.kernels.distillation.config import tile_config, vocabulary_splits
-from fusedmm.kernels.distillation.tiles import HeadTensors, after, logit_tiles, program_tile, shares_weight, slabs
+from fusedmm.kernels.distillation.tiles import HeadTensors, after, logit_slabs, program_tile, shares_weight
 from fusedmm.kernels.launch import device_arch
 
 SUMS = 3  # mean log-ratio of the student, of the teacher, total variation
@@ -103,15 +103,13 @@ def _mixture_kernel(
     teacher_mean = tl.zeros([BLOCK_N], tl.float32)
     variation = tl.zeros([BLOCK_N], tl.float32)
     for first_v in range(first, tl.minimum(first + tiles_per_split * BLOCK_V, num_classes), BLOCK_V):
-        x, y = logit_tiles(
+        students, teachers = logit_slabs(
             student_ptr, student_weight_ptr, student_bias_ptr,
             student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
             teacher_ptr, teacher_weight_ptr, teacher_bias_ptr,
             teacher_stride_n, teacher_weight_stride_v, teacher_size_d, teacher_softcap,
-            offs_n, first_v, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D,
+            offs_n, first_v, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D, SLABS,
         )  # fmt: skip
-        students = slabs(x, SLABS)
-        teachers = slabs(y, SLABS)
         for i in tl.static_range(SLABS):
             s = after(students[i], student_mean) * inverse[:, None]
             t = teachers[i] * inverse[:, None]

@@ -22,8 +22,6 @@ and u is a difference of logits taken element by element, so that a student near
 import triton
 import triton.language as tl
 
-from fusedmm.kernels.distillation.tiles import slabs
-
 SIZE_LOSS = tl.constexpr(13)
 SIZE_SCORES = tl.constexpr(22)
 NOTHING = tl.constexpr(-1e35)  # peak of a state that has seen no class: below any logit
@@ -44,34 +42,33 @@ def empty_state(BLOCK_N: tl.constexpr, IS_SCORES: tl.constexpr):
 
 @triton.jit
 def tile_state(
-    x, y, inverse, labels, num_classes, first_class,
-    IS_SCORES: tl.constexpr, IS_UNIT: tl.constexpr, HAS_LABELS: tl.constexpr, SLABS: tl.constexpr,
-    LANES: tl.constexpr,
+    students, teachers, inverse, labels, num_classes, first_class,
+    IS_SCORES: tl.constexpr, IS_UNIT: tl.constexpr, HAS_LABELS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The state of one tile: x the student's and y the teacher's logits in base 2 [BLOCK_N, BLOCK_V]; labels and
+    """The state of one tile, given as slabs of both heads' logits in base 2 [BLOCK_N, width]; labels and
     the number of classes that exist are counted from its first column, which is `first_class` over all ranks.
 
     The peaks of the whole tile come first. Against them everything else is a plain sum, taken slab by slab, and only
     one merge is left to do a tile. A slab's columns are compared with ``arg - i * width``: numbers of every column of
     the tile would be kept in registers.
     """
-    width: tl.constexpr = x.shape[1] // SLABS
-    students = slabs(x, SLABS)
-    teachers = slabs(y, SLABS)
+    slabs: tl.constexpr = len(students)
+    block_n: tl.constexpr = students[0].shape[0]
+    width: tl.constexpr = students[0].shape[1]
     student_peak = students[0]
     teacher_peak = teachers[0]
-    for i in tl.static_range(1, SLABS):
+    for i in tl.static_range(1, slabs):
         student_peak = tl.maximum(student_peak, students[i])
         teacher_peak = tl.maximum(teacher_peak, teachers[i])
     student_peak = tl.max(student_peak, 1)
     teacher_peak = tl.max(teacher_peak, 1)
-    student_arg = tl.full([x.shape[0], width], NO_CLASS, tl.int32)
+    student_arg = tl.full([block_n, width], NO_CLASS, tl.int32)
     teacher_arg = student_arg
-    student_label = tl.zeros([x.shape[0], width], tl.float32)
+    student_label = tl.zeros([block_n, width], tl.float32)
     last = student_label
     runner_up = student_label + NOTHING
     columns = tl.arange(0, width)[None, :]
-    for i in tl.static_range(SLABS):
+    for i in tl.static_range(slabs):
         student_arg = tl.minimum(
             student_arg, tl.where(students[i] == student_peak[:, None], columns + i * width, NO_CLASS)
         )
@@ -91,15 +88,15 @@ def tile_state(
     level = (teacher_peak - student_peak) * inverse
     sums = _slab_sums(
         students[0], teachers[0], student_peak, student_arg, teacher_peak, teacher_arg, level, inverse,
-        IS_SCORES, IS_UNIT, LANES if SLABS > 1 else 0,
+        IS_SCORES, IS_UNIT, LANES if slabs > 1 else 0,
     )  # fmt: skip
-    for i in tl.static_range(1, SLABS):
+    for i in tl.static_range(1, slabs):
         slab = _slab_sums(
             _after(students[i], sums[0]), teachers[i], student_peak, student_arg - i * width, teacher_peak,
             teacher_arg - i * width, level, inverse, IS_SCORES, IS_UNIT, LANES,
         )  # fmt: skip
         sums = _added(sums, slab)
-    if SLABS > 1:
+    if slabs > 1:
         sums = _over_lanes(sums)
     base = (
         student_peak, (student_arg + first_class).to(tl.float32),

@@ -23,7 +23,7 @@ from fusedmm.kernels.distillation.state import (
     merge_states,
     tile_state,
 )
-from fusedmm.kernels.distillation.tiles import HeadTensors, logit_tiles, program_tile, shares_weight
+from fusedmm.kernels.distillation.tiles import FORBIDDEN, HeadTensors, logit_slabs, program_tile, shares_weight
 from fusedmm.kernels.launch import device_arch
 from fusedmm.kernels.softmax import LN_2
 
@@ -83,16 +83,16 @@ def _statistics_kernel(
     state = empty_state(BLOCK_N, IS_SCORES)
     size: tl.constexpr = len(state)
     for first_v in range(first, tl.minimum(first + tiles_per_split * BLOCK_V, num_classes), BLOCK_V):
-        x, y = logit_tiles(
+        students, teachers = logit_slabs(
             student_ptr, student_weight_ptr, student_bias_ptr,
             student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
             teacher_ptr, teacher_weight_ptr, teacher_bias_ptr,
             teacher_stride_n, teacher_weight_stride_v, teacher_size_d, teacher_softcap,
-            offs_n, first_v, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D,
+            offs_n, first_v, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D, SLABS,
         )  # fmt: skip
         tile = tile_state(
-            x, y, inverse, labels - first_v, num_classes - first_v, first_class + first_v, IS_SCORES, IS_UNIT,
-            labels_ptr is not None, SLABS, LANES,
+            students, teachers, inverse, labels - first_v, num_classes - first_v, first_class + first_v,
+            IS_SCORES, IS_UNIT, labels_ptr is not None, LANES,
         )  # fmt: skip
         state = merge_states(state, tile, inverse, IS_SCORES)
     _store_state(state, state_ptr + split * size * row_stride + rows, row_stride, mask_n)
@@ -180,7 +180,8 @@ def _merge_statistics_kernel(
             (tl.log2(teacher_sum) - state[17] / teacher_sum) * LN_2,
             1.0 / student_sum, 1.0 / teacher_sum, tl.where(state[1] == state[6], 1.0, 0.0),
             tl.sqrt(distance) / student_sum, student_nll, teacher_nll, student_nll - teacher_nll,
-            tl.sqrt(tl.maximum(squares, 0.0) + others * others), (state[11] - state[13]) * LN_2,
+            tl.sqrt(tl.maximum(squares, 0.0) + others * others),
+            tl.where(state[13] <= FORBIDDEN, float("inf"), (state[11] - state[13]) * LN_2),  # inf: no other class
         )  # fmt: skip
     else:
         mean = state[12] / total_classes

@@ -72,16 +72,17 @@ def program_tile(row_blocks, columns, GROUP_N: tl.constexpr):
 
 
 @triton.jit
-def logit_tiles(
+def logit_slabs(
     student_ptr, student_weight_ptr, student_bias_ptr,
     student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
     teacher_ptr, teacher_weight_ptr, teacher_bias_ptr,
     teacher_stride_n, teacher_weight_stride_v, teacher_size_d, teacher_softcap,
     offs_n, first_v, num_classes,
-    IS_SHARED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_SHARED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SLABS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of student and teacher for rows `offs_n`, which must exist, and classes from `first_v`, which may lie
-    beyond `num_classes`.
+    """Slabs of the tiles of student and teacher: tuples of [BLOCK_N, BLOCK_V // SLABS].
+
+    Rows `offs_n` must exist; classes from `first_v` may lie beyond `num_classes`.
     """
     offs_v = first_v + tl.arange(0, BLOCK_V)
     if IS_SHARED:
@@ -99,8 +100,8 @@ def logit_tiles(
             offs_n, offs_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
     return (
-        _finish(student, student_bias_ptr, student_softcap, offs_v, num_classes),
-        _finish(teacher, teacher_bias_ptr, teacher_softcap, offs_v, num_classes),
+        _finish_slabs(_slabs(student, SLABS), student_bias_ptr, student_softcap, first_v, num_classes),
+        _finish_slabs(_slabs(teacher, SLABS), teacher_bias_ptr, teacher_softcap, first_v, num_classes),
     )
 
 
@@ -168,7 +169,7 @@ def _shared_matmul(
 
 
 @triton.jit
-def slabs(x, SLABS: tl.constexpr):
+def _slabs(x, SLABS: tl.constexpr):
     """Tuple of `SLABS` neighbouring parts of a tile's columns: registers are only renamed, and what is computed from
     one part is gone before the next.
     """
@@ -176,7 +177,7 @@ def slabs(x, SLABS: tl.constexpr):
         return (x,)
     else:
         left, right = tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
-        return slabs(left, SLABS // 2) + slabs(right, SLABS // 2)
+        return _slabs(left, SLABS // 2) + _slabs(right, SLABS // 2)
 
 
 @triton.jit
@@ -187,6 +188,17 @@ def after(x, row):
     on sm_90); 0 times a number is not folded, as it might be NaN.
     """
     return x + (row * 0.0)[:, None]
+
+
+@triton.jit
+def _finish_slabs(parts, bias_ptr, softcap, first_v, num_classes):
+    """`_finish` of every slab."""
+    width: tl.constexpr = parts[0].shape[1]
+    first = (_finish(parts[0], bias_ptr, softcap, first_v + tl.arange(0, width), num_classes),)
+    if len(parts) == 1:
+        return first
+    else:
+        return first + _finish_slabs(parts[1:], bias_ptr, softcap, first_v + width, num_classes)
 
 
 @triton.jit
