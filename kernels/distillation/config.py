@@ -57,5 +57,4 @@ def vocabulary_splits(arch: str, num_rows: int, num_classes: int, config: Launch
     """
     row_blocks = min(triton.cdiv(max(num_rows, 1), config.blocks["BLOCK_N"]), config.blocks["GROUP_N"])
     tiles = triton.cdiv(num_classes, config.blocks["BLOCK_V"])
-    programs = MULTIPROCESSORS[arch] * 8 // config.num_warps
-    return max(1, min(int(tiles), num_classes // MIN_SPLIT, programs // int(row_blocks)))
+    return max(1, min(int(tiles), num_classes // MIN_SPLIT, MULTIPROCESSORS[arch] // int(row_blocks)))

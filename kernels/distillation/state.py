@@ -9,14 +9,19 @@ the student's tempered logit:
 
 The largest class is kept apart, so that 1 - p_k and ``log p_k - log t_k - KL`` of a saturated row keep their digits,
 and u is a difference of logits taken element by element, so that a student near its teacher does. A state is a tuple of
-[BLOCK_N] float32, in the order of `SIZE_BASE` numbers below, then those of the loss or of the scores.
+[BLOCK_N] float32, with a = 2^(s - s_k) and b = 2^(t - t_k):
 
-    base     0 peak, 1 arg, 2 others, 3 slope, 4 ratio of the student    5..9 the same of the teacher    10 others of
-    the student at T = 1 loss     11 logit of the label    12 sum of logits scores   11 logit of the label    12 of the
-    teacher    13 largest logit of another class    14 sum over v != k of 4^(x_v - x_k)    15 others of the teacher at T
-    = 1
-             16 sum a log2 a    17 sum b log2 b    18 sum sqrt(a b)    19 sum (a - b)^2    20 sum (a - b) b    21 sum
-             b^2       a = 2^(s - s_k), b = 2^(t - t_k)
+    both        0 peak, 1 arg, 2 others, 3 slope, 4 ratio of the student
+                5 to 9 the same of the teacher
+                10 others of the student at T = 1
+                11 student's logit of the label
+    loss        12 sum of the student's logits
+    scores      12 teacher's logit of the label
+                13 student's largest logit of a class other than the label
+                14 sum over v != k of 4^(x_v - x_k)
+                15 others of the teacher at T = 1
+                16 sum a log2 a, 17 sum b log2 b, 18 sum sqrt(a b)
+                19 sum (a - b)^2, 20 sum (a - b) b, 21 sum b^2
 """
 
 import triton
@@ -45,8 +50,9 @@ def tile_state(
     students, teachers, inverse, labels, num_classes, first_class,
     IS_SCORES: tl.constexpr, IS_UNIT: tl.constexpr, HAS_LABELS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The state of one tile, given as slabs of both heads' logits in base 2 [BLOCK_N, width]; labels and
-    the number of classes that exist are counted from its first column, which is `first_class` over all ranks.
+    """The state of one tile, given as slabs of both heads' logits in base 2 [BLOCK_N, width].
+
+    Labels, and the `num_classes` that exist, are counted from its first column: class `first_class` over all ranks.
 
     The peaks of the whole tile come first. Against them everything else is a plain sum, taken slab by slab, and only
     one merge is left to do a tile. A slab's columns are compared with ``arg - i * width``: numbers of every column of

@@ -23,7 +23,7 @@ from fusedmm.kernels.distillation.state import (
     merge_states,
     tile_state,
 )
-from fusedmm.kernels.distillation.tiles import FORBIDDEN, HeadTensors, logit_slabs, program_tile, shares_weight
+from fusedmm.kernels.distillation.tiles import FORBIDDEN, HeadTensors, logit_slabs, program_tile, shares_weight, slabs
 from fusedmm.kernels.launch import device_arch
 from fusedmm.kernels.softmax import LN_2
 
@@ -88,10 +88,11 @@ def _statistics_kernel(
             student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
             teacher_ptr, teacher_weight_ptr, teacher_bias_ptr,
             teacher_stride_n, teacher_weight_stride_v, teacher_size_d, teacher_softcap,
-            offs_n, first_v, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D, SLABS,
+            offs_n, first_v, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D, 1,
         )  # fmt: skip
         tile = tile_state(
-            students, teachers, inverse, labels - first_v, num_classes - first_v, first_class + first_v,
+            slabs(students[0], SLABS), slabs(teachers[0], SLABS), inverse, labels - first_v, num_classes - first_v,
+            first_class + first_v,
             IS_SCORES, IS_UNIT, labels_ptr is not None, LANES,
         )  # fmt: skip
         state = merge_states(state, tile, inverse, IS_SCORES)

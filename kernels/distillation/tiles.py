@@ -100,8 +100,8 @@ def logit_slabs(
             offs_n, offs_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
     return (
-        _finish_slabs(_slabs(student, SLABS), student_bias_ptr, student_softcap, first_v, num_classes),
-        _finish_slabs(_slabs(teacher, SLABS), teacher_bias_ptr, teacher_softcap, first_v, num_classes),
+        _finish_slabs(slabs(student, SLABS), student_bias_ptr, student_softcap, first_v, num_classes),
+        _finish_slabs(slabs(teacher, SLABS), teacher_bias_ptr, teacher_softcap, first_v, num_classes),
     )
 
 
@@ -169,7 +169,7 @@ def _shared_matmul(
 
 
 @triton.jit
-def _slabs(x, SLABS: tl.constexpr):
+def slabs(x, SLABS: tl.constexpr):
     """Tuple of `SLABS` neighbouring parts of a tile's columns: registers are only renamed, and what is computed from
     one part is gone before the next.
     """
@@ -177,7 +177,7 @@ def _slabs(x, SLABS: tl.constexpr):
         return (x,)
     else:
         left, right = tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
-        return _slabs(left, SLABS // 2) + _slabs(right, SLABS // 2)
+        return slabs(left, SLABS // 2) + slabs(right, SLABS // 2)
 
 
 @triton.jit

@@ -1,0 +1,102 @@
+"""What the Triton path of distillation must get right beyond the options that all implementations share: tiles cut into
+slabs, groups of programs, rows that do not count, a single class.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedmm import LinearHead, TopKLogProbs, distillation_loss, distillation_scores
+from fusedmm.kernels.distillation.config import ROW_GROUP, tile_config, vocabulary_splits
+from fusedmm.kernels.distillation.state import SIZE_SCORES
+from fusedmm.kernels.launch import ARCHITECTURES
+
+# What a warning of numpy about a row of NaN would turn into, only in the interpreter.
+ignore_numpy = pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
+
+
+def head(rows: int, classes: int, dim: int, device: torch.device, dtype: torch.dtype, seed: int) -> LinearHead:
+    draw = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(size, dim, generator=draw).to(device, dtype) for size in (rows, classes))
+    return LinearHead(hidden, weight / 2, torch.randn(classes, generator=draw).to(device, dtype))
+
+
+def as_float64(source: LinearHead) -> LinearHead:
+    assert source.bias is not None
+    return LinearHead(source.hidden.double(), source.weight.double(), source.bias.double())
+
+
+def assert_scores_agree(student: LinearHead, teacher: LinearHead, labels: Tensor, temperature: float) -> None:
+    found = distillation_scores(student, teacher, labels, temperature=temperature, beta=0.3, impl="triton")
+    expected = distillation_scores(
+        as_float64(student), as_float64(teacher), labels, temperature=temperature, beta=0.3, impl="reference"
+    )
+    for name, value, truth in zip(found._fields, found, expected, strict=True):
+        assert value is not None, name
+        assert truth is not None, name
+        assert torch.linalg.vector_norm(value - truth) <= 3e-6 * torch.linalg.vector_norm(truth), name
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_slabs_of_a_tile(temperature: float, device: torch.device) -> None:
+    """Half-precision heads take the wide tiles, which are cut into slabs; 150 classes leave a tile half empty."""
+    student = head(20, 150, 24, device, torch.float16, seed=0)
+    teacher = head(20, 150, 40, device, torch.float16, seed=1)
+    labels = torch.arange(20, device=device) * 7
+    labels[3] = -100
+    assert_scores_agree(student, teacher, labels, temperature)
+
+
+def test_groups_of_row_blocks(device: torch.device) -> None:
+    """More row blocks than run together, and not a multiple of them."""
+    config = tile_config("sm_90", 70, True, True, "scores")
+    rows = (ROW_GROUP + 2) * config.blocks["BLOCK_N"] - 5
+    student = head(rows, 70, 8, device, torch.float32, seed=0)
+    teacher = head(rows, 70, 8, device, torch.float32, seed=1)
+    assert_scores_agree(student, teacher, torch.arange(rows, device=device) % 70, 1.0)
+
+
+@ignore_numpy
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_what_an_ignored_row_holds_reaches_no_gradient(beta: float, memory: str, device: torch.device) -> None:
+    gradients = []
+    for value in (0.0, torch.nan):
+        student = head(6, 9, 4, device, torch.float32, seed=0)
+        student.hidden[2] = value
+        teacher = head(6, 9, 4, device, torch.float32, seed=1)
+        teacher.hidden[2] = value
+        leaves = [x.requires_grad_() for x in (student.hidden, student.weight, student.bias) if x is not None]
+        labels = torch.tensor([1, 2, -100, 3, 4, 5], device=device)
+        loss = distillation_loss(student, teacher, labels, alpha=0.5, beta=beta, memory=memory, impl="triton")
+        gradients.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for without, with_nan in zip(*gradients, strict=True):
+        assert torch.equal(without, with_nan)
+    assert gradients[0][1][2].eq(0).all()
+
+
+def test_a_single_class_has_no_rival(device: torch.device) -> None:
+    student, teacher = (head(3, 1, 4, device, torch.float32, seed=seed) for seed in range(2))
+    scores = distillation_scores(student, teacher, torch.tensor([0, 0, -100], device=device), impl="triton")
+    assert scores.margin is not None
+    assert scores.margin.tolist() == [torch.inf, torch.inf, 0.0]
+    for value in (scores.forward_kl, scores.reverse_kl, scores.student_entropy, scores.el2n, scores.grad_norm):
+        assert value is not None
+        assert value.abs().max() <= 1e-6
+
+
+def test_a_top_k_teacher_is_refused_with_what_serves_it(device: torch.device) -> None:
+    student = head(3, 9, 4, device, torch.float32, seed=0)
+    top = TopKLogProbs(torch.zeros(3, 1, dtype=torch.int64, device=device), torch.full((3, 1), -1.0, device=device))
+    with pytest.raises(NotImplementedError, match='impl="eager"'):
+        distillation_scores(student, top, impl="triton")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("rows", [1, 1024, 8192])
+def test_splits_fill_the_device_and_stay_small(rows: int, arch: str) -> None:
+    """A program for most multiprocessors, with states that stay beside the 16 MiB allowed for scores."""
+    config = tile_config(arch, 128256, True, False, "scores")
+    splits = vocabulary_splits(arch, rows, 128256, config)
+    assert 1 <= splits <= 128256 // config.blocks["BLOCK_V"]
+    assert 4 * SIZE_SCORES.value * splits * rows <= 15 << 20
