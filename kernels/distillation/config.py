@@ -30,11 +30,11 @@ def tile_config(arch: str, num_classes: int, has_matmul: bool, is_float32: bool,
         return _config(32, 16 if is_narrow else 32, 32, slabs=1, num_warps=4, num_stages=2)
     if arch == "sm_80":
         if kind == "scores":  # two rows a thread, not four: 22 numbers of each
-            return _config(64, 64, 64, slabs=4, num_warps=8, num_stages=3)
+            return _config(32, 64, 64, slabs=4, num_warps=4, num_stages=3)
         return _config(64, 64, 64, slabs=8 if kind == "mixture" else 4, num_warps=4, num_stages=3)
     if arch == "gfx942":
         return _config(64, 64, 64, slabs=4, num_warps=4, num_stages=2)
-    if kind == "mixture":
+    if kind == "mixture" or (kind == "scores" and arch == "sm_100"):  # 128 classes: 384 spills on sm_100
         return _config(128, 64, 64, slabs=4, num_warps=8, num_stages=4)
     return _config(128, 128, 64, slabs=8, num_warps=8, num_stages=3)
 
