@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fusedmm.eager.distillation import Objective
 from fusedmm.eager.distillation_scores import FIELDS, PAIR_FIELDS
+from fusedmm.eager.shard import Shard
 from fusedmm.eager.waves import WHOLE_ELEMENTS, matmul, shares_weight
 from fusedmm.heads import Head, LinearHead, Teacher, TopKLogProbs
 
@@ -84,8 +85,8 @@ def fast(
     empty where not needed.
     """
     student_head, teacher_head = _tensors(student, teacher, objective)
-    num_rows, classes = student_head.source.shape[0], objective.shard.count
-    wave_rows = fast_rows(num_rows, classes)
+    num_rows = student_head.source.shape[0]
+    wave_rows = fast_rows(num_rows, _classes_a_rank(objective.shard))
     gradient = _Gradient(student_head, objective, needs, waves=-(-num_rows // wave_rows), is_cut=False)
     result = student_head.source.new_empty((num_rows,), dtype=torch.float32)
     for wave in _slices(num_rows, wave_rows):
@@ -130,7 +131,7 @@ def backward(
     """
     student_head, teacher_head = _tensors(student, teacher, objective)
     num_rows, classes = student_head.source.shape[0], objective.shard.count
-    range_rows, columns = lean_sizes(num_rows, classes, student_head.source.shape[1])
+    range_rows, columns = lean_sizes(num_rows, _classes_a_rank(objective.shard), student_head.source.shape[1])
     gradient = _Gradient(student_head, objective, needs, waves=-(-num_rows // range_rows), is_cut=columns < classes)
     for wave in _slices(num_rows, range_rows):
         heads = [head._replace(source=head.source[wave]) for head in (student_head, teacher_head)]
@@ -159,6 +160,15 @@ def lean_sizes(num_rows: int, num_classes: int, dim: int) -> tuple[int, int]:
     if columns == num_classes and rows == num_rows and num_rows * num_classes > WHOLE_ELEMENTS:
         rows = (num_rows + 1) // 2
     return rows, columns
+
+
+def _ranks(shard: Shard) -> int:
+    return 1 if shard.group is None else shard.group.size()
+
+
+def _classes_a_rank(shard: Shard) -> int:
+    """Classes by which all ranks of a sharded head choose the same waves, however unequal their shards."""
+    return -(-shard.total // _ranks(shard))
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:
@@ -216,7 +226,7 @@ def _statistics(
     from fusedmm.kernels.distillation.statistics import merge_statistics, statistics
 
     shard = objective.shard
-    ranks = 1 if shard.group is None else shard.group.size()
+    ranks = _ranks(shard)
     state = statistics(
         student,
         teacher,
@@ -226,7 +236,7 @@ def _statistics(
         num_classes=shard.count,
         first_class=shard.first,
         for_scores=for_scores,
-        split_classes=-(-shard.total // ranks),
+        split_classes=_classes_a_rank(shard),
     )
     if shard.group is not None:
         states = [torch.empty_like(state) for _ in range(ranks)]
