@@ -34,7 +34,7 @@ def tile_config(arch: str, num_classes: int, has_matmul: bool, is_float32: bool,
         return _config(64, 64, 64, slabs=8 if kind == "mixture" else 4, num_warps=4, num_stages=3)
     if arch == "gfx942":
         return _config(64, 64, 64, slabs=4, num_warps=4, num_stages=2)
-    if kind == "mixture" or (kind == "scores" and arch == "sm_100"):  # 128 classes: 384 spills on sm_100
+    if kind == "mixture" or (kind == "scores" and arch == "sm_100"):  # 128 classes spill more on sm_100
         return _config(128, 64, 64, slabs=4, num_warps=8, num_stages=4)
     return _config(128, 128, 64, slabs=8, num_warps=8, num_stages=3)
 
@@ -47,8 +47,10 @@ def _config(
 
 
 def row_threads(arch: str) -> int:
-    """Threads that share a row of an accumulator's 16 columns: 4 of one warp, on sm_80 4 of each of two warps."""
-    return 8 if arch == "sm_80" else 4
+    """Threads that share a row of 16 columns of an accumulator: 4 of one warp, on sm_80 4 of each of two warps, on sm_100
+    one, as its tensor memory gives a row to a thread.
+    """
+    return {"sm_80": 8, "sm_100": 1}.get(arch, 4)
 
 
 def vocabulary_splits(arch: str, num_rows: int, num_classes: int, config: LaunchConfig) -> int:
