@@ -47,8 +47,9 @@ def _config(
 
 
 def row_threads(arch: str) -> int:
-    """Threads that share a row of 16 columns of an accumulator: 4 of one warp, on sm_80 4 of each of two warps, on sm_100
-    one, as its tensor memory gives a row to a thread.
+    """Threads that share a row of 16 columns of an accumulator.
+
+    4 of one warp; on sm_80 4 of each of two warps; on sm_100 one, as tensor memory gives a row to a thread.
     """
     return {"sm_80": 8, "sm_100": 1}.get(arch, 4)
 
