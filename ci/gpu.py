@@ -36,6 +36,15 @@ ELSEWHERE = (
 )
 
 
+# prints what a folder of packages adds to the path
+ADDED = """
+import site, sys
+was = sys.path[:]
+site.addsitedir(sys.argv[1])
+print(*(path for path in sys.path if path not in was), sep="\\n")
+"""
+
+
 @dataclass(frozen=True)
 class Step:
     """A command and the time it may take.
@@ -162,8 +171,10 @@ def add_wheels(folder: Path, out: Path) -> None:
         str(site),
     ]
     subprocess.run([*install, *wheels], check=True)
+    # PYTHONPATH is not searched for .pth files, with which CUTLASS's wheels add the folder of their modules: ask site.
+    done = subprocess.run([sys.executable, "-c", ADDED, str(site)], capture_output=True, text=True, check=True)
     # After this tree and before the machine's own packages: PYTHONPATH is searched first.
-    os.environ["PYTHONPATH"] = f"{os.environ['PYTHONPATH']}:{site}"
+    os.environ["PYTHONPATH"] = ":".join([os.environ["PYTHONPATH"], *done.stdout.splitlines()])
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -110,6 +111,25 @@ def test_the_quick_plan_needs_no_gpu_and_less_than_ten_minutes(gpu: ModuleType) 
     (limit,) = (line for line in done.stdout.splitlines() if line.startswith("benchmarks, at most"))
     assert float(done.stdout.split("an estimated ")[1].split()[0]) < 540
     assert float(limit.split()[3]) > 200
+
+
+def test_wheels_are_unpacked_offline_and_found(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    facts = "dummy_peer-1.0.dist-info"
+    with zipfile.ZipFile(wheels / "dummy_peer-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("inner/dummy_peer.py", "ANSWER = 42\n")
+        wheel.writestr("dummy_peer.pth", "import sys, os; sys.path.insert(0, os.path.join(sitedir, 'inner'))\n")
+        wheel.writestr(f"{facts}/METADATA", "Metadata-Version: 2.1\nName: dummy-peer\nVersion: 1.0\n")
+        wheel.writestr(f"{facts}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{facts}/RECORD", "")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    gpu.add_wheels(wheels, tmp_path)
+    code = "import dummy_peer, importlib.metadata as m; print(dummy_peer.ANSWER, m.version('dummy-peer'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["42", "1.0"], done.stderr
 
 
 def test_without_a_gpu_it_says_so() -> None:
