@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: gate, timing, memory, model, files, comparison."""
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -198,6 +199,21 @@ def test_peers_are_skipped_with_a_reason() -> None:
         peers.require("no-such-distribution")
     with pytest.raises(ValueError, match="group must be one of default"):
         peers.gather("no-such-group", Path())
+
+
+def test_a_wheel_that_is_not_to_be_had_is_named_and_the_others_are_gathered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def pip(command: list[str]) -> object:
+        asked.append(command[-1])
+        return subprocess.CompletedProcess(command, int(command[-1].startswith("trl")))
+
+    monkeypatch.setattr(peers.subprocess, "run", pip)
+    assert peers.gather("default", tmp_path) == 1
+    assert len(asked) == len(peers.manifest()["group"]["default"])
+    assert "not to be had for this target: trl==" in capsys.readouterr().out
 
 
 def test_the_readme_s_performance_section_is_generated() -> None:
