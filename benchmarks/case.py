@@ -95,7 +95,7 @@ class Case:
         quick: part of ``--quick``.
         quick_compiles: there, too, with the variants that compile: a target is against them.
         launch_bound: so short that the host decides: on a GPU also timed as a CUDA graph that is replayed.
-        kernels: mode to the name in the static table of the kernel that does most of it.
+        kernels: mode and variant to the name in the static table of the kernel that does most of it.
         terms: sizes of what cancels in a result, from the truth, for the gate (see `fusedmm.testing.over_budget`).
     """
 
@@ -112,7 +112,7 @@ class Case:
     quick: bool = True
     quick_compiles: bool = False
     launch_bound: bool = False
-    kernels: Mapping[str, str] = field(default_factory=dict)
+    kernels: Mapping[tuple[str, str], str] = field(default_factory=dict)
     terms: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] | None = None
 
     @property

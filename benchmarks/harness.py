@@ -127,12 +127,10 @@ class Harness:
             if self.energy:
                 add_energy(calls, times, self.telemetry)
         for name in calls:
-            variant, _, worst = ready[name]
-            yield self._timed(case, mode, replace(blank, variant=name), times[name], peaks[name], worst, variant.ours)
+            worst = ready[name][2]
+            yield self._timed(case, mode, replace(blank, variant=name), times[name], peaks[name], worst)
 
-    def _timed(
-        self, case: Case, mode: str, blank: Result, times: Times, peak_mib: float, error: float, ours: bool
-    ) -> Result:
+    def _timed(self, case: Case, mode: str, blank: Result, times: Times, peak_mib: float, error: float) -> Result:
         median = times.quantile(0.5)
         floor = self.ceilings.floor_ms(case.flops[mode], case.bytes[mode], case.dtype)
         return replace(
@@ -151,7 +149,7 @@ class Harness:
             power_w=times.power_w,
             energy_mj=times.energy_mj,
             throttled=times.throttled,
-            kernel=case.kernels.get(mode) if ours else None,
+            kernel=case.kernels.get((mode, blank.variant)),
         )
 
 

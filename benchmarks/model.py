@@ -1,11 +1,16 @@
 """What a kernel's main loop costs on paper: clocks of each pipe of one multiprocessor, and the share of the matrix
 peak.
 
+It assumes: the main loop is all there is (no prologue, masked tile, epilogue, launch, or last half-empty wave); its
+operands are there when they are wanted (no memory or L2 limit); the clock holds (no power limit, under which a bare
+matrix product reaches about 80 % of the same peak). Work of different pipes overlaps fully between independent programs
+or consumers. So 100 % says only that the matrix pipe is the busiest one.
+
 Calibration: an exponential takes 8 clocks of its scheduler, integer and comparison work 2, everything else 1, as on
 Hopper; one warp on a scheduler keeps its busiest pipe at 62 %, two or more at 90 %. The two constants reproduce the
 published effect of warp specialisation and pipelining on FlashAttention-3 (Shah et al. 2024, table 2). Rankings are to
-be trusted more than values, and a measurement more than either: where one exists the static table shows it beside the
-model."""
+be trusted more than values, and a measurement more than either: where one is committed the static table shows it, and
+the model's error, beside the model. On AMD nothing is modelled, and HMMA only where the shape is in its name."""
 
 from collections.abc import Mapping, Sequence
 

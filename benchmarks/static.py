@@ -45,6 +45,7 @@ class Row:
         in_flight: share of its exponentials issued while a product is in flight; None: no such instructions.
         share: modelled share of the dense 16-bit matrix peak; None: no matrix work, or no model of the chip's pipes.
         clocks: modelled clocks of each pipe in one iteration.
+        copies: TMA loads (UTMALDG) in the whole kernel.
     """
 
     arch: str
@@ -62,6 +63,7 @@ class Row:
     in_flight: float | None
     share: float | None
     clocks: dict[str, int]
+    copies: int = 0
 
     @property
     def key(self) -> tuple[str, str]:
@@ -162,6 +164,7 @@ def analyse_row(spec: KernelSpec) -> Row:
         in_flight=None if loop is None else _rounded(in_flight(loop)),
         share=_rounded(share),
         clocks={name: round(value) for name, value in clocks.items()},
+        copies=report.mix["UTMALDG"],
     )
 
 
@@ -229,6 +232,8 @@ def worsened(before: Row, after: Row) -> list[str]:
         found.append(f"programs on a multiprocessor {before.programs} -> {after.programs}")
     if before.matrix and not after.matrix:
         found.append("no matrix instruction left in the main loop")
+    if before.copies and not after.copies:
+        found.append("no TMA load left")
     for what, allowed in (("in_flight", 0.0), ("share", SHARE_NOISE)):
         old, new = getattr(before, what), getattr(after, what)
         if old is not None and (new is None or new < old - allowed):

@@ -13,15 +13,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import triton
 
+from benchmarks import results, static_command
+from benchmarks.cases import attention
 from benchmarks.compiled import read_compiled
-from benchmarks.static import Row, faults, read_rows, results_file, worsened
+from benchmarks.results import Result, Run
+from benchmarks.static import Row, faults, read_rows, specs, worsened
 from benchmarks.static_command import problems
 from fusedmm.kernels.launch import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 48
 SAMPLE = 6
+PINNED = "3.7.1"
+# Triton's version -> architectures and kernels (by a part of their names) that its table holds
+TABLES = {PINNED: (ARCHITECTURES, ""), "3.6.0": (("sm_90",), "attention_hopper")}
 
 ROW = Row(
     arch="sm_90",
@@ -39,26 +46,79 @@ ROW = Row(
     in_flight=1.0,
     share=0.7,
     clocks={"matrix": 1024},
+    copies=4,
 )
 
 
+def table(version: str) -> list[Row]:
+    return list(read_rows(ROOT / "benchmarks" / "results" / f"static-{version}.jsonl").values())
+
+
 def test_kernels_are_no_worse_than_committed() -> None:
+    if triton.__version__ not in TABLES:
+        pytest.skip(f"no table of Triton {triton.__version__}: python -m benchmarks static --update writes one")
     command = [sys.executable, "-m", "benchmarks", "static", "--check", "--limit", str(LIMIT), "--sample", str(SAMPLE)]
+    arches, only = TABLES[triton.__version__]
+    command += ["--arch", *arches, "--only", only]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
-def test_the_committed_table_covers_every_architecture() -> None:
-    rows = read_rows(results_file())
-    assert {row.arch for row in rows.values()} == set(ARCHITECTURES)
-    assert not [row.key for row in rows.values() if faults(row)]
+@pytest.mark.parametrize("version", TABLES)
+def test_the_committed_tables_cover_what_they_should(version: str) -> None:
+    rows = table(version)
+    arches, only = TABLES[version]
+    assert {row.arch for row in rows} == set(arches)
+    assert all(only in row.name for row in rows)
+    assert [row.key for row in rows if faults(row)] == []
+    missing = {name for name in specs("sm_90") if "attention_hopper" in name} - {row.name for row in rows}
+    assert missing == set()
+
+
+@pytest.mark.parametrize("version", TABLES)
+def test_the_hopper_kernels_hide_their_exponentials_under_products(version: str) -> None:
+    """Of every kind that the launcher can choose: TMA loads, HGMMA in the loop, none spilled, none in the open."""
+    rows = [row for row in table(version) if row.name.startswith("attention_hopper_") and row.matrix]
+    kinds = {tuple(row.name.partition("[")[2].rstrip("]").split(",")) for row in rows}
+    dims = {"d64", "d96", "d128", "d256"}
+    assert {kind[0] for kind in kinds} == {"joint", "per_modality", "partials"}
+    assert {part for kind in kinds for part in kind[1:]} >= {"plain", "gated", "timed", "active", "delta", *dims}
+    for row in rows:
+        assert row.copies > 0, row
+        assert row.mix["HGMMA"] == row.matrix, row
+        assert row.in_flight == 1.0, row
+        assert row.spills == 0, row
+    other_dtype = {"bf16": "fp16", "fp16": "bf16"}
+    names = {row.name for row in rows}
+    for row in rows:
+        dtype = row.name[-5:-1]
+        assert row.name.replace(dtype, other_dtype[dtype]) in names, row
+
+
+def test_a_measurement_shows_the_model_s_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    peak = 4096 * 132 * 1.5e9 / 1e12
+    run = Run("run", "H200", "cuda", "2026-01-01T00:00:00Z", "abc", "x", {"arch": "sm_90"}, 0, 700.0, 132, 4e3, {})
+    result = Result("run", "case", "forward", "fusedmm-hopper", {}, "timed", median_ms=1.0, kernel=ROW.name)
+    results.append(tmp_path / "h200.jsonl", [run, replace(result, tflops=0.55 * peak, clock_mhz=1500.0)])
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    shown = static_command.table([ROW, replace(ROW, name="another")])
+    assert "70%  55% (model +15%)" in shown
+    assert shown.count("model +") == 1
+    results.append(tmp_path / "h200.jsonl", [replace(result, tflops=0.55 * peak, clock_mhz=None)])
+    assert results.measured_shares() == {}  # without a clock there is no peak
+
+
+def test_every_gpu_case_names_kernels_of_the_table() -> None:
+    for name, arguments in attention.shapes("cuda").items():
+        kernels = attention.forward_kernels(attention.Shape(**arguments))  # type: ignore[arg-type]
+        assert set(kernels.values()) <= set(specs("sm_90")), name
 
 
 def test_hopper_forwards_use_asynchronous_products() -> None:
     """`in_flight` is None where no group of asynchronous products (wgmma) is in the main loop."""
-    rows = [row for row in read_rows(results_file()).values() if row.arch == "sm_90" and "bf16" in row.name]
+    rows = [row for row in table(PINNED) if row.arch == "sm_90" and "bf16" in row.name]
     forwards = [row for row in rows if row.name.startswith(("attention_forward[", "attention_backward_query["))]
     assert forwards
     assert [row.name for row in forwards if row.in_flight is None] == []
@@ -71,6 +131,7 @@ def test_hopper_forwards_use_asynchronous_products() -> None:
         ({"main_spills": 1}, "main_spills 0 -> 1"),
         ({"programs": 1}, "programs on a multiprocessor 2 -> 1"),
         ({"matrix": 0}, "no matrix instruction"),
+        ({"copies": 0}, "no TMA load left"),
         ({"in_flight": 0.9}, "in_flight 1.0 -> 0.9"),
         ({"share": 0.6}, "share 0.7 -> 0.6"),
         ({"share": None}, "share 0.7 -> None"),

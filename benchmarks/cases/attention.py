@@ -167,8 +167,6 @@ def build(name: str, kind: str, arguments: Mapping[str, object]) -> Case:
         q_lengths=[max(1, min(q, 40 + q % 7)) for q in shape.q_lengths[:4]],
         k_lengths=[[min(k, 24 + k % 13) for k in keys] for keys in shape.k_lengths[:4]],
     )
-    softmax = "plain" if not asks_modalities else "gated" if "gate" in shape.features else "plain"
-    kernel = f"attention_forward[{shape.softmax},{softmax},d{shape.head_dim},bf16]"
     variants = peers.variants(kind, shape.features, shape.softmax, uniform=len(set(shape.q_lengths)) == 1)
     who = "fusedmm" if shape.modalities == 1 else ""  # what others make of one modality, dense-plain shows
     return Case(
@@ -197,9 +195,17 @@ def build(name: str, kind: str, arguments: Mapping[str, object]) -> Case:
         quick=not any(word in name for word in SLOW),
         quick_compiles=name in ("attention/jagged-market-day", "attention/jagged-long"),
         launch_bound=any(word in name for word in ("tiny", "few-latents")),
-        kernels={"forward": kernel} if kind == "cuda" else {},
+        kernels=forward_kernels(shape) if kind == "cuda" else {},
         terms=terms if asks_modalities else None,
     )
+
+
+def forward_kernels(shape: Shape) -> dict[tuple[str, str], str]:
+    """The forward kernel of each path in the static table: what has no row there is like the plain one."""
+    features = "timed" if "times" in shape.features else "gated" if "gate" in shape.features else "plain"
+    names = {"fusedmm-portable": "attention_forward", "fusedmm-hopper": "attention_hopper_forward"}
+    softmax = f"{shape.softmax},{features if shape.softmax == 'joint' else 'plain'}"
+    return {("forward", variant): f"{name}[{softmax},d{shape.head_dim},bf16]" for variant, name in names.items()}
 
 
 def prepare_reference(problem: Problem, dtype: torch.dtype) -> Prepared:

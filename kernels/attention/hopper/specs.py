@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from triton.experimental.gluon import language as gl
 
 from fusedmm.kernels.attention.config import head_block
@@ -34,6 +33,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], int]] = {
     "plain": ((), 1),
     "gated": (("log_prior", "gate", "output_gate"), 1),
     "grouped": (("log_prior", "gate", "output_gate"), 4),
+    "active": (("log_prior", "gate", "active"), 1),  # that differs by head, so each has work of its own
     "timed": (("log_prior", "gate", "visible"), 1),
 }
 GRADIENTS = {"log_prior": "grad_log_prior", "gate": "grad_gate"}
@@ -50,19 +50,24 @@ def kernel_specs(arch: str) -> Iterator[KernelSpec]:
     for head_dim in HEAD_DIMS:
         for variant, (features, group) in VARIANTS.items():
             for softmax in ("joint", "per_modality", "partials"):
-                # what is left out compiles to the code of another variant or head size
-                power_of_two = head_dim == head_block(head_dim)
-                if (softmax == "joint" and (power_of_two or variant == "timed")) or (
-                    power_of_two and variant in ("plain", "timed")
-                ):
-                    used = _accepted(softmax, features)
-                    dtypes = GLUON_DTYPES if (variant, softmax) == ("gated", "joint") else (torch.bfloat16,)
-                    for dtype in dtypes:
-                        for which in ("forward", "query", "key_value"):
-                            if not hopper_reasons(which, arch, head_dim, dtype, softmax, used, TRITON):
-                                yield from _specs(
-                                    arch, which, softmax, variant, used, group, head_dim, GLUON_DTYPES[dtype]
-                                )
+                if not _is_distinct(head_dim, variant, softmax):
+                    continue
+                used = _accepted(softmax, features)
+                for dtype in GLUON_DTYPES:
+                    for which in ("forward", "query", "key_value"):
+                        if not hopper_reasons(which, arch, head_dim, dtype, softmax, used, TRITON):
+                            yield from _specs(arch, which, softmax, variant, used, group, head_dim, GLUON_DTYPES[dtype])
+
+
+def _is_distinct(head_dim: int, variant: str, softmax: str) -> bool:
+    """Whether a combination does not compile to the code of another: of its plain variant, or of a wider head."""
+    if head_dim != head_block(head_dim):
+        return softmax == "joint" and variant in ("gated", "timed")
+    return {
+        "joint": True,
+        "per_modality": variant in ("plain", "gated", "timed"),
+        "partials": variant in ("plain", "timed"),
+    }[softmax]
 
 
 def _work_specs(arch: str) -> Iterator[KernelSpec]:
@@ -113,7 +118,7 @@ def _specs(
             "KEY_HEADS": QUERY_HEADS // group,
             "GROUP": group,
             "MODALITIES": MODALITIES,
-            "WORK_HEADS": 1,
+            "WORK_HEADS": QUERY_HEADS if "active" in used else 1,
             "SOFTMAX": softmax,
             "IS_PARTIALS": softmax == "partials",
             "HAS_GATE": "gate" in used,
