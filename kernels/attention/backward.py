@@ -25,11 +25,10 @@ from fusedmm.kernels.attention.arguments import (
 from fusedmm.kernels.attention.backward_key_value import _attention_backward_key_value_kernel
 from fusedmm.kernels.attention.backward_key_value_spans import _attention_backward_key_value_spans_kernel
 from fusedmm.kernels.attention.backward_query import _attention_backward_query_kernel
-from fusedmm.kernels.attention.backward_rows import _attention_backward_rows_kernel
+from fusedmm.kernels.attention.backward_rows import attention_backward_rows, grad_output_strides
 from fusedmm.kernels.attention.config import (
     _attention_backward_key_value_config,
     _attention_backward_query_config,
-    _attention_backward_rows_config,
     key_splits,
     spans_segments,
 )
@@ -102,46 +101,24 @@ def attention_backward(
     num_modalities = mass.shape[-1]
     query, key, value, grad_output = (unit_last_stride(x) for x in (query, key, value, grad_output))
     padded_rows = query_tiles.shape[0] * TILE.value
-    row_terms = mass.new_empty((4, num_heads, num_modalities, padded_rows))
     key_ranges = find_key_ranges(cu_seqlens_k, active, batch, num_heads, num_modalities)
     arch = device_arch(query.device)
-
-    grad_gated, grad_output_gate = grad_output, None
-    if output_gate is not None:
-        output_gate = unit_last_stride(output_gate)
-        grad_gated = query.new_empty(query.shape)
-        grad_output_gate = output_gate.new_empty(query.shape)
-    grad_statistic = {"joint": grad_mass, "partials": grad_lse, "per_modality": None}[softmax]
-    rows_config = _attention_backward_rows_config(head_dim)
-    _attention_backward_rows_kernel[(padded_rows // rows_config.blocks["BLOCK_Q"] * num_heads,)](
-        output_ptr=output,
-        grad_output_ptr=grad_output,
-        grad_statistic_ptr=grad_statistic,
-        output_gate_ptr=output_gate,
-        grad_gated_ptr=None if output_gate is None else grad_gated,
-        grad_output_gate_ptr=grad_output_gate,
-        log_prior_ptr=log_prior,
-        gate_ptr=gate,
-        lse_ptr=lse,
-        row_terms_ptr=row_terms,
-        query_tiles_ptr=query_tiles,
-        cu_seqlens_q_ptr=cu_seqlens_q,
-        key_ranges_ptr=key_ranges,
-        visible_ptr=visible,
-        **_grad_output_strides(grad_output),
-        **strides_of(grad_statistic, "grad_statistic", "qhm"),
-        **strides_of(output_gate, "output_gate", "qh"),
-        **strides_of(log_prior, "log_prior", "qhm"),
-        **strides_of(gate, "gate", "qhm"),
-        **strides_of(key_ranges, "key_ranges", "bhm"),
-        num_heads=num_heads,
-        num_modalities=num_modalities,
-        padded_rows=padded_rows,
-        HEAD_DIM=head_dim,
-        SOFTMAX=softmax,
-        **rows_config.launch_options(),
+    row_terms, grad_gated, grad_output_gate = attention_backward_rows(
+        grad_output,
+        grad_mass,
+        grad_lse,
+        output,
+        mass,
+        lse,
+        cu_seqlens_q=cu_seqlens_q,
+        key_ranges=key_ranges,
+        query_tiles=query_tiles,
+        log_prior=log_prior,
+        gate=gate,
+        output_gate=output_gate,
+        visible=visible,
+        softmax=softmax,
     )
-
     grad_query = query.new_empty(query.shape)
     grad_key = key.new_empty(key.shape)
     grad_value = value.new_empty(value.shape)
@@ -162,7 +139,7 @@ def attention_backward(
         **strides_of(query, "query", "qh"),
         **strides_of(key, "key", "kh"),
         **strides_of(value, "value", "kh"),
-        **_grad_output_strides(grad_gated),
+        **grad_output_strides(grad_gated),
         **strides_of(key_ranges, "key_ranges", "bhm"),
         "group_size": num_heads // num_key_heads,
         "num_modalities": num_modalities,
@@ -216,13 +193,3 @@ def attention_backward(
         grid = (key_tiles.shape[0] * (TILE.value // block_k) * num_key_heads,)
         _attention_backward_key_value_kernel[grid](**key_value, key_tiles_ptr=key_tiles)
     return grad_query, grad_key, grad_value, grad_log_prior, grad_gate, grad_output_gate
-
-
-def _grad_output_strides(grad_output: Tensor) -> dict[str, int]:
-    """Strides of [total_q, Hq, D] or [total_q, Hq, M, D]; without modalities theirs is 0."""
-    stride_q, stride_h, *stride_m, _ = grad_output.stride()
-    return {
-        "grad_output_stride_q": stride_q,
-        "grad_output_stride_h": stride_h,
-        "grad_output_stride_m": stride_m[0] if stride_m else 0,
-    }

@@ -6,11 +6,9 @@ bound by memory, is the portable one."""
 import torch
 from torch import Tensor
 
-from fusedmm.kernels.attention.arguments import SoftmaxKind, find_key_ranges, strides_of, unit_last_stride
-from fusedmm.kernels.attention.backward_rows import _attention_backward_rows_kernel
-from fusedmm.kernels.attention.config import _attention_backward_rows_config
+from fusedmm.kernels.attention.arguments import SoftmaxKind, find_key_ranges, unit_last_stride
+from fusedmm.kernels.attention.backward_rows import attention_backward_rows
 from fusedmm.kernels.attention.hopper.passes import forward_launch, key_value_launch, query_launch
-from fusedmm.kernels.indexing import TILE
 from fusedmm.kernels.launch import multiprocessors
 
 
@@ -96,47 +94,23 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Launch the backward: `fusedmm.kernels.attention.backward.attention_backward` with neither query nor key empty."""
     assert seed is None
-    _, num_heads, head_dim = query.shape
-    num_modalities = mass.shape[-1]
     grad_output = unit_last_stride(grad_output)
-    row_terms = mass.new_empty((4, num_heads, num_modalities, query_tiles.shape[0] * TILE.value))
-    grad_gated, grad_output_gate = grad_output, None
-    if output_gate is not None:
-        output_gate = unit_last_stride(output_gate)
-        grad_gated, grad_output_gate = query.new_empty(query.shape), query.new_empty(query.shape)
-    grad_statistic = {"joint": grad_mass, "partials": grad_lse, "per_modality": None}[softmax]
-    stride_q, stride_h, *stride_m, _ = grad_output.stride()
-    key_ranges = find_key_ranges(cu_seqlens_k, active, cu_seqlens_q.numel() - 1, num_heads, num_modalities)
-    config = _attention_backward_rows_config(head_dim)
-    _attention_backward_rows_kernel[(row_terms.shape[-1] // config.blocks["BLOCK_Q"] * num_heads,)](
-        output_ptr=output,
-        grad_output_ptr=grad_output,
-        grad_statistic_ptr=grad_statistic,
-        output_gate_ptr=output_gate,
-        grad_gated_ptr=None if output_gate is None else grad_gated,
-        grad_output_gate_ptr=grad_output_gate,
-        log_prior_ptr=log_prior,
-        gate_ptr=gate,
-        lse_ptr=lse,
-        row_terms_ptr=row_terms,
-        query_tiles_ptr=query_tiles,
-        cu_seqlens_q_ptr=cu_seqlens_q,
-        key_ranges_ptr=key_ranges,
-        visible_ptr=visible,
-        grad_output_stride_q=stride_q,
-        grad_output_stride_h=stride_h,
-        grad_output_stride_m=stride_m[0] if stride_m else 0,
-        **strides_of(grad_statistic, "grad_statistic", "qhm"),
-        **strides_of(output_gate, "output_gate", "qh"),
-        **strides_of(log_prior, "log_prior", "qhm"),
-        **strides_of(gate, "gate", "qhm"),
-        **strides_of(key_ranges, "key_ranges", "bhm"),
-        num_heads=num_heads,
-        num_modalities=num_modalities,
-        padded_rows=row_terms.shape[-1],
-        HEAD_DIM=head_dim,
-        SOFTMAX=softmax,
-        **config.launch_options(),
+    _, num_heads, num_modalities = mass.shape
+    row_terms, grad_gated, grad_output_gate = attention_backward_rows(
+        grad_output,
+        grad_mass,
+        grad_lse,
+        output,
+        mass,
+        lse,
+        cu_seqlens_q=cu_seqlens_q,
+        key_ranges=find_key_ranges(cu_seqlens_k, active, cu_seqlens_q.numel() - 1, num_heads, num_modalities),
+        query_tiles=query_tiles,
+        log_prior=log_prior,
+        gate=gate,
+        output_gate=output_gate,
+        visible=visible,
+        softmax=softmax,
     )
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     grad_log_prior = torch.empty_like(mass) if needs_log_prior else None
