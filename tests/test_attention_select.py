@@ -28,6 +28,9 @@ def test_the_table_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_path(**CASE, path="portable") == "portable"
     for change in ({"head_dim": 64}, {"direction": "backward"}, {"softmax": "partials"}, {"arch": "sm_80"}):
         assert choose_path(**{**CASE, **change}) == "portable", change
+    few = {**CASE, "features": {"gate", "split"}}
+    assert choose_path(**few) == "portable"
+    assert choose_path(**few, path="hopper") == "hopper"
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ import triton
 from torch import Tensor
 
 from fusedmm.kernels.attention.backward import attention_backward as portable_backward
-from fusedmm.kernels.attention.config import head_block
+from fusedmm.kernels.attention.config import head_block, key_splits
 from fusedmm.kernels.attention.forward import attention_forward as portable_forward
 from fusedmm.kernels.attention.hopper.config import hopper_reasons
-from fusedmm.kernels.launch import device_arch
+from fusedmm.kernels.launch import device_arch, multiprocessors
 
 Path = Literal["auto", "portable", "hopper"]
 
@@ -45,7 +45,8 @@ def choose_path(
         head_dim: D.
         dtype: of query, key and value.
         softmax: "joint", "per_modality" or "partials".
-        features: as in `hopper_reasons`, and "empty" where there is no query or no key.
+        features: as in `hopper_reasons`, "empty" where there is no query or no key, and "split" where the portable
+            kernels share out the keys because few queries meet many.
         triton_version: such as "3.6.0".
         path: "auto" asks the table; "hopper" insists.
 
@@ -53,7 +54,7 @@ def choose_path(
         NotImplementedError: with all reasons, if ``path`` is "hopper" and its kernels cannot do it.
     """
     wins = head_block(head_dim) in MEASURED.get((direction, softmax), frozenset())
-    if path == "portable" or (path == "auto" and not wins):
+    if path == "portable" or (path == "auto" and (not wins or "split" in features)):
         return "portable"
     passes = ("forward",) if direction == "forward" else ("query", "key_value")
     case = (arch, head_dim, dtype, softmax, features, triton_version)
@@ -119,5 +120,13 @@ def _choose(direction: str, query: Tensor, key: Tensor, arguments: Mapping[str, 
         features.add("dropout")
     if query.shape[0] == 0 or key.shape[0] == 0:
         features.add("empty")
+    elif _splits(query, key, arguments):
+        features.add("split")
     case = (device_arch(query.device), query.shape[-1], query.dtype, arguments["softmax"], features)
     return choose_path(direction, *case, triton.__version__, path=path)
+
+
+def _splits(query: Tensor, key: Tensor, arguments: Mapping[str, Any]) -> bool:
+    """Whether tiles of Hopper's 128 queries would leave most of the GPU without work."""
+    batch = arguments["cu_seqlens_q"].numel() - 1
+    return key_splits(query.shape[0], key.shape[0], batch, query.shape[1], 128, multiprocessors(query.device)) > 1

@@ -14,8 +14,11 @@ the gate one FMUL an element, mass and lse nothing inside the loop; a change of 
 Rows past the end of a segment arrive as zeros (ragged.py) and their scores are masked, so nothing of a neighbour is
 ever multiplied. A row that sees nothing has lse -inf, mass 0 and output 0, never NaN. Precision: scores, softmax and
 accumulator in float32; probabilities times gate are rounded to the values' dtype for the second product; the output
-is rounded once. Determinism: no atomics, fixed order: bitwise reproducible. Source: Shah et al. 2024,
-"FlashAttention-3", section 3 (warp specialisation, overlap within a warpgroup)."""
+is rounded once. A modality whose scores lie some 87 under those before it underflows to lse -inf, where the portable
+kernel sums it once more: to be mended before the table chooses this path for the joint softmax. Determinism: no
+atomics, fixed order: bitwise reproducible. Source: Shah et al. 2024, "FlashAttention-3", section 3 (warp
+specialisation, overlap within a warpgroup).
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
