@@ -170,6 +170,8 @@ def backward(
     grad_prior = sums
     if x.log_prior is not None and not _starts_from_offset(x, softmax):
         grad_prior = (sums if x.gate is None else sums * x.gate) + terms.offset * mass
+    if x.log_prior is not None and softmax == "joint":  # it sums to 0: what is left of rounding goes by mass
+        grad_prior = torch.addcmul(grad_prior, mass, grad_prior.sum(-1, keepdim=True), value=-1.0)
     if x.log_prior is not None and certain is not None:
         grad_prior = grad_prior.masked_fill(certain, 0.0)
     return grad_query, grad_key, grad_value, grad_prior, sums
