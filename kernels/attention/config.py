@@ -69,7 +69,7 @@ _TABLE = {
 _CARRY_SCORES = {("sm_90", 64), ("sm_90", 128)}
 # Queries, where not 32, of a tile that spans segments: its pairs have terms of their own, for which larger tiles spill
 # or lack sm_80's shared memory.
-_SPAN_QUERIES = {("sm_90", 64): 64}
+_SPAN_QUERIES = {("sm_90", 64): 64, ("sm_100", 256): 16}
 BLOCK_TAIL = 32  # keys of the tile that finishes a segment: a segment of 5 keys costs 32 columns, not BLOCK_K
 BLOCK_ROWS = 32  # queries of a program of the backward's first pass, which only streams
 FEW_QUERIES = 64  # queries of the average sample up to which tiles have so many rows
