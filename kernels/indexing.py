@@ -7,6 +7,8 @@ meet a stride, and only offsets within a tile stay in 32 bits.
 import triton
 import triton.language as tl
 
+from fusedmm.kernels.softmax import LOG2_E
+
 TILE = tl.constexpr(128)  # rows of a tile of the work lists, fusedmm.layout.TILE
 
 
@@ -73,6 +75,16 @@ def load_visible(visible_ptr, offs_q, mask_q, modality, num_modalities):
     """[BLOCK_Q] first key and end of what each query sees of a modality; 0, 0 for masked rows."""
     ptrs = visible_ptr + (offs_q.to(tl.int64) * num_modalities + modality) * 2
     return tl.load(ptrs, mask=mask_q, other=0), tl.load(ptrs + 1, mask=mask_q, other=0)
+
+
+@triton.jit
+def load_prior(log_prior_ptr, column, log_prior_stride_q, offs_q, mask_q):
+    """[BLOCK_Q] log prior in base 2; 0 without one."""
+    if log_prior_ptr is None:
+        return tl.zeros(offs_q.shape, tl.float32)
+    else:
+        prior_ptrs = log_prior_ptr + column + offs_q.to(tl.int64) * log_prior_stride_q
+        return tl.load(prior_ptrs, mask=mask_q, other=-float("inf")) * LOG2_E
 
 
 @triton.jit

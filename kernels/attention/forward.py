@@ -47,9 +47,11 @@ from fusedmm.kernels.attention.arguments import (
 )
 from fusedmm.kernels.attention.combine import combine_splits
 from fusedmm.kernels.attention.config import _attention_forward_config, key_splits
-from fusedmm.kernels.attention.forward_keys import attend_keys, sum_keys
+from fusedmm.kernels.attention.forward_keys import attend_keys
+from fusedmm.kernels.attention.forward_mass import store_mass
 from fusedmm.kernels.indexing import (
     TILE,
+    load_prior,
     load_rows,
     load_work,
     segment_range,
@@ -59,18 +61,6 @@ from fusedmm.kernels.indexing import (
 )
 from fusedmm.kernels.launch import device_arch, multiprocessors
 from fusedmm.kernels.softmax import LOG2_E, finite_shift, natural_lse
-
-FAINT = tl.constexpr(2.0**-64)  # a sum of probabilities below it may lack some that count, for exp2 ends at 2^-126
-
-
-@triton.jit
-def _load_prior(log_prior_ptr, column, log_prior_stride_q, offs_q, mask_q):
-    """[BLOCK_Q] log prior in base 2; 0 without one."""
-    if log_prior_ptr is None:
-        return tl.zeros(offs_q.shape, tl.float32)
-    else:
-        prior_ptrs = log_prior_ptr + column + offs_q.to(tl.int64) * log_prior_stride_q
-        return tl.load(prior_ptrs, mask=mask_q, other=-float("inf")) * LOG2_E
 
 
 @triton.jit
@@ -159,7 +149,7 @@ def _attention_forward_kernel(
         start, stop, full_start, full_stop, low, high = segment_range(
             range_ptr, visible_ptr, offs_q, mask_q, modality, num_modalities
         )
-        prior = _load_prior(log_prior_ptr, modality * log_prior_stride_m, log_prior_stride_q, offs_q, mask_q)
+        prior = load_prior(log_prior_ptr, modality * log_prior_stride_m, log_prior_stride_q, offs_q, mask_q)
         if log_prior_ptr is not None:
             stop = tl.where(tl.max(prior, 0) > -float("inf"), stop, start)
         if split_rows is not None:
@@ -243,67 +233,42 @@ def _attention_forward_kernel(
         total = acc * (1.0 / (running_sum * kept))[:, None]
     if SOFTMAX != "partials":
         if output_gate_ptr is not None:
+            output_gate_ptr += head * output_gate_stride_h
             output_gate = load_rows(
-                output_gate_ptr + head * output_gate_stride_h,
-                output_gate_stride_q,
-                first_query,
-                query_stop,
-                BLOCK_Q,
-                HEAD_DIM,
-                BLOCK_D,
-                True,
+                output_gate_ptr, output_gate_stride_q, first_query, query_stop, BLOCK_Q, HEAD_DIM, BLOCK_D, True
             )
             total = total * tl.sigmoid(output_gate.to(tl.float32))
-        store_rows(
-            output_ptr + head * HEAD_DIM,
-            num_heads * HEAD_DIM,
-            first_query,
-            query_stop,
-            total,
-            BLOCK_Q,
-            HEAD_DIM,
-            BLOCK_D,
-        )
+        output_ptr += head * HEAD_DIM
+        store_rows(output_ptr, num_heads * HEAD_DIM, first_query, query_stop, total, BLOCK_Q, HEAD_DIM, BLOCK_D)
     if SOFTMAX == "joint":
-        tl.debug_barrier()  # the rows below were stored by other threads of this program
-        for index in range(num_modalities):
-            modality = tl.cast(index, tl.int64)
-            offs_m = offs_row * num_modalities + modality
-            segment_sum = tl.load(mass_ptr + offs_m, mask=mask_q, other=1.0)
-            segment_max = tl.load(lse_ptr + offs_m, mask=mask_q, other=-float("inf"))
-            if tl.min(segment_sum, 0) < FAINT:
-                range_ptr = key_ranges_ptr + modality * key_ranges_stride_m
-                start, stop, _, _, low, high = segment_range(
-                    range_ptr, visible_ptr, offs_q, mask_q, modality, num_modalities
-                )
-                if split_rows is not None:
-                    start, stop, _, _ = take_split(start, stop, start, stop, index, BLOCK_K)
-                prior = _load_prior(log_prior_ptr, modality * log_prior_stride_m, log_prior_stride_q, offs_q, mask_q)
-                is_faint = mask_q & (segment_sum < FAINT) & (prior > -float("inf"))
-                if visible_ptr is not None:
-                    is_faint = is_faint & (high > low)
-                if tl.max(is_faint.to(tl.int32), 0) > 0:
-                    own_max, own_sum = sum_keys(
-                        query=load_rows(
-                            query_ptr, query_stride_q, first_query, query_stop, BLOCK_Q, HEAD_DIM, BLOCK_D, True
-                        ),
-                        key_ptr=key_ptr,
-                        key_stride_k=key_stride_k,
-                        start=start,
-                        stop=stop,
-                        scale2=scale2,
-                        prior=prior,
-                        low=low,
-                        high=high,
-                        HEAD_DIM=HEAD_DIM,
-                        BLOCK_K=BLOCK_TAIL,
-                        PRECISION=PRECISION,
-                    )
-                    segment_max = tl.where(is_faint, own_max, segment_max)
-                    segment_sum = tl.where(is_faint, own_sum, segment_sum)
-            mass = segment_sum * tl.exp2(segment_max - finite_shift(running_max)) / running_sum
-            tl.store(mass_ptr + offs_m, mass, mask=mask_q)
-            tl.store(lse_ptr + offs_m, natural_lse(segment_max, segment_sum), mask=mask_q)
+        store_mass(
+            mass_ptr=mass_ptr,
+            lse_ptr=lse_ptr,
+            running_max=running_max,
+            running_sum=running_sum,
+            query_ptr=query_ptr,
+            query_stride_q=query_stride_q,
+            key_ptr=key_ptr,
+            key_stride_k=key_stride_k,
+            key_ranges_ptr=key_ranges_ptr,
+            key_ranges_stride_m=key_ranges_stride_m,
+            log_prior_ptr=log_prior_ptr,
+            log_prior_stride_q=log_prior_stride_q,
+            log_prior_stride_m=log_prior_stride_m,
+            visible_ptr=visible_ptr,
+            scale2=scale2,
+            first_query=first_query,
+            query_stop=query_stop,
+            offs_row=offs_row,
+            num_modalities=num_modalities,
+            SPLIT=split_rows is not None,
+            HEAD_DIM=HEAD_DIM,
+            BLOCK_Q=BLOCK_Q,
+            BLOCK_K=BLOCK_K,
+            BLOCK_TAIL=BLOCK_TAIL,
+            BLOCK_D=BLOCK_D,
+            PRECISION=PRECISION,
+        )
 
 
 def attention_forward(

@@ -14,7 +14,7 @@ from fusedmm.kernels.softmax import finite_shift
 
 
 @triton.jit
-def _softmax_step(
+def softmax_step(
     scores,  # [BLOCK_Q, BLOCK_K]
     running_max,  # [BLOCK_Q], base 2
     running_sum,  # [BLOCK_Q]
@@ -42,41 +42,6 @@ def _softmax_step(
     if gate is not None:
         probs = probs * gate[:, None]
     return probs, rescale, new_max, running_sum
-
-
-@triton.jit
-def sum_keys(
-    query,  # [BLOCK_Q, BLOCK_D]
-    key_ptr,
-    key_stride_k,
-    start,
-    stop,
-    scale2,
-    prior,  # [BLOCK_Q], base 2
-    low,  # [BLOCK_Q] or None
-    high,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Maximum and sum of the keys ``start : stop`` alone, or with ``low : high`` of those that each row sees."""
-    BLOCK_Q: tl.constexpr = query.shape[0]
-    BLOCK_D: tl.constexpr = query.shape[1]
-    running_max = tl.full([BLOCK_Q], -float("inf"), tl.float32)
-    running_sum = tl.zeros([BLOCK_Q], tl.float32)
-    for first_key in tl.range(start, stop, BLOCK_K, num_stages=1):
-        offs_k = first_key + tl.arange(0, BLOCK_K)
-        key = load_rows(key_ptr, key_stride_k, first_key, stop, BLOCK_K, HEAD_DIM, BLOCK_D, True)
-        scores = tl.dot(query, key.T, input_precision=PRECISION)
-        if low is not None:
-            sees = (offs_k[None, :] >= low[:, None]) & (offs_k[None, :] < high[:, None])
-            scores = tl.where(sees, scores, -float("inf"))
-        else:
-            scores = tl.where((offs_k < stop)[None, :], scores, -float("inf"))
-        _, _, running_max, running_sum = _softmax_step(
-            scores, running_max, running_sum, scale2, prior, None, None, None, None, None, None
-        )
-    return running_max, running_sum
 
 
 @triton.jit
@@ -139,7 +104,7 @@ def attend_keys(
                 scores = tl.where(sees, scores, -float("inf"))
             elif PARTIAL:
                 scores = tl.where((offs_k < key_stop)[None, :], scores, -float("inf"))
-        probs, rescale, running_max, running_sum = _softmax_step(
+        probs, rescale, running_max, running_sum = softmax_step(
             scores, running_max, running_sum, scale2, prior, gate, offs_q, offs_k, head, seed, dropout_p
         )
         probs = probs.to(query.dtype)
@@ -151,7 +116,7 @@ def attend_keys(
         acc = tl.dot(probs, value, acc * rescale[:, None], input_precision=PRECISION)
     if CARRY_SCORES:
         offs_k = last + tl.arange(0, BLOCK_K)
-        probs, rescale, running_max, running_sum = _softmax_step(
+        probs, rescale, running_max, running_sum = softmax_step(
             scores, running_max, running_sum, scale2, prior, gate, offs_q, offs_k, head, seed, dropout_p
         )
         value = load_rows(value_ptr, value_stride_k, last, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, PARTIAL)
