@@ -11,7 +11,13 @@ from fusedmm.eager import waves
 from fusedmm.heads import Head, Teacher
 
 ROWS, DIM = 9, 8
+IMPLS = ("eager", "reference", "triton")
 HOST = ("eager", "reference")
+INTERPRETED = pytest.mark.filterwarnings(  # NumPy, of rows of NaN and inf
+    "ignore:invalid value encountered:RuntimeWarning",
+    "ignore:All-NaN slice encountered:RuntimeWarning",
+    "ignore:overflow encountered:RuntimeWarning",
+)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -35,12 +41,15 @@ def teacher_of(kind: str, classes: int, poisoned: Tensor) -> Teacher:
     return LinearHead(draw(ROWS, DIM, seed=3).index_fill(0, poisoned, math.nan), draw(classes, DIM, seed=4))
 
 
-@pytest.mark.parametrize("impl", HOST)
+@INTERPRETED
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("by", ["label", "weight", "both"])
 @pytest.mark.parametrize("memory", ["fast", "lean"])
 @pytest.mark.parametrize(("kind", "teacher"), [("linear", "linear"), ("linear", "top"), ("logits", "linear")])
 def test_rows_that_do_not_count_may_hold_anything(kind: str, teacher: str, memory: str, by: str, impl: str) -> None:
     """Loss and gradients are those of the other rows alone; the rows themselves have none."""
+    if impl == "triton" and teacher == "top":
+        pytest.skip("no Triton kernel takes top-k teachers; tests/test_distillation_kernels.py holds the refusal")
     classes, dead = 7, torch.tensor([0, 4, 8])
     alive = torch.tensor([row for row in range(ROWS) if row not in dead])
     labels = torch.arange(ROWS) % classes
@@ -78,7 +87,8 @@ def test_rows_that_do_not_count_may_hold_anything(kind: str, teacher: str, memor
     assert bool((grads[0][dead] == 0).all())
 
 
-@pytest.mark.parametrize("impl", HOST)
+@INTERPRETED
+@pytest.mark.parametrize("impl", IMPLS)
 def test_scores_of_ignored_rows_are_zero_whatever_they_hold(impl: str) -> None:
     dead, labels = torch.tensor([1, 2]), torch.arange(ROWS) % 5
     student, _ = student_of("linear", 5, dead)
@@ -90,7 +100,7 @@ def test_scores_of_ignored_rows_are_zero_whatever_they_hold(impl: str) -> None:
         assert bool(field.isfinite().all()), name
 
 
-@pytest.mark.parametrize("impl", HOST)
+@pytest.mark.parametrize("impl", IMPLS)
 def test_a_normalizer_of_zero(impl: str) -> None:
     """As a number it is a mistake; a tensor of 0 says that no row counts on any rank."""
     student, leaves = student_of("linear", 5, torch.tensor([], dtype=torch.int64))
@@ -103,7 +113,7 @@ def test_a_normalizer_of_zero(impl: str) -> None:
     assert all(bool((grad == 0).all()) for grad in torch.autograd.grad(loss, leaves))
 
 
-@pytest.mark.parametrize("impl", HOST)
+@pytest.mark.parametrize("impl", IMPLS)
 def test_one_class(impl: str) -> None:
     """Nothing to choose from: every divergence is 0, and so is the gradient; the margin has no runner-up."""
     student, leaves = student_of("linear", 1, torch.tensor([], dtype=torch.int64))
