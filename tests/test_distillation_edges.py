@@ -156,3 +156,19 @@ def test_either_layout_of_a_wave(beta: float, classes: int, monkeypatch: pytest.
     )
     for name, field in found._asdict().items():
         torch.testing.assert_close(field, getattr(exact_scores, name), rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_half_precision_logits_with_an_ignored_row(memory: str, dtype: torch.dtype) -> None:
+    values, labels = (
+        draw(ROWS, 5).to(dtype).requires_grad_(),
+        (torch.arange(ROWS) % 5).index_fill(0, torch.tensor(2), -100),
+    )
+    teacher = Logits(draw(ROWS, 5, seed=1).to(dtype))
+    found, expected = (
+        torch.autograd.grad(distillation_loss(Logits(values), teacher, labels, memory=memory, impl=impl), values)[0]
+        for impl in HOST
+    )
+    assert bool((found[2] == 0).all())
+    torch.testing.assert_close(found, expected)

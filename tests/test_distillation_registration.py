@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedmm import LinearHead, Logits, ShapeError, TopKLogProbs, distillation_loss, distillation_scores
+from fusedmm.eager import waves
 from fusedmm.ops.distillation_inputs import check_inputs
 from fusedmm.ops.distillation_op import problem_of
 
@@ -90,6 +91,35 @@ def test_autocast_takes_heads_in_its_dtype() -> None:
     assert torch.equal(loss, expected)
     assert torch.equal(mixed, expected)
     assert torch.autograd.grad(loss, weight)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows_of_a_wave", [4, 10**6])
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_gradients_under_autocast_are_those_of_cast_heads(
+    memory: str, rows_of_a_wave: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one wave and in several, with the backward inside the block and outside."""
+    student, teacher, labels = heads()
+    monkeypatch.setattr(waves, "MIN_WAVE_ROWS", 4)
+    monkeypatch.setattr(waves, "WAVE_ELEMENTS", rows_of_a_wave * student.weight.shape[0])
+    leaves = [t.detach().requires_grad_() for t in (student.hidden, student.weight)]
+
+    def loss_of(hidden: torch.Tensor, weight: torch.Tensor, theirs: LinearHead) -> torch.Tensor:
+        head = dataclasses.replace(student, hidden=hidden, weight=weight)
+        return distillation_loss(head, theirs, labels, alpha=0.5, memory=memory, impl="eager")
+
+    low = [
+        LinearHead(*(None if t is None else t.bfloat16() for t in (h.hidden, h.weight, h.bias)))
+        for h in (student, teacher)
+    ]
+    student = dataclasses.replace(student, bias=low[0].bias)
+    expected = torch.autograd.grad(loss_of(leaves[0].bfloat16(), leaves[1].bfloat16(), low[1]), leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        outside = loss_of(*leaves, teacher)
+        inside = torch.autograd.grad(loss_of(*leaves, teacher), leaves)
+    for found in (inside, torch.autograd.grad(outside, leaves)):
+        for got, wanted in zip(found, expected, strict=True):
+            assert torch.equal(got, wanted)
 
 
 def test_upstream_gradient_scales_and_backward_runs_twice() -> None:

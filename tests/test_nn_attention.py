@@ -173,7 +173,8 @@ def test_a_switched_off_modality_is_not_read(batch) -> None:
     ("changes", "error", "message"),
     [
         ({"tokens": {"prise": torch.zeros(3, 1, 5)}}, ValueError, "unknown modality, got 'prise'"),
-        ({"times": None}, ValueError, "times must be given for every modality and for the query"),
+        ({"times": None}, ValueError, r"times must be given for every modality .* got none for price, text"),
+        ({"query_time": None}, ValueError, r"times must be given for every modality .* got none for query_time"),
         ({"masks": {"text": torch.ones(3, 5).bool()}}, fusedmm.ShapeError, r"mask of tokens\['text'\] must have shape"),
         ({"masks": {"text": torch.ones(3, 6)}}, TypeError, r"mask of tokens\['text'\] must be bool, got float32"),
         ({"query_time": torch.zeros(3, 4)}, TypeError, "time of query must be int64, got float32"),
@@ -200,6 +201,8 @@ def test_bad_batches(changes, error, message, batch) -> None:
         ((64, 4, []), "modalities must be a non-empty sequence"),
         ((64, 4, ["a", "a"]), "modalities must have different names"),
         ((64, 4, ["a.b"]), "a modality name must be non-empty"),
+        ((64, 4, ["keys"]), "no attribute of ModuleDict, got 'keys'"),
+        ((64, 0, ["a"]), "num_heads must divide embed_dim"),
     ],
 )
 def test_bad_modules(arguments, message) -> None:

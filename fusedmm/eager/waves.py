@@ -192,7 +192,7 @@ class HeadGradient:
         head = self.head
         if not isinstance(head, LinearHead):
             if self.needs_input:
-                self.input[rows, : grad_logits.shape[1]] = grad_logits * row_scale
+                self.input[rows, : grad_logits.shape[1]] = (grad_logits * row_scale).to(self.input.dtype)
                 self.input[rows, grad_logits.shape[1] :] = 0
             return
         is_scaled = grad_logits.shape[1] <= head.weight.shape[1]

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fusedmm.impl import IMPLEMENTATIONS
 from fusedmm.nn.batch import MultimodalBatch
 from fusedmm.nn.gate import ModalityGate
-from fusedmm.ops.attention import MAX_HEAD_DIM, MIN_HEAD_DIM, gated_multimodal_attention
+from fusedmm.ops.attention import MAX_HEAD_DIM, MIN_HEAD_DIM, SOFTMAXES, gated_multimodal_attention
 
 Modalities = Sequence[str] | Mapping[str, int]
 
@@ -76,10 +77,15 @@ class GatedMultimodalAttention(nn.Module):
         super().__init__()
         self.modalities = _modality_widths(modalities, embed_dim)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if embed_dim % num_heads or num_heads % num_kv_heads:
+        if min(num_heads, num_kv_heads) < 1 or embed_dim % num_heads or num_heads % num_kv_heads:
             raise ValueError(
                 "GatedMultimodalAttention: num_heads must divide embed_dim and num_kv_heads must divide "
                 f"num_heads, got {embed_dim}, {num_heads} and {num_kv_heads}."
+            )
+        if softmax not in SOFTMAXES or impl not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"GatedMultimodalAttention: softmax must be one of {SOFTMAXES} and impl one of {IMPLEMENTATIONS}, "
+                f"got {softmax!r} and {impl!r}."
             )
         head_dim = embed_dim // num_heads
         if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
@@ -299,9 +305,10 @@ def _modality_widths(modalities: Modalities, embed_dim: int) -> dict[str, int]:
     widths = dict(modalities) if isinstance(modalities, Mapping) else dict.fromkeys(modalities, embed_dim)
     if len(widths) != len(modalities):
         raise ValueError(f"GatedMultimodalAttention: modalities must have different names, got {list(modalities)}.")
-    unusable = [name for name in widths if not name or "." in name]
+    unusable = [name for name in widths if not name or "." in name or hasattr(nn.ModuleDict, name)]
     if unusable:
         raise ValueError(
-            f'GatedMultimodalAttention: a modality name must be non-empty and without ".", got {unusable[0]!r}.'
+            'GatedMultimodalAttention: a modality name must be non-empty, without "." and no attribute of ModuleDict, '
+            f"got {unusable[0]!r}."
         )
     return widths

@@ -104,9 +104,10 @@ class MultimodalBatch:
             },
         )
         if tokens and (bool(times) != (query_time is not None) or (times and set(times) != set(tokens))):
+            lacking = [*(name for name in tokens if name not in times), *(["query_time"] if query_time is None else [])]
             raise ValueError(
-                f"{OP}: times must be given for every modality and for the query (query_time), got "
-                f"{sorted(times)} of {sorted(tokens)}."
+                f"{OP}: times must be given for every modality and for the query (query_time), got none for "
+                f"{', '.join(lacking) or 'tokens of ' + ', '.join(sorted(set(times) - set(tokens)))}."
             )
         batch, device = query.shape[0], query.device
         queries = _Ragged.of("query", query, query_mask, batch, None)

@@ -90,7 +90,7 @@ def gated_multimodal_attention(
             it would cancel).
         scale: multiplies the scores; None: D ** -0.5.
         dropout_p: probability of dropping a P after mass is taken, survivors are divided by ``1 - dropout_p``. Depends
-            on (seed, query, head, key) only.
+            on (seed, query, head, key) only; unsorted keys with times are counted in the order of time.
         impl: "auto" (Triton on CUDA, eager elsewhere), "triton", "eager" or "reference". No silent fallback.
 
     Returns:
@@ -106,7 +106,7 @@ def gated_multimodal_attention(
         under per_modality). Saved for the backward: inputs,
         output, and mass and lse [total_q, Hq, M]; never a [query, key] matrix.
 
-    Source: SPEC of the project; softmax online after Milakov and Gimelshein 2018, tiling after Dao et al. 2022; output
+    Source: softmax online after Milakov and Gimelshein 2018, tiling after Dao et al. 2022; output
         gate after Qiu et al. 2025, "Gated attention for LLMs".
     """
     if softmax not in SOFTMAXES:

@@ -109,7 +109,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Outp
 
         with torch.cuda.device_of(query):
             return attention_forward(query, key, value, **problem.launch_arguments())
-    with _without_autocast(query):
+    with without_autocast(query):
         exact = eager.forward(problem.eager_inputs(query, key, value), problem.softmax)
     output, mass, lse = exact
     if problem.output_gate is not None:
@@ -117,7 +117,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Outp
     return output.to(query.dtype), mass, lse
 
 
-def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Autocast off, where it is on: entering costs as much as ten operators."""
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
@@ -170,7 +170,7 @@ def _backward(
         opened = torch.sigmoid(problem.output_gate.to(grad.dtype))
         grad_output_gate = (inner * (1 - opened)).to(query.dtype)
         grad = grad * opened
-    with _without_autocast(query):
+    with without_autocast(query):
         exact = eager.backward(inputs, problem.softmax, grad, grad_mass, grad_lse, inner.sum(-1), mass, lse)
     grad_query, grad_key, grad_value = (gradient.to(query.dtype) for gradient in exact[:3])
     grad_log_prior, grad_gate = (

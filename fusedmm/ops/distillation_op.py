@@ -6,6 +6,8 @@ one of them, so that a call means the same on every device. Each has a fake for 
 losses have a hand-written autograd function, which is skipped where nothing needs a gradient.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from fusedmm.eager import distillation as eager
 from fusedmm.eager import distillation_scores as eager_scores
 from fusedmm.eager.shard import Shard
 from fusedmm.heads import Head, LinearHead, Logits, Teacher, TopKLogProbs
+from fusedmm.ops.attention_op import without_autocast
 from fusedmm.ops.distillation_inputs import Inputs
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -95,6 +98,18 @@ def _split(arguments: tuple[Any, ...], extra: int) -> tuple[tuple[Any, ...], tup
     return arguments[:-extra], arguments[-extra:]
 
 
+def _exact(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation with autocast off: heads are cast before the operator, and no product inside rounds again."""
+
+    @wraps(implementation)
+    def run(*arguments: Any) -> Any:
+        with without_autocast(arguments[0]):
+            return implementation(*arguments)
+
+    return run
+
+
+@_exact
 def _scores(*arguments: Any) -> Tensor:
     problem, (second_pass,) = _split(arguments, 1)
     student, teacher, labels, row_temperature, objective = _rebuild(problem)
@@ -105,6 +120,7 @@ def _scores(*arguments: Any) -> Tensor:
     return eager_scores.scores(student, teacher, labels, row_temperature, objective, second_pass)
 
 
+@_exact
 def _rows(*problem: Any) -> tuple[Tensor, Tensor]:
     student, teacher, labels, row_temperature, objective = _rebuild(problem)
     if problem[-1] == "triton":
@@ -115,6 +131,7 @@ def _rows(*problem: Any) -> tuple[Tensor, Tensor]:
     return rows, rows.new_empty((0, rows.shape[0]))
 
 
+@_exact
 def _fast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem, (grad_rows, *needs) = _split(arguments, 4)
     student, teacher, labels, row_temperature, objective = _rebuild(problem)
@@ -131,6 +148,7 @@ def _fast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.dot(rows, grad_rows), *gradients
 
 
+@_exact
 def _backward(*arguments: Any) -> Triple:
     problem, (grad_rows, statistics, *needs) = _split(arguments, 5)
     student, teacher, labels, row_temperature, objective = _rebuild(problem)

@@ -13,7 +13,7 @@ from fusedmm.train.trainer import Interrupted, TrainingError
 
 EPILOG = """
 The demo, a simulated market with known truth:  python -m fusedmm.train recipes/demo.toml
-MAEC or StockNet, in one go:                    python -m fusedmm.train recipes/demo.toml --data SOURCE
+MAEC or StockNet, in one go:                    python -m fusedmm.train recipes/maec.toml --data SOURCE
 The same in two steps:                          python -m fusedmm.train.prepare maec SOURCE DIR
                                                 python -m fusedmm.train recipes/maec.toml data.path=DIR
 On two processes:                               torchrun --nproc-per-node 2 -m fusedmm.train recipes/demo.toml

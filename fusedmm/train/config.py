@@ -197,8 +197,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             )
         _look_up(section, SECTIONS, "table", "the command line")
         changed[section][option] = _parse_value(text)
-        recipe = recipe_from_tables(changed, "the command line")
-    return recipe
+    return recipe_from_tables(changed, "the command line") if overrides else recipe
 
 
 def recipe_from_tables(tables: Mapping[str, Any], origin: str) -> Recipe:
