@@ -311,3 +311,24 @@ class TestBadInput:
         double = self.query.double(), self.key.double()
         with pytest.raises(NotImplementedError, match=r'dtype float64 .* Pass impl="eager"'):
             self.call(query=double[0], key=double[1], value=double[1], impl="triton")
+
+
+@pytest.mark.parametrize("softmax", ["joint", "per_modality", "partials"])
+def test_a_head_that_is_off_does_not_read_what_its_group_reads(softmax: str) -> None:
+    """Query heads of one key head, one of which has the modality off: its NaN stays with the other, both ways."""
+    layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([3]), torch.tensor([[4, 5]]))
+    query, key, value = torch.randn(3, 2, 16), torch.randn(9, 1, 16), torch.randn(9, 1, 16)
+    poisoned = [t.index_fill(0, torch.arange(4), math.nan) for t in (key, value)]
+    active = torch.ones(1, 2, 2, dtype=torch.bool)
+    active[:, 0, 0] = False
+    results = []
+    for tokens in ((key, value), poisoned):
+        leaves = [t.clone().requires_grad_() for t in (query, *tokens)]
+        if softmax == "partials":
+            output = fusedmm.modality_partials(*leaves, layout, active=active, impl="eager").output[:, 0]
+        else:
+            attended = fusedmm.gated_multimodal_attention(*leaves, layout, active=active, softmax=softmax, impl="eager")
+            output = attended.output[:, 0]
+        results.append((output, torch.autograd.grad(output.sum(), leaves)[0][:, 0]))
+    for clean, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, clean)

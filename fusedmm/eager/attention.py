@@ -79,6 +79,7 @@ def forward(x: Inputs, softmax: str) -> tuple[Tensor, Tensor, Tensor]:
     """Output without output gate ([total_q, Hq, D], or [total_q, Hq, M, D] for partials), mass and lse, in the
     accumulation dtype.
     """
+    x = _ungrouped(x)
     total_q, heads, dim = x.query.shape
     split = softmax == "partials"
     output = x.query.new_zeros((total_q, heads, x.num_modalities * dim if split else dim), dtype=x.compute_dtype)
@@ -150,6 +151,11 @@ def backward(
         inner: [total_q, Hq] or, for partials, [total_q, Hq, M]: the inner product of grad_output and output.
         mass, lse: [total_q, Hq, M] of the forward.
     """
+    ungrouped = _ungrouped(x)
+    if ungrouped is not x:
+        gradients = backward(ungrouped, softmax, grad_output, grad_mass, grad_lse, inner, mass, lse)
+        grad_key, grad_value = (t.unflatten(1, (x.key.shape[1], -1)).sum(2) for t in gradients[1:3])
+        return gradients[0], grad_key, grad_value, gradients[3], gradients[4]
     groups = x.groups()
     certain = _certain_rows(x, softmax, groups)
     terms = RowTerms(*_exponent_and_offset(softmax, x.log_prior, grad_mass, grad_lse, inner, mass, lse), certain)
@@ -296,6 +302,20 @@ def _certain_rows(x: Inputs, softmax: str, groups: tuple[Group, ...]) -> Tensor 
         counts = counts.sum(-1, keepdim=True).expand_as(counts)
     certain = counts == 1
     return certain if bool(certain.any()) else None
+
+
+def _ungrouped(x: Inputs) -> Inputs:
+    """A key head for each query head where those of one group differ in what is active and a token holds NaN or inf:
+    a head that is off must not read what the next one reads.
+    """
+    kv_heads = x.key.shape[1]
+    if x.active is None or x.query.shape[1] == kv_heads:
+        return x
+    by_group = x.active.unflatten(1, (kv_heads, -1))  # [B, Hkv, G, M]
+    if bool((by_group == by_group[:, :, :1]).all()) or all(bool(t.isfinite().all()) for t in (x.key, x.value)):
+        return x
+    key, value = (t.repeat_interleave(x.query.shape[1] // kv_heads, 1) for t in (x.key, x.value))
+    return x._replace(key=key, value=value)
 
 
 def _without_unseen(x: Inputs) -> Inputs:
