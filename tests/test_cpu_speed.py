@@ -1,8 +1,8 @@
 """The CPU path against PyTorch's compositions: ratios only, from variants that are timed side by side.
 
-The goal is `GOAL` times the fastest composition, and the cases of `HELD` are held to it, but for noise. Of the others the committed
-results (benchmarks/results, shown in the README) say how far they are, and they may not get slower than that. Memory is
-bounded: a chunk of scores or logits.
+The goal is `GOAL` times the fastest composition, and the cases of `HELD` are held to it, but for noise. Of the others
+the committed results (benchmarks/results, shown in the README) say how far they are, and they may not get slower than
+that. Memory is bounded: a chunk of scores or logits.
 """
 
 import time
