@@ -15,11 +15,7 @@ from fusedmm.testing import PACKED, head_orders, over_budget, restore_heads
 
 pytest.importorskip("triton")
 
-import triton
-import triton.language as tl
-
 from fusedmm.kernels.attention import backward as backward_module
-from fusedmm.kernels.attention import backward_key_value_spans as spans_module
 from fusedmm.kernels.attention import config as config_module
 from fusedmm.kernels.attention import forward as forward_module
 from fusedmm.kernels.launch import LaunchConfig
@@ -208,6 +204,26 @@ def set_blocks(monkeypatch: pytest.MonkeyPatch, block_q: int, block_k: int, tail
 FEATURES = ("log_prior", "gate", "output_gate", "active", "times", "lookback", "dropout")
 
 
+def fuzzed_problem(draw: random.Random, seed: int, softmax: str, q_lengths: list[int], device: torch.device) -> Problem:
+    """One to three samples of so many queries, and of modalities that are empty, short or several tiles long."""
+    batch, modalities = draw.randint(1, 3), draw.choice([1, 2, 3])
+    chosen_q = [draw.choice(q_lengths) for _ in range(batch)]
+    chosen_k = [[draw.choice([0, 1, 5, 32, 70]) for _ in range(modalities)] for _ in range(batch)]
+    kv_heads = draw.choice([1, 2])
+    return draw_problem(
+        seed,
+        softmax,
+        chosen_q,
+        chosen_k,
+        features=tuple(name for name in FEATURES if draw.random() < 0.5),
+        heads=kv_heads * draw.choice([1, 2]),
+        kv_heads=kv_heads,
+        head_dim=draw.choice([16, 17, 24, 32]),
+        dtype=draw.choice([torch.float32, torch.float16]),
+        device=device,
+    )
+
+
 @pytest.mark.parametrize("softmax", SOFTMAXES)
 @pytest.mark.parametrize("seed", range(8))
 def test_fuzzed_batches_with_small_tiles(
@@ -216,66 +232,8 @@ def test_fuzzed_batches_with_small_tiles(
     draw = random.Random(1000 + seed)
     set_blocks(monkeypatch, *draw.choice([(32, 16, 16, False), (32, 32, 16, True), (16, 32, 16, True)]))
     monkeypatch.setattr(config_module, "SHORT_SEGMENT", draw.choice([0, 100]))  # key tiles of segments, or of samples
-    batch, modalities = draw.randint(1, 3), draw.choice([1, 2, 3])
-    q_lengths = [draw.choice([0, 1, 15, 33, 50]) for _ in range(batch)]
-    k_lengths = [[draw.choice([0, 1, 5, 32, 70]) for _ in range(modalities)] for _ in range(batch)]
-    kv_heads = draw.choice([1, 2])
-    problem = draw_problem(
-        seed,
-        softmax,
-        q_lengths,
-        k_lengths,
-        features=tuple(name for name in FEATURES if draw.random() < 0.5),
-        heads=kv_heads * draw.choice([1, 2]),
-        kv_heads=kv_heads,
-        head_dim=draw.choice([16, 17, 24, 32]),
-        dtype=draw.choice([torch.float32, torch.float16]),
-        device=device,
-    )
+    problem = fuzzed_problem(draw, seed, softmax, [0, 1, 15, 33, 50], device)
     assert complaints(problem) == []
-
-
-@pytest.mark.parametrize("softmax", ["joint", "per_modality"])
-@pytest.mark.parametrize("seed", range(4))
-def test_key_tiles_that_span_short_segments(
-    softmax: str, seed: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Samples of many segments of 0 to 9 keys."""
-    draw = random.Random(2000 + seed)
-    set_blocks(monkeypatch, 32, 16, 16, False)
-    modalities = draw.choice([2, 5, 8])
-    problem = draw_problem(
-        seed,
-        softmax,
-        [draw.choice([0, 1, 40]), 20],
-        [[draw.choice([0, 0, 1, 2, 5, 9]) for _ in range(modalities)] for _ in range(2)],
-        features=tuple(name for name in FEATURES if draw.random() < 0.5),
-        device=device,
-        dtype=draw.choice([torch.float32, torch.float16]),
-    )
-    assert complaints(problem) == []
-
-
-@triton.jit
-def _find_tiles_kernel(cu_seqlens_k_ptr, found_ptr, batch, num_modalities, BLOCK_K: tl.constexpr):
-    tile = tl.program_id(0)
-    sample, first_key = spans_module._find_tile(cu_seqlens_k_ptr, batch, num_modalities, tile, BLOCK_K)
-    tl.store(found_ptr + 2 * tile, sample)
-    tl.store(found_ptr + 2 * tile + 1, first_key)
-
-
-def test_tiles_that_span_segments_cover_every_sample_once(device: torch.device) -> None:
-    """More samples than one step of the search looks at, empty ones among them."""
-    lengths = torch.randint(0, 9, (600, 3)) * torch.randint(0, 2, (600, 1))
-    lengths[[0, 300, 599]] = torch.tensor([[0, 16, 0], [100, 30, 3], [16, 15, 2]])
-    layout = ModalityLayout.from_lengths(torch.ones(600, dtype=torch.int64).to(device), lengths.to(device))
-    found = torch.empty(layout.total_k // 16 + 600, 2, dtype=torch.int32, device=device)
-    _find_tiles_kernel[(found.shape[0],)](layout.cu_seqlens_k, found, batch=600, num_modalities=3, BLOCK_K=16)
-    stops = layout.cu_seqlens_k[3::3]
-    used = {(int(sample), int(key)) for sample, key in found.tolist() if key < stops[sample]}
-    starts, totals = layout.cu_seqlens_k[:-1:3].tolist(), lengths.sum(1).tolist()
-    assert used == {(b, starts[b] + first) for b, total in enumerate(totals) for first in range(0, total, 16)}
-    assert sum(key < stops[sample] for sample, key in found.tolist()) == len(used)
 
 
 @pytest.mark.parametrize("softmax", SOFTMAXES)

@@ -120,7 +120,7 @@ def _choose(direction: str, query: Tensor, key: Tensor, arguments: Mapping[str, 
         features.add("dropout")
     if query.shape[0] == 0 or key.shape[0] == 0:
         features.add("empty")
-    elif _splits(query, key, arguments):
+    elif MEASURED and _splits(query, key, arguments):
         features.add("split")
     case = (device_arch(query.device), query.shape[-1], query.dtype, arguments["softmax"], features)
     return choose_path(direction, *case, triton.__version__, path=path)
