@@ -40,12 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in COMMANDS:
-        return COMMANDS[words[0]](words[1:])
+        return COMMANDS[words[0]][0](words[1:])
     return _bench(words)
 
 
 def _bench(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    described = (f"  {name:<12}{summary}" for name, (_, summary) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure cases side by side with what else does the same work, on one device in one run.",
+        epilog="other commands, each with a --help of its own:\n" + "\n".join(described),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("cases", nargs="*", help="names of cases, or parts of them; default: all for the device")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--quick", action="store_true", help="fewer cases, shorter timing, little that compiles")
@@ -226,6 +232,9 @@ def _compare(words: list[str]) -> int:
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     args = parser.parse_args(words)
+    for file in (args.before, args.after):
+        if not file.is_file():
+            parser.error(f"no such file: {file}")
     return compare.run(args.before, args.after)
 
 
@@ -287,12 +296,12 @@ def _wheels(words: list[str]) -> int:
 
 
 COMMANDS = {
-    "static": _static,
-    "compare": _compare,
-    "overheads": _overheads,
-    "paths": _paths,
-    "plot": _plot,
-    "readme": _readme,
-    "targets": _targets,
-    "wheels": _wheels,
+    "static": (_static, "registers, spills and modelled share of every kernel, compiled without a GPU"),
+    "compare": (_compare, "what got slower or larger from one result file to another"),
+    "overheads": (_overheads, "host time, CUDA graphs, metadata, recompilation"),
+    "paths": (_paths, "which Hopper kernels a measurement justifies"),
+    "plot": (_plot, "figures from committed results"),
+    "readme": (_readme, "the README's performance section and docs/performance.md, from committed results"),
+    "targets": (_targets, "docs/targets.md, from committed results"),
+    "wheels": (_wheels, "the peers' wheels, for a machine without a network"),
 }

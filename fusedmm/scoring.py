@@ -20,6 +20,8 @@ def modality_scores(
     *,
     log_prior: Tensor | None = None,
     gate: Tensor | None = None,
+    softmax: str = "joint",
+    projection: Callable[[Tensor], Tensor] | None = None,
     measure: str = "kl",
     temperature: float = 1.0,
     impl: str = "auto",
@@ -28,18 +30,21 @@ def modality_scores(
 
     ::
 
-        full, without = head(output), head(output without modality m)
+        full, without = head(projection(output)), head(projection(output without modality m))
         score[m] = KL(softmax(full / T) || softmax(without / T))      # measure="kl", in nats
         score[m] = ((full - without) ** 2).sum(-1)                    # measure="squared_error", for regression
 
-    Without modality m the others take over its share of the attention, as if it had been missing: no key is read again.
+    Without modality m the others take over its share of a joint softmax, as if it had been missing: no key is read
+    again. `fusedmm.nn.GatedMultimodalAttention.modality_scores` calls this with the module's own projections.
 
     Args:
         partials: of `fusedmm.modality_partials`, N = total_q rows.
-        head: what follows the attention. An `nn.Linear` from Hq * D to V classes is scored without ever holding the
-            logits; any other callable maps [N, Hq * D] to [N, V], and its answers are held for one modality at a time.
-        log_prior: broadcasts from the right to [N, Hq, M].
+        head: gives the answer. An `nn.Linear` to V classes is scored without ever holding the logits; any other
+            callable maps [N, width] to [N, V], and its answers are held for one modality at a time.
+        log_prior: broadcasts from the right to [N, Hq, M]; joint only.
         gate: broadcasts to [N, Hq, M].
+        softmax: "joint" or "per_modality", as the answer was made.
+        projection: between attention and head, [N, Hq * D] to [N, width]: the output projection. None: width is Hq * D.
         measure: "kl" or "squared_error".
         temperature: divides the logits under "kl".
         impl: of the fused scores, as in `fusedmm.distillation_scores`.
@@ -48,33 +53,32 @@ def modality_scores(
         [N, M] float32, at least 0; 0 where the modality had no mass. Without gradient: scores are targets.
 
     Raises:
-        ValueError: for an unknown measure, or an `nn.Linear` under "squared_error" of another width than Hq * D.
+        ValueError: for an unknown measure or softmax, or a log_prior under per_modality.
+        ShapeError: for an `nn.Linear` of another width.
 
-    Cost: M + 1 evaluations of the head, ``2 * N * Hq * M**2 * D`` FLOPs for the outputs without each modality.
+    Cost: M + 1 evaluations of projection and head, ``2 * N * Hq * M**2 * D`` FLOPs for the outputs without each of M.
     """
     if measure not in MEASURES:
         raise ValueError(f"modality_scores: measure must be one of {', '.join(map(repr, MEASURES))}, got {measure!r}.")
-    rows, heads, modalities, dim = partials.output.shape
-    if isinstance(head, nn.Linear) and head.in_features != heads * dim:
+    full = merge_modalities(partials, log_prior, gate, softmax).output.flatten(1)
+    without = [x.flatten(1) for x in leave_one_out(partials, log_prior, gate, softmax).unbind(2)]
+    if projection is not None:
+        full, without = projection(full), [projection(x) for x in without]
+    if isinstance(head, nn.Linear) and head.in_features != full.shape[1]:
         raise ShapeError(
-            f"modality_scores: head must take head * dim = {heads * dim} features, got {head.in_features}. "
-            "Pass a callable that applies the output projection first."
+            f"modality_scores: head must take the {full.shape[1]} features of "
+            f"{'the heads together' if projection is None else 'the projection'}, got {head.in_features}. "
+            "Pass the output projection as projection."
         )
-    full = merge_modalities(partials, log_prior, gate).output.flatten(1)
-    without = leave_one_out(partials, log_prior, gate)
-    scores = torch.empty((rows, modalities), dtype=torch.float32, device=full.device)
-    answer = None if isinstance(head, nn.Linear) and measure == "kl" else head(full).float()
-    for modality in range(modalities):
-        left_out = without[:, :, modality].flatten(1)
-        if answer is None:
-            assert isinstance(head, nn.Linear)
-            student, teacher = (LinearHead(x.to(head.weight.dtype), head.weight, head.bias) for x in (left_out, full))
-            scores[:, modality] = distillation_scores(student, teacher, temperature=temperature, impl=impl).forward_kl
-        elif measure == "kl":
-            log_full, log_without = (
-                torch.log_softmax(logits / temperature, -1) for logits in (answer, head(left_out).float())
-            )
-            scores[:, modality] = (log_full.exp() * (log_full - log_without)).sum(-1)
-        else:
-            scores[:, modality] = (answer - head(left_out).float()).square().sum(-1)
-    return scores.clamp_(min=0.0)
+    if isinstance(head, nn.Linear) and measure == "kl":
+        teacher = LinearHead(full.to(head.weight.dtype), head.weight, head.bias)
+        students = (LinearHead(x.to(head.weight.dtype), head.weight, head.bias) for x in without)
+        rows = [distillation_scores(x, teacher, temperature=temperature, impl=impl).forward_kl for x in students]
+    elif measure == "kl":
+        answer = torch.log_softmax(head(full).float() / temperature, -1)
+        others = (torch.log_softmax(head(x).float() / temperature, -1) for x in without)
+        rows = [(answer.exp() * (answer - x)).sum(-1) for x in others]
+    else:
+        answer = head(full).float()
+        rows = [(answer - head(x).float()).square().sum(-1) for x in without]
+    return torch.stack(rows, 1).clamp_(min=0.0)

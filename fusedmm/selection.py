@@ -33,6 +33,8 @@ def select_rows(score: Tensor, keep: float, *, group: dist.ProcessGroup | None =
         device.
     """
     op = "select_rows"
+    if score is None:
+        raise TypeError(f"{op}: score must be a tensor, got None. A score that needs labels is None without them.")
     check_shapes(op, {"score": (score, ("row",))})
     check_dtype(op, "score", score, FLOATS, ". Use score.float().")
     if not 0.0 <= keep <= 1.0:

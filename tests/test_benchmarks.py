@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import compare, peers, readme, results
 from benchmarks.case import Case, Prepared, Unavailable, Variant
 from benchmarks.cases import builders
-from benchmarks.command import main
+from benchmarks.command import COMMANDS, main
 from benchmarks.gate import Gate
 from benchmarks.harness import Harness, ratio
 from benchmarks.machine_code import parse_sass
@@ -134,6 +134,18 @@ def test_compare_names_what_changed(change: dict[str, object], verdict: str) -> 
 
 def test_compare_is_silent_within_the_noise() -> None:
     assert compare.changes([RESULT], [replace(RESULT, median_ms=1.05, p20_ms=1.0, p80_ms=1.2)]) == []
+
+
+def test_help_names_every_command_and_a_missing_file_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in COMMANDS)
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+    assert "no such file" in capsys.readouterr().err
 
 
 def test_results_append_and_read_back(tmp_path: Path) -> None:

@@ -208,3 +208,44 @@ def test_bad_batches(changes, error, message, batch) -> None:
 def test_bad_modules(arguments, message) -> None:
     with pytest.raises(ValueError, match=message):
         GatedMultimodalAttention(*arguments)
+
+
+@pytest.mark.parametrize(
+    "options", [{"output_gate": True}, {"softmax": "per_modality"}, {"num_kv_heads": 2}], ids=lambda x: next(iter(x))
+)
+@pytest.mark.parametrize("linear", [True, False])
+def test_modality_scores_equal_calls_without_each_modality(options, linear, batch) -> None:
+    torch.manual_seed(2)
+    layer = GatedMultimodalAttention(64, 4, WIDTHS, **options)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    head = torch.nn.Linear(64, 6)
+    query, tokens = batch.pop("query"), batch.pop("tokens")
+    scores = layer.modality_scores(query, tokens, head if linear else head.forward, **batch)
+    assert scores.shape == (3, 4, 3)
+    assert (scores[~batch["query_mask"]] == 0).all()
+
+    def answer(active: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.log_softmax(head(layer(query, tokens, active=active, **batch).output).double(), -1)
+
+    full = answer()
+    for modality in range(3):
+        active = torch.ones(3, 3, dtype=torch.bool)
+        active[:, modality] = False
+        expected = (full.exp() * (full - answer(active))).sum(-1)
+        torch.testing.assert_close(scores[..., modality].double(), expected, rtol=1e-4, atol=1e-6)
+    assert (scores[..., 0] > 0).any()
+    layer.modality_gate.update(scores[batch["query_mask"]])
+
+
+def test_what_a_newcomer_gets_wrong_is_named(batch) -> None:
+    layer = GatedMultimodalAttention(64, 4, WIDTHS)
+    query, tokens = batch["query"], batch["tokens"]
+    with pytest.raises(fusedmm.ShapeError, match="query must have width 64, the module's embed_dim, got 63"):
+        layer(query[..., :63], tokens)
+    with pytest.raises(TypeError, match=r"tokens\['audio'\] must be a tensor, got None. Leave a missing modality out"):
+        layer(query, {**tokens, "audio": None})
+    with pytest.raises(fusedmm.ShapeError, match=r"time of query must have .* Use query_time\[:, None\].expand"):
+        layer(query, tokens, times=batch["times"], query_time=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(TypeError, match="mask"):
+        layer(query, tokens, mask=batch["masks"])

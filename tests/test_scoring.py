@@ -48,5 +48,5 @@ def test_bad_input(packed) -> None:
     partials = fusedmm.modality_partials(*packed)
     with pytest.raises(ValueError, match="measure must be one of 'kl', 'squared_error', got 'l1'"):
         fusedmm.modality_scores(partials, nn.Linear(32, 2), measure="l1")
-    with pytest.raises(fusedmm.ShapeError, match="head must take head \\* dim = 32 features, got 16"):
+    with pytest.raises(fusedmm.ShapeError, match="head must take the 32 features of the heads together, got 16"):
         fusedmm.modality_scores(partials, nn.Linear(16, 2))

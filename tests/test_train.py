@@ -221,6 +221,14 @@ def test_unknown_modality_names_the_nearest(tmp_path: Path, capsys: pytest.Captu
     assert "got 'prise'. Did you mean 'price'?" in capsys.readouterr().err
 
 
+def test_text_model_without_its_package_is_one_line(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    assert main([str(recipe), f"run.out={tmp_path / 'out'}", NO_EVENTS, "data.text_model=some-model"]) == 1
+    assert "Install fusedmm[text]" in capsys.readouterr().err
+
+
 def test_empty_dataset_is_refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from fusedmm.train.format import write_dataset
     from fusedmm.train.simulate import MarketConfig, simulate

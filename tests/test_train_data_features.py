@@ -14,7 +14,7 @@ from fusedmm.train.batches import BatchSampler, MultimodalDataset, collate, eval
 from fusedmm.train.features import FeatureConfig, Features, Featurizer, Scaler, spread, token_rows
 from fusedmm.train.format import Dataset, DatasetInfo, ModalityInfo, TokenTable, read_dataset, write_dataset
 from fusedmm.train.simulate import MarketConfig, simulate
-from fusedmm.train.text import HashingEncoder
+from fusedmm.train.text import HashingEncoder, MissingPackage
 
 TRAIN = np.arange(0, 240)
 CONFIG = FeatureConfig(text_dim=6, text_buckets=256)
@@ -157,7 +157,7 @@ def test_model_embeddings_are_cached_and_reduced_on_train(
 
 def test_model_without_its_package(market: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(ModuleNotFoundError, match="text_model needs the package sentence-transformers, got none"):
+    with pytest.raises(MissingPackage, match="text_model needs the package sentence-transformers, got none"):
         Featurizer.fit(market, TRAIN, FeatureConfig(text_model="a-model"))
 
 

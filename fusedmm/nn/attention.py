@@ -1,15 +1,17 @@
 """GatedMultimodalAttention and FusionBlock: the fused attention as modules with parameters."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from fusedmm.impl import IMPLEMENTATIONS
-from fusedmm.nn.batch import MultimodalBatch
+from fusedmm.nn.batch import BatchOptions, MultimodalBatch
 from fusedmm.nn.gate import ModalityGate
 from fusedmm.ops.attention import MAX_HEAD_DIM, MIN_HEAD_DIM, SOFTMAXES, gated_multimodal_attention
+from fusedmm.ops.partials import modality_partials
+from fusedmm.scoring import modality_scores
 
 Modalities = Sequence[str] | Mapping[str, int]
 
@@ -141,13 +143,7 @@ class GatedMultimodalAttention(nn.Module):
         self,
         query: Tensor,
         tokens: Mapping[str, Tensor] | MultimodalBatch,
-        *,
-        masks: Mapping[str, Tensor] | None = None,
-        query_mask: Tensor | None = None,
-        times: Mapping[str, Tensor] | None = None,
-        query_time: Tensor | None = None,
-        lookback: int | Mapping[str, int] | None = None,
-        active: Tensor | None = None,
+        **options: Unpack[BatchOptions],
     ) -> FusionOutput:
         """Fuse the modalities' tokens into the query.
 
@@ -155,7 +151,7 @@ class GatedMultimodalAttention(nn.Module):
             query: [B, Lq, embed_dim] padded, or jagged nested; [total_q, embed_dim] beside a MultimodalBatch.
             tokens: {name: [B, Lm, width]} padded or nested, missing modalities left out; or a `MultimodalBatch` built
                 once for many layers (then nothing else may be given).
-            masks, query_mask, times, query_time, lookback, active: see `MultimodalBatch.build`.
+            options: masks, query_mask, times, query_time, lookback, active: see `MultimodalBatch.build`.
 
         Returns:
             FusionOutput(output, mass).
@@ -163,45 +159,95 @@ class GatedMultimodalAttention(nn.Module):
         Raises:
             ValueError, ShapeError, TypeError: as `MultimodalBatch.build`; ValueError too for anything beside a batch.
         """
-        batch = MultimodalBatch.of(
-            query,
-            tokens,
-            self.modalities,
-            masks=masks,
-            query_mask=query_mask,
-            times=times,
-            query_time=query_time,
-            lookback=lookback,
-            active=active,
-        )
-        packed = batch.pack_query(query)
-        key, value = self._keys_values(batch)
-        prior_and_gate = self.modality_gate(packed)
+        batch = MultimodalBatch.of(query, tokens, self.modalities, **options)
+        packed = batch.pack_query(query, self.embed_dim)
+        log_prior, gate = self.modality_gate(packed)
+        output_gate = None if self.output_gate_proj is None else self._heads(self.output_gate_proj(packed))
         result = gated_multimodal_attention(
-            self.query_proj(packed).unflatten(-1, (self.num_heads, self.head_dim)),
-            key,
-            value,
+            self._heads(self.query_proj(packed)),
+            *self._keys_values(batch),
             batch.layout,
-            log_prior=prior_and_gate.log_prior,
-            gate=prior_and_gate.gate,
-            output_gate=None
-            if self.output_gate_proj is None
-            else self.output_gate_proj(packed).unflatten(-1, (self.num_heads, self.head_dim)),
+            log_prior=log_prior,
+            gate=gate,
+            output_gate=output_gate,
             active=self._active(batch),
             softmax=self.softmax,
             dropout_p=self.dropout if self.training else 0.0,
             impl=self.impl,
         )
-        output = self.out_proj(result.output.flatten(-2).to(self.out_proj.weight.dtype))
+        output = self._project(result.output.flatten(-2))
         return FusionOutput(batch.restore_query(output, query), batch.restore_query(result.mass, query))
+
+    @torch.no_grad()
+    def modality_scores(
+        self,
+        query: Tensor,
+        tokens: Mapping[str, Tensor] | MultimodalBatch,
+        head: nn.Linear | Callable[[Tensor], Tensor],
+        *,
+        measure: str = "kl",
+        temperature: float = 1.0,
+        **options: Unpack[BatchOptions],
+    ) -> Tensor:
+        """How much the head's answer changes without each modality, from one attention pass; see
+        `fusedmm.modality_scores`.
+
+        What `ModalityGate` learns from, on the rows that count::
+
+            scores = attention.modality_scores(query, tokens, head, query_mask=query_mask)
+            attention.modality_gate.update(scores[query_mask])
+
+        Args:
+            query, tokens, options: as in `forward`.
+            head: what follows this module, from [N, embed_dim] to [N, V]; an `nn.Linear` is never asked for its logits.
+            measure, temperature: as in `fusedmm.modality_scores`.
+
+        Returns:
+            [B, Lq, M] float32 (nested or packed as the query), 0 in the padding; of the undropped attention, without
+            gradient.
+
+        Raises:
+            ValueError, ShapeError, TypeError: as `forward` and `fusedmm.modality_scores`.
+        """
+        batch = MultimodalBatch.of(query, tokens, self.modalities, **options)
+        packed = batch.pack_query(query, self.embed_dim)
+        log_prior, gate = self.modality_gate(packed)
+        open_share = None if self.output_gate_proj is None else self.output_gate_proj(packed).sigmoid()
+        scores = modality_scores(
+            modality_partials(
+                self._heads(self.query_proj(packed)),
+                *self._keys_values(batch),
+                batch.layout,
+                active=self._active(batch),
+                impl=self.impl,
+            ),
+            head,
+            log_prior=log_prior,
+            gate=gate,
+            softmax=self.softmax,
+            projection=lambda x: self._project(x if open_share is None else x * open_share),
+            measure=measure,
+            temperature=temperature,
+            impl=self.impl,
+        )
+        return batch.restore_query(scores, query)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        heads: Tensor = x.unflatten(-1, (-1, self.head_dim))
+        return heads
+
+    def _project(self, x: Tensor) -> Tensor:
+        projected: Tensor = self.out_proj(x.to(self.out_proj.weight.dtype))
+        return projected
 
     def _keys_values(self, batch: MultimodalBatch) -> tuple[Tensor, Tensor]:
         """Project every modality's tokens and put them in the layout's order: [total_k, Hkv, D] each."""
-        heads = (self.num_kv_heads, self.head_dim)
         key, value = (
-            torch.cat([proj[name](batch.tokens[name]) for name in self.modalities])
-            .index_select(0, batch.key_source)
-            .unflatten(-1, heads)
+            self._heads(
+                torch.cat([proj[name](batch.tokens[name]) for name in self.modalities]).index_select(
+                    0, batch.key_source
+                )
+            )
             for proj in (self.key_proj, self.value_proj)
         )
         return key, value
@@ -269,27 +315,11 @@ class FusionBlock(nn.Module):
         self,
         query: Tensor,
         tokens: Mapping[str, Tensor] | MultimodalBatch,
-        *,
-        masks: Mapping[str, Tensor] | None = None,
-        query_mask: Tensor | None = None,
-        times: Mapping[str, Tensor] | None = None,
-        query_time: Tensor | None = None,
-        lookback: int | Mapping[str, int] | None = None,
-        active: Tensor | None = None,
+        **options: Unpack[BatchOptions],
     ) -> FusionOutput:
         """As `GatedMultimodalAttention.forward`."""
-        batch = MultimodalBatch.of(
-            query,
-            tokens,
-            self.modalities,
-            masks=masks,
-            query_mask=query_mask,
-            times=times,
-            query_time=query_time,
-            lookback=lookback,
-            active=active,
-        )
-        x = batch.pack_query(query)
+        batch = MultimodalBatch.of(query, tokens, self.modalities, **options)
+        x = batch.pack_query(query, self.attention.embed_dim)
         fused = self.attention(self.attention_norm(x), batch)
         x = x + self.residual_dropout(fused.output)
         x = x + self.residual_dropout(self.mlp(self.mlp_norm(x)))

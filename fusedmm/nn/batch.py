@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -11,6 +11,17 @@ from fusedmm.layout import ModalityLayout
 from fusedmm.shapes import ShapeError, check_device, check_dtype
 
 OP = "MultimodalBatch"
+
+
+class BatchOptions(TypedDict, total=False):
+    """What may be said of a batch beside its query and tokens; see `MultimodalBatch.build`."""
+
+    masks: Mapping[str, Tensor] | None
+    query_mask: Tensor | None
+    times: Mapping[str, Tensor] | None
+    query_time: Tensor | None
+    lookback: int | Mapping[str, int] | None
+    active: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,16 +50,16 @@ class MultimodalBatch:
         query: Tensor,
         tokens: "Mapping[str, Tensor] | MultimodalBatch",
         modalities: Mapping[str, int],
-        **described: Any,
+        **options: Unpack[BatchOptions],
     ) -> "MultimodalBatch":
-        """The batch itself where ``tokens`` is one, else `build`'s.
+        """The batch itself where ``tokens`` is one, else `build`'s with the options.
 
         Raises:
             ValueError: for a batch beside masks, times or anything else that it holds already.
         """
         if not isinstance(tokens, MultimodalBatch):
-            return cls.build(query, tokens, modalities, **described)
-        given = [name for name, value in described.items() if value is not None]
+            return cls.build(query, tokens, modalities, **options)
+        given = [name for name, value in options.items() if value is not None]
         if given:
             raise ValueError(
                 f"{OP}: a batch holds its own {given[0]}, got both. Give {given[0]} to MultimodalBatch.build."
@@ -88,6 +99,9 @@ class MultimodalBatch:
             ShapeError, TypeError: for shapes and dtypes that do not fit.
         """
         masks, times = masks or {}, times or {}
+        absent = [name for name, x in tokens.items() if x is None]
+        if absent:
+            raise TypeError(f"{OP}: tokens[{absent[0]!r}] must be a tensor, got None. Leave a missing modality out.")
         for argument, mapping in (("tokens", tokens), ("masks", masks), ("times", times)):
             unknown = [name for name in mapping if name not in modalities]
             if unknown:
@@ -147,14 +161,12 @@ class MultimodalBatch:
         shape = (batch, 0 if query.is_nested else query.shape[1])
         return cls(layout, packed, key_source, active, query_slots, shape)
 
-    def pack_query(self, query: Tensor) -> Tensor:
-        """[B, Lq, ...] or nested to [total_q, ...]; packed queries pass."""
-        if query.is_nested:
-            return query.values()
-        if query.ndim == 2:
-            return query
-        flat = query.flatten(0, 1)
-        return flat if self.query_slots is None else flat.index_select(0, self.query_slots)
+    def pack_query(self, query: Tensor, width: int | None = None) -> Tensor:
+        """[B, Lq, E] or nested to [total_q, E]; packed queries pass. ShapeError where E is not ``width``, if given."""
+        rows = query.values() if query.is_nested else query.flatten(0, -2)
+        if width not in (None, rows.shape[-1]):
+            raise ShapeError(f"{OP}: query must have width {width}, the module's embed_dim, got {rows.shape[-1]}.")
+        return _take(rows, None if query.ndim == 2 else self.query_slots)
 
     def restore_query(self, packed: Tensor, like: Tensor) -> Tensor:
         """[total_q, ...] to the form that ``like``, the query, came in; zeros in the padding."""
@@ -231,7 +243,10 @@ def _take(rows: Tensor, slots: Tensor | None) -> Tensor:
 
 def _flat_time(argument: str, time: Tensor, like: Tensor) -> Tensor:
     if not time.is_nested and tuple(time.shape) != tuple(like.shape[:2]):
-        raise ShapeError(f"{OP}: time of {argument} must have shape {list(like.shape[:2])}, got {list(time.shape)}.")
+        advice = " Use query_time[:, None].expand(-1, Lq)." if argument == "query" and time.ndim == 1 else ""
+        raise ShapeError(
+            f"{OP}: time of {argument} must have shape {list(like.shape[:2])}, got {list(time.shape)}.{advice}"
+        )
     flat = time.values() if time.is_nested else time.flatten()
     advice = " (it cannot hold epoch times exactly)" if flat.is_floating_point() else ""
     check_dtype(OP, f"time of {argument}", flat, (torch.int64,), f"{advice}. Use .to(torch.int64).")

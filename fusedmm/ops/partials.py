@@ -123,15 +123,8 @@ def merge_modalities(
     Cost: reads the partials once; ``2 * total_q * Hq * M * D`` FLOPs.
     """
     op = "merge_modalities"
-    if softmax not in SOFTMAXES:
-        raise ValueError(f'{op}: softmax must be "joint" or "per_modality", got {softmax!r}.')
-    if softmax == "per_modality" and log_prior is not None:
-        raise ValueError(
-            f'{op}: log_prior must be None with softmax="per_modality", where it cancels, got a tensor. Use gate, '
-            'or softmax="joint".'
-        )
-    lse = _with_prior(op, partials, log_prior)
-    mass = _shares(lse) if softmax == "joint" else (~torch.isneginf(lse)).to(lse.dtype)
+    lse = _scores(op, partials, log_prior, softmax)
+    mass = _shares(lse, softmax)
     weights = (
         mass
         if gate is None
@@ -141,26 +134,29 @@ def merge_modalities(
     return AttentionOutput(output.to(partials.output.dtype), mass, lse.detach())
 
 
-def leave_one_out(partials: ModalityPartials, log_prior: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
-    """The joint output that each query would have had without modality m, for all m at once; differentiable.
+def leave_one_out(
+    partials: ModalityPartials, log_prior: Tensor | None = None, gate: Tensor | None = None, softmax: str = "joint"
+) -> Tensor:
+    """The output that each query would have had without modality m, for all m at once; differentiable.
 
-    Equal to ``(o - mass[m] * o_m) / (1 - mass[m])``, but from the other modalities' lse, so that ``mass[m] == 1`` gives
-    0 and nothing cancels.
+    Under the joint softmax equal to ``(o - mass[m] * o_m) / (1 - mass[m])``, but from the other modalities' lse, so
+    that ``mass[m] == 1`` gives 0 and nothing cancels. Under per_modality the sum of the others.
 
     Args:
         partials: of `modality_partials`.
-        log_prior: broadcasts from the right to [total_q, Hq, M].
+        log_prior: broadcasts from the right to [total_q, Hq, M]; refused under per_modality, where it cancels.
         gate: broadcasts to [total_q, Hq, M], of the modalities that stay.
+        softmax: "joint" or "per_modality".
 
     Returns:
         [total_q, Hq, M, D], the partials' dtype.
 
     Cost: ``2 * total_q * Hq * M**2 * D`` FLOPs, no key is read again.
     """
-    lse = _with_prior("leave_one_out", partials, log_prior)
+    lse = _scores("leave_one_out", partials, log_prior, softmax)
     modalities = lse.shape[-1]
     itself = torch.eye(modalities, dtype=torch.bool, device=lse.device)
-    others = _shares(lse[..., None, :].expand(*lse.shape, modalities).masked_fill(itself, -torch.inf))
+    others = _shares(lse[..., None, :].expand(*lse.shape, modalities).masked_fill(itself, -torch.inf), softmax)
     if gate is not None:
         rows = check_broadcast("leave_one_out", "gate", gate, tuple(partials.lse.shape), ("query", "head", "modality"))
         others = others * rows.to(lse.dtype)[..., None, :]
@@ -173,7 +169,15 @@ def _weighted(weights: Tensor, outputs: Tensor) -> Tensor:
         return weights @ outputs.to(weights.dtype)
 
 
-def _with_prior(op: str, partials: ModalityPartials, log_prior: Tensor | None) -> Tensor:
+def _scores(op: str, partials: ModalityPartials, log_prior: Tensor | None, softmax: str) -> Tensor:
+    """[total_q, Hq, M]: what the modalities compete with, their lse and priors."""
+    if softmax not in SOFTMAXES:
+        raise ValueError(f'{op}: softmax must be "joint" or "per_modality", got {softmax!r}.')
+    if softmax == "per_modality" and log_prior is not None:
+        raise ValueError(
+            f'{op}: log_prior must be None with softmax="per_modality", where it cancels, got a tensor. Use gate, '
+            'or softmax="joint".'
+        )
     check_shapes(
         op,
         {
@@ -187,7 +191,11 @@ def _with_prior(op: str, partials: ModalityPartials, log_prior: Tensor | None) -
     return partials.lse + prior.to(partials.lse.dtype)
 
 
-def _shares(lse: Tensor) -> Tensor:
-    """softmax over the last dimension that gives zeros, and zero gradients, where everything is -inf."""
+def _shares(lse: Tensor, softmax: str) -> Tensor:
+    """Mass over the last dimension: under joint a softmax that gives zeros, and zero gradients, where everything is
+    -inf; under per_modality 1 where there is something.
+    """
     nothing = torch.isneginf(lse)
+    if softmax == "per_modality":
+        return (~nothing).to(lse.dtype)
     return torch.softmax(lse.masked_fill(nothing.all(-1, keepdim=True), 0.0), -1).masked_fill(nothing, 0.0)

@@ -9,6 +9,7 @@ from fusedmm.train.config import RecipeError, describe_keys, load_recipe
 from fusedmm.train.format import DataFormatError
 from fusedmm.train.runner import run_recipe
 from fusedmm.train.source import prepared
+from fusedmm.train.text import MissingPackage
 from fusedmm.train.trainer import Interrupted, TrainingError
 
 EPILOG = """
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 143
-    except (RecipeError, DataFormatError, FileNotFoundError, TrainingError) as error:
+    except (RecipeError, DataFormatError, FileNotFoundError, MissingPackage, TrainingError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 1

@@ -22,9 +22,14 @@ Float32Array = npt.NDArray[np.float32]
 CHUNK_SENTENCES = 65_536
 
 
+class MissingPackage(ImportError):
+    """An optional package that a recipe asks for is not installed; the message says what to do."""
+
+
 @dataclass(frozen=True)
 class HashingEncoder:
-    """Hashed words, weighted by TF-IDF, projected by a truncated SVD; deterministic and offline.
+    """Hashed words, weighted by TF-IDF, projected by a truncated SVD; offline, and the same for the same number
+    of threads.
 
     Attributes:
         hasher: words to ``2**k`` buckets.
@@ -140,9 +145,9 @@ def _embed(sentences: Sequence[str], model: str, max_tokens: int, batch_size: in
     try:
         from sentence_transformers import SentenceTransformer
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(
+        raise MissingPackage(
             "Featurizer: text_model needs the package sentence-transformers, got none. "
-            'Install it, or leave text_model="" for hashed words.'
+            'Install fusedmm[text], or leave text_model="" for hashed words.'
         ) from None
     encoder: Any = SentenceTransformer(model)
     encoder.max_seq_length = max_tokens
