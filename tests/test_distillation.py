@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fusedmm
 from fusedmm import LinearHead, Logits, TopKLogProbs, distillation_loss, distillation_scores
-from fusedmm.eager import waves
+from fusedmm.eager import products, waves
 from fusedmm.reference import distillation as reference
 
 IMPLEMENTATIONS = ("eager", "triton")
@@ -320,7 +320,8 @@ def test_no_row_and_no_row_that_counts(rows: int, impl: str, device: torch.devic
 def test_weights_too_large_to_convert_at_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(device=torch.device("cpu"), dtype=dtype, bias=True, num_classes=50)
     results = [case.gradients(beta=0.4, impl="eager")]
-    monkeypatch.setattr(waves, "CONVERTED_ELEMENTS", 200)
+    monkeypatch.setattr(products, "BLOCK_ELEMENTS", 200)
+    monkeypatch.setattr(waves, "BLOCK_ELEMENTS", 200)
     results.append(case.gradients(beta=0.4, impl="eager"))
     for a, b in zip((results[0][0], *results[0][1]), (results[1][0], *results[1][1]), strict=True):
         assert a.dtype == b.dtype

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusedmm.eager.products import compute_dtype
 from fusedmm.eager.shard import Shard
 from fusedmm.eager.waves import (
     FINITE_MINIMUM,
     HeadGradient,
     Scratch,
-    compute_dtype,
     counted_rows,
+    of_all,
+    of_wave,
     pair_logits,
     real_classes,
     wave_logits,
@@ -31,7 +33,6 @@ LOG2_E = 1 / LN_2
 EXP2_LIMIT = 120.0  # of a log-ratio: its probability no longer counts long before, and no power overflows
 SATURATED = 1.125  # size of a softmax whose top class has 8/9: beyond, 1 - p loses more than three bits
 
-Target = Tensor | TopKLogProbs | None
 WaveGradient = tuple[
     Tensor, Tensor
 ]  # of a wave's logits [rows, V], and what each row is yet to be multiplied by [rows, 1]
@@ -86,86 +87,90 @@ def loss(
     teacher = teacher if isinstance(teacher, TopKLogProbs) else real_classes(teacher, shard.count)
     counted = counted_rows(labels, objective.ignore_index)
     num_rows = source.shape[0] if counted is None else counted.shape[0]
-    needs_teacher = alpha != 0.0 and not isinstance(teacher, TopKLogProbs)
-    scratch = Scratch(
-        source, num_rows, shard.count, 1 if not needs_teacher else 3 if objective.beta in (0.0, 1.0) else 4
-    )
-    result = source.new_zeros((source.shape[0],), dtype=compute_dtype(source))
+    if num_rows == 0:
+        gradient = HeadGradient(student, needs, source, is_partial=True)
+        return source.new_zeros((source.shape[0],), dtype=compute_dtype(source)), gradient.result(weight, bias)
+    is_pair = alpha != 0.0 and not isinstance(teacher, TopKLogProbs)
+    spare = 0 if not is_pair else 1 if objective.beta in (0.0, 1.0) else 2
+    scratch = Scratch(source, num_rows, shard.count, (1 + is_pair, spare))
     gradient = HeadGradient(student, needs, source, is_partial=counted is not None)
+    parts = []
     for rows in waves(source.shape[0], shard.count, counted):
         wave_temperature = objective.temperature if temperature is None else temperature[rows, None]
         scale = LOG2_E if alpha == 0.0 else LOG2_E / wave_temperature
-        z, *memory = scratch.take(rows)
-        target: Target = None
-        if isinstance(teacher, TopKLogProbs) or not needs_teacher:
-            wave_logits(student, rows, scale, z)
+        logits, memory = scratch.take(rows)
+        target: TopKLogProbs | None = None
+        if is_pair:
+            assert not isinstance(teacher, TopKLogProbs)
+            pair_logits(student, teacher, rows, scale, logits)
+        else:
+            wave_logits(student, rows, scale, logits[0])
             if isinstance(teacher, TopKLogProbs):
                 target = TopKLogProbs(teacher.indices[rows], teacher.log_probs[rows])
-        else:
-            z, target = pair_logits(student, teacher, rows, scale, (z, memory.pop()))
         slope = None
         if student.softcap is not None and grad_rows is not None:
-            slope = 1 - (z / (student.softcap * scale)).square_()
+            slope = 1 - (logits[0] / (student.softcap * scale)).square_()
         losses, wave_gradient = wave_loss(
-            z,
+            logits,
             target,
-            None if labels is None or alpha == 1.0 else labels[rows],
+            None if labels is None or alpha == 1.0 else of_wave(labels, rows),
             wave_temperature,
             objective,
             memory,
             wants_gradient=grad_rows is not None,
         )
-        result[rows] = losses[:, 0]
+        parts.append(losses[:, 0])
         if grad_rows is not None and wave_gradient is not None:
             grad_logits, factor = wave_gradient
             if slope is not None:
                 grad_logits.mul_(slope)
-            gradient.add(rows, grad_logits, factor * grad_rows[rows, None])
+            gradient.add(rows, grad_logits, factor * of_wave(grad_rows, rows)[:, None])
     grad_input, grad_weight, grad_bias = gradient.result(weight, bias)
     if needs[0] and isinstance(student, LinearHead):
         shard.sum(grad_input)
-    return result, (grad_input, grad_weight, grad_bias)
+    return of_all(parts, source, counted), (grad_input, grad_weight, grad_bias)
 
 
 def wave_loss(
-    z: Tensor,
-    target: Target,
+    logits: Tensor,
+    target: TopKLogProbs | None,
     labels: Tensor | None,
     temperature: float | Tensor,
     objective: Objective,
-    memory: list[Tensor],
+    memory: Tensor,
     *,
     wants_gradient: bool,
 ) -> tuple[Tensor, WaveGradient | None]:
     """Loss [rows, 1] of a wave and its gradient.
 
     Args:
-        z: student's logits / ln 2 / temperature [rows, V], at temperature 1 where alpha is 0; overwritten.
-        target: the teacher's, overwritten; or what a top-k teacher knows.
+        logits: student's and, where there is one, teacher's logits / ln 2 / temperature [1 or 2, rows, V], at
+            temperature 1 where alpha is 0; overwritten.
+        target: what a top-k teacher knows.
         labels: [rows], none of them ignored.
         temperature: a number or [rows, 1].
         objective: the rest.
-        memory: one tensor like z for a teacher's logits, two for 0 < beta < 1.
+        memory: [1, rows, V] beside a teacher's logits, [2, rows, V] for 0 < beta < 1.
         wants_gradient: whether it is taken.
     """
     alpha = objective.alpha
     if alpha == 0.0:
         assert labels is not None
-        return _cross_entropy(z, labels, objective, wants_gradient=wants_gradient)
+        return _cross_entropy(logits[0], labels, objective, wants_gradient=wants_gradient)
     cross_entropy, cross_gradient = None, None
     if alpha != 1.0:
         assert labels is not None
         cross_entropy, cross_gradient = _cross_entropy(
-            z * temperature, labels, objective, wants_gradient=wants_gradient
+            logits[0] * temperature, labels, objective, wants_gradient=wants_gradient
         )
-    if isinstance(target, TopKLogProbs):
-        rows, gradient = _top_divergence(z, target, objective, wants_gradient=wants_gradient)
+    if target is not None:
+        rows, gradient = _top_divergence(logits[0], target, objective, wants_gradient=wants_gradient)
     else:
-        assert target is not None
-        rows, gradient = divergence(z, target, objective.beta, objective.shard, memory, wants_gradient=wants_gradient)
-    rows = rows * (alpha * temperature * temperature)
-    if gradient is not None:
-        gradient = gradient[0], gradient[1] * (alpha * temperature)
+        rows, gradient = divergence(logits, objective.beta, objective.shard, memory, wants_gradient=wants_gradient)
+    if isinstance(temperature, Tensor) or temperature != 1.0 or alpha != 1.0:
+        rows = rows * (alpha * temperature * temperature)
+        if gradient is not None:
+            gradient = gradient[0], gradient[1] * (alpha * temperature)
     if cross_entropy is None:
         return rows, gradient
     rows = rows + (1 - alpha) * cross_entropy
@@ -176,10 +181,10 @@ def wave_loss(
 
 
 def divergence(
-    z: Tensor, u: Tensor, beta: float, shard: Shard, memory: list[Tensor], *, wants_gradient: bool
+    logits: Tensor, beta: float, shard: Shard, memory: Tensor, *, wants_gradient: bool
 ) -> tuple[Tensor, WaveGradient | None]:
-    """Generalised Jensen-Shannon divergence [rows, 1] of logits / ln 2, `z` of the student and `u` of the teacher, and
-    its gradient in the student's logits; both are overwritten, as is `memory`.
+    """Generalised Jensen-Shannon divergence [rows, 1] of logits / ln 2 of student and teacher [2, rows, V], and its
+    gradient in the student's logits; both are overwritten, as is `memory`.
 
     With p and t the probabilities of student and teacher, mix their mixture and ``s = log(mix / ((1 - beta) p))``::
 
@@ -190,13 +195,15 @@ def divergence(
     s is log1p of the odds of the teacher, beta t to (1 - beta) p: where those are small, so is it, and keeps its
     digits.
     """
-    t, t_size = shard.powers(shard.shift(u), memory[0])
-    ratio = u.sub_(shard.shift(z))
-    p, p_size = shard.powers(z, z)
+    z, u = shard.shift(logits)
+    ratio = torch.sub(u, z, out=memory[0])
+    powers, sizes = shard.powers(logits, logits)
+    (p, t), (p_size, t_size) = powers, sizes
     log_sizes = torch.log2(p_size / t_size)  # log2(t / p) is ratio + log_sizes
     top = _saturated_top(p, p_size) if wants_gradient else None
     if beta == 0.0:
-        rows = LN_2 * (shard.row_sum(torch.mul(t, ratio, out=ratio)) / t_size + log_sizes)
+        mean = shard.row_sum(ratio.mul_(t)) / t_size
+        rows = mean.add_(log_sizes).mul_(LN_2)
         if not wants_gradient:
             return rows, None
         return rows, (_balance(t.addcmul_(p, t_size / p_size, value=-1.0), top, shard), -1 / t_size)
@@ -256,8 +263,10 @@ def _top_divergence(
 ) -> tuple[Tensor, WaveGradient | None]:
     """`divergence` against a top-k teacher: the gradient of the bucket is spread over its classes by their shares."""
     own, target, share = with_bucket(z, teacher, objective.shard)
-    memory = [torch.empty_like(own), torch.empty_like(own)]
-    rows, gradient = divergence(own, target, objective.beta, objective.shard, memory, wants_gradient=wants_gradient)
+    logits = torch.stack([own, target])
+    rows, gradient = divergence(
+        logits, objective.beta, objective.shard, torch.empty_like(logits), wants_gradient=wants_gradient
+    )
     if gradient is None:
         return rows, None
     (coarse, factor), top = gradient, teacher.indices.shape[1]

@@ -1,7 +1,8 @@
 """Distillation scores, wave by wave, from PyTorch's own operators.
 
-A wave is read about two dozen times, by operators that write to memory the waves share; one exponential a head gives
-the roots of the probabilities (for the Hellinger distance), their squares the probabilities.
+Student and teacher lie together, as [2, rows, V], and most operators take both at once: of few classes the calls cost
+as much as the passes. A wave is read about two dozen times, by operators that write to memory the waves share; one
+exponential a head gives the roots of the probabilities (for the Hellinger distance), their squares the probabilities.
 """
 
 from dataclasses import replace
@@ -10,8 +11,18 @@ import torch
 from torch import Tensor
 
 from fusedmm.eager.distillation import LN_2, LOG2_E, Objective, divergence, with_bucket
+from fusedmm.eager.products import compute_dtype
 from fusedmm.eager.shard import Shard
-from fusedmm.eager.waves import Scratch, compute_dtype, counted_rows, pair_logits, real_classes, wave_logits, waves
+from fusedmm.eager.waves import (
+    Scratch,
+    counted_rows,
+    of_all,
+    of_wave,
+    pair_logits,
+    real_classes,
+    wave_logits,
+    waves,
+)
 from fusedmm.heads import Head, LinearHead, Teacher, TopKLogProbs
 
 PAIR_FIELDS = (
@@ -53,79 +64,73 @@ def scores(
     teacher = teacher if isinstance(teacher, TopKLogProbs) else real_classes(teacher, shard.count)
     counted = counted_rows(labels, objective.ignore_index)
     num_rows = source.shape[0] if counted is None else counted.shape[0]
-    result = source.new_zeros((len(FIELDS), source.shape[0]), dtype=compute_dtype(source))
     if num_rows == 0:
-        return result
-    scratch, absent = Scratch(source, num_rows, shard.count, 6), result.new_zeros((num_rows,))
+        return source.new_zeros((len(FIELDS), source.shape[0]), dtype=compute_dtype(source))
+    scratch = Scratch(source, num_rows, shard.count, (2, 2, 2))
     parts: list[dict[str, Tensor]] = []
     for rows in waves(source.shape[0], shard.count, counted):
         wave_temperature = objective.temperature if temperature is None else temperature[rows, None]
-        wave_labels = None if labels is None else labels[rows]
-        z, u, *memory = scratch.take(rows)
+        wave_labels = None if labels is None else of_wave(labels, rows)
+        logits, *memory = scratch.take(rows)
         scale = 0.5 * LOG2_E / wave_temperature
         if isinstance(teacher, TopKLogProbs):
-            wave_logits(student, rows, scale, z)
+            wave_logits(student, rows, scale, logits[0])
             top = TopKLogProbs(teacher.indices[rows], teacher.log_probs[rows])
-            parts.append(_top_sums(z, top, wave_labels, wave_temperature, objective, second_pass, memory))
+            sums = _top_sums(logits[0], top, wave_labels, wave_temperature, objective, second_pass, memory)
         else:
-            z, u = pair_logits(student, teacher, rows, scale, (z, u))
-            parts.append(_pair_sums(z, u, wave_labels, wave_temperature, objective, second_pass, memory))
-    table = torch.cat([torch.cat(list(part.values())).view(len(part), -1) for part in parts], -1)
-    fields = _fields(dict(zip(parts[0], table, strict=True)))
+            pair_logits(student, teacher, rows, scale, logits)
+            sums = _pair_sums(logits, wave_labels, wave_temperature, objective, second_pass, memory)
+        parts.append(sums)
+    fields = _fields({name: of_all([part[name][..., 0] for part in parts], source, None) for name in parts[0]})
     if isinstance(student, LinearHead):
         hidden = student.hidden if counted is None else student.hidden[counted]
-        size = torch.linalg.vector_norm(hidden, dim=-1, dtype=result.dtype)
+        size = torch.linalg.vector_norm(hidden, dim=-1, dtype=compute_dtype(source))
         row_temperature = temperature if temperature is None or counted is None else temperature[counted]
         fields["grad_norm"] *= size / (objective.temperature if row_temperature is None else row_temperature)
-    result[:, slice(None) if counted is None else counted] = torch.stack([fields.get(name, absent) for name in FIELDS])
-    return result
+    absent = torch.zeros_like(fields["grad_norm"])
+    return of_all([torch.stack([fields.get(name, absent) for name in FIELDS])], source, counted)
 
 
 def _pair_sums(
-    z: Tensor,
-    u: Tensor,
+    logits: Tensor,
     labels: Tensor | None,
     temperature: float | Tensor,
     objective: Objective,
     second_pass: bool,
     memory: list[Tensor],
 ) -> dict[str, Tensor]:
-    """What `_fields` needs of a wave, each [rows, 1], from half of its logits / ln 2 / temperature, of student and
-    teacher; they and the four tensors in `memory` are overwritten.
+    """What `_fields` needs of a wave, each [rows, 1] or [2, rows, 1], from half of its logits / ln 2 / temperature, of
+    student and teacher [2, rows, V]; they and the two tensors like them in `memory` are overwritten.
     """
-    shard, (p, t, root_p, root_t) = objective.shard, memory
+    shard, (roots, powers) = objective.shard, memory
     sums: dict[str, Tensor] = {}
     if second_pass:
-        sums["divergence"], _ = divergence(2 * z, 2 * u, objective.beta, shard, memory, wants_gradient=False)
-    torch.exp2(shard.shift(z), out=root_p)
-    torch.exp2(shard.shift(u), out=root_t)
-    p_size, t_size = shard.row_sum(torch.mul(root_p, root_p, out=p)), shard.row_sum(torch.mul(root_t, root_t, out=t))
-    sums |= {"p_size": p_size, "t_size": t_size}
+        sums["divergence"], _ = divergence(2 * logits, objective.beta, shard, roots, wants_gradient=False)
+    torch.exp2(shard.shift(logits), out=roots)
+    sums["sizes"] = sizes = shard.row_sum(torch.mul(roots, roots, out=powers))
+    (z, u), (p, t), (spare_p, root_t), (p_size, t_size) = logits, powers, roots, sizes
     of_sizes = t_size / p_size
-    additive = {"roots": _square_sum(root_t.addcmul_(root_p, of_sizes.sqrt(), value=-1.0), root_p)}
+    additive = {"roots": _square_sum(root_t.addcmul_(spare_p, of_sizes.sqrt(), value=-1.0), spare_p)}
     at_one = isinstance(temperature, float) and temperature == 1.0
     if labels is not None:
         sums["teacher_label"] = 2 * LN_2 * temperature * shard.at(u, *shard.local_labels(labels))
         sums["teacher_unit_size"] = (
-            t_size if at_one else shard.row_sum(torch.mul(u, 2 * temperature, out=root_p).exp2_())
+            t_size if at_one else shard.row_sum(torch.mul(u, 2 * temperature, out=spare_p).exp2_())
         )
-
-    def product(x: Tensor, y: Tensor) -> Tensor:
-        return torch.mul(x, y, out=root_p).sum(-1, keepdim=True)
-
-    sums["agreement"] = (shard.first_top(z, root_p) == shard.first_top(u, root_p)).to(p.dtype)
-    additive |= {"student": product(p, z), "teacher": product(t, u)}
+    student_top, teacher_top = shard.first_top(logits, roots)
+    sums["agreement"] = (student_top == teacher_top).to(p.dtype)
+    additive["means"] = torch.mul(powers, logits, out=roots).sum(-1, keepdim=True)
     ratio = u.sub_(z)
-    additive |= {"forward": product(t, ratio), "reverse": product(p, ratio)}
+    additive["ratios"] = torch.mul(powers, ratio, out=roots).sum(-1, keepdim=True)
     between = t.addcmul_(p, of_sizes, value=-1.0)
-    additive["square"] = _square_sum(between, root_p)
+    additive["square"] = _square_sum(between, spare_p)
     if second_pass:
         additive["absolute"] = between.abs_().sum(-1, keepdim=True)
     if labels is not None and at_one:
-        sums |= _label_sums(z, p, p_size, labels, 2 * LN_2, shard, root_p)
+        sums |= _label_sums(z, p, p_size, labels, 2 * LN_2, shard, spare_p)
     elif labels is not None:
-        sums |= _label_sums(z.mul_(2 * temperature), *shard.powers(z, p), labels, LN_2, shard, root_p)
-    return sums | dict(zip(additive, shard.sum(torch.stack(list(additive.values()))), strict=True))
+        sums |= _label_sums(z.mul_(2 * temperature), *shard.powers(z, p), labels, LN_2, shard, spare_p)
+    return sums | shard.sums(additive)
 
 
 def _square_sum(x: Tensor, spare: Tensor) -> Tensor:
@@ -146,7 +151,7 @@ def _top_sums(
     memory: list[Tensor],
 ) -> dict[str, Tensor]:
     """The same over the top-k classes and the bucket; what concerns the student alone over all classes."""
-    shard, count, (powers, spare, *_) = objective.shard, teacher.indices.shape[1], memory
+    shard, count, (powers, spare) = objective.shard, teacher.indices.shape[1], memory[0]
     p, p_size = shard.powers(shard.shift(z.mul_(2)), powers)
     alone = {"whole_size": p_size, "whole": torch.mul(p, z, out=spare).sum(-1, keepdim=True)}
     if labels is not None:
@@ -162,8 +167,9 @@ def _top_sums(
     alone["top_square"] = between.sum(-1, keepdim=True)
     alone["top_confidence"] = t[:, :count].amax(-1, keepdim=True)
     coarse = replace(objective, shard=Shard(p.shape[1], 0, p.shape[1]))
-    memory = [torch.empty_like(p) for _ in range(4)]
-    return _pair_sums(own * 0.5, target * 0.5, None, 1.0, coarse, second_pass, memory) | alone
+    logits = torch.stack([own, target]).mul_(0.5)
+    memory = [torch.empty_like(logits), torch.empty_like(logits)]
+    return _pair_sums(logits, None, 1.0, coarse, second_pass, memory) | alone
 
 
 def _label_sums(
@@ -178,15 +184,9 @@ def _label_sums(
     label = shard.at(z, index, mine) * unit
     _put(p, index, mine, 0.0)
     _put(z, index, mine, -torch.inf)
-    others, others_square = shard.sum(torch.stack([p.sum(-1, keepdim=True), _square_sum(p, spare)]))
+    additive = {"others": p.sum(-1, keepdim=True), "others_square": _square_sum(p, spare)}
     runner_up = shard.max(z.amax(-1, keepdim=True)) * unit
-    return {
-        "unit_size": size,
-        "label": label,
-        "others": others,
-        "others_square": others_square,
-        "runner_up": runner_up,
-    }
+    return {"unit_size": size, "label": label, "runner_up": runner_up} | shard.sums(additive)
 
 
 def _put(x: Tensor, index: Tensor, mine: Tensor | None, value: float) -> None:
@@ -196,16 +196,18 @@ def _put(x: Tensor, index: Tensor, mine: Tensor | None, value: float) -> None:
 
 def _fields(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """Fields of all rows from the sums of all waves; logarithms of halves of logits, hence the factors 2."""
-    p_size, t_size = sums["p_size"], sums["t_size"]
-    log_sizes = torch.log(p_size / t_size)
+    sizes, (p_size, t_size) = sums["sizes"], sums["sizes"]
+    confidence = 1 / sizes
+    entropy = torch.addcdiv(sizes.log(), sums["means"], sizes, value=-2 * LN_2)
+    kl = torch.addcdiv(torch.log(p_size / t_size), sums["ratios"], sizes, value=2 * LN_2)  # first -KL(p || t)
     fields = {
-        "forward_kl": 2 * LN_2 * sums["forward"] / t_size + log_sizes,
-        "reverse_kl": -2 * LN_2 * sums["reverse"] / p_size - log_sizes,
+        "forward_kl": kl[1],
+        "reverse_kl": -kl[0],
         "hellinger": 0.5 * sums["roots"] / t_size,  # 1 - sum sqrt(p t), without cancellation
-        "student_entropy": p_size.log() - 2 * LN_2 * sums["student"] / p_size,
-        "teacher_entropy": t_size.log() - 2 * LN_2 * sums["teacher"] / t_size,
-        "student_confidence": 1 / p_size,
-        "teacher_confidence": 1 / t_size,
+        "student_entropy": entropy[0],
+        "teacher_entropy": entropy[1],
+        "student_confidence": confidence[0],
+        "teacher_confidence": confidence[1],
         "agreement": sums["agreement"],
         "grad_norm": sums["square"].sqrt() / t_size,
     }

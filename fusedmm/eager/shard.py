@@ -26,6 +26,15 @@ class Shard:
             dist.all_reduce(x, dist.ReduceOp.SUM, group=self.group)
         return x
 
+    def sums(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`sum` of each, in one exchange."""
+        if self.group is None:
+            return parts
+        flat = self.sum(torch.cat([part.flatten() for part in parts.values()]))
+        sizes = [part.numel() for part in parts.values()]
+        shares = zip(parts.items(), flat.split(sizes), strict=True)
+        return {name: share.view(part.shape) for (name, part), share in shares}
+
     def max(self, x: Tensor) -> Tensor:
         """Maximum over ranks, in place."""
         if self.group is not None:

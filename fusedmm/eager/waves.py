@@ -1,9 +1,10 @@
 """Waves of rows: the matmuls around a distillation, so that logits exist only for some rows at a time.
 
-A wave has about `WAVE_ELEMENTS` logits, never fewer than `MIN_WAVE_ROWS` rows (below that the weight is read too often)
-and, beyond `WHOLE_ELEMENTS`, never all rows, unless classes are so few that logits are no larger than hidden states.
-Ignored rows are in no wave. Logits and gradients are formed in float32 from inputs of any dtype (float64 from float64):
-on CUDA by the matmul's own accumulator, elsewhere from a converted copy of a block of the weight.
+A wave has about `WAVE_ELEMENTS` logits of two heads, never fewer than `MIN_WAVE_ROWS` rows (below that the weight is
+read too often) and, beyond `WHOLE_ELEMENTS`, never half of all rows, unless classes are so few that logits are no
+larger than hidden states. Ignored rows are in no wave. Logits and gradients are formed in float32 from inputs of any
+dtype (float64 from float64): on CUDA by the matmul's own accumulator, elsewhere from a converted copy of a block of the
+weight.
 """
 
 from collections.abc import Iterator
@@ -12,16 +13,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fusedmm.eager.products import BLOCK_ELEMENTS, class_blocks, compute_dtype, multiply
 from fusedmm.heads import Head, LinearHead
 
-WAVE_ELEMENTS = 1 << 19
+WAVE_ELEMENTS = 1 << 20
 WHOLE_ELEMENTS = 1 << 16
 MIN_WAVE_ROWS = 64
 # Up to so many classes a wave lies classes-major in memory, so that a vector holds rows: a reduction over 8 classes
 # then takes a sixth of the time, over 2 a tenth.
 FEW_CLASSES = 64
-# A half-precision weight up to this size is converted once a call, a larger one in blocks, once a wave.
-CONVERTED_ELEMENTS = 1 << 22
 FINITE_MINIMUM = -1e30  # stands for -inf, so that a forbidden class gives 0 * 1e30 and not 0 * inf
 
 Rows = slice | Tensor  # consecutive rows, or the numbers of some
@@ -29,9 +29,9 @@ Rows = slice | Tensor  # consecutive rows, or the numbers of some
 
 def wave_rows(num_rows: int, num_classes: int) -> int:
     """Rows of one wave: a pure function of the sizes, so that results do not depend on the machine."""
-    rows = max(MIN_WAVE_ROWS, WAVE_ELEMENTS // num_classes)
-    if rows >= num_rows and num_classes > FEW_CLASSES and num_rows * num_classes > WHOLE_ELEMENTS:
-        rows = (num_rows + 1) // 2
+    rows = max(MIN_WAVE_ROWS, WAVE_ELEMENTS // (2 * num_classes))
+    if num_classes > FEW_CLASSES and num_rows * num_classes > WHOLE_ELEMENTS:
+        rows = min(rows, -(-num_rows // 3))  # the logits of two heads then are fewer than those of all rows of one
     return max(1, min(rows, num_rows))
 
 
@@ -53,30 +53,48 @@ def waves(num_rows: int, num_classes: int, counted: Tensor | None) -> Iterator[R
         yield rows if counted is None else counted[rows]
 
 
+def of_wave(x: Tensor, rows: Rows) -> Tensor:
+    """The rows of a wave; `x` itself where the wave is all of it."""
+    if isinstance(rows, slice) and rows.start == 0 and rows.stop == x.shape[0]:
+        return x
+    return x[rows]
+
+
+def of_all(parts: list[Tensor], source: Tensor, counted: Tensor | None) -> Tensor:
+    """What the waves gave, each [..., rows], for all rows of `source`: 0 where a row is in none."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    if counted is None:
+        return whole
+    result = whole.new_zeros((*whole.shape[:-1], source.shape[0]))
+    result[..., counted] = whole
+    return result
+
+
 class Scratch:
     """Memory for the waves of one call in the compute dtype: pages that a wave has touched serve the next."""
 
-    def __init__(self, source: Tensor, num_rows: int, num_classes: int, parts: int) -> None:
-        self.classes = num_classes
+    def __init__(self, source: Tensor, num_rows: int, num_classes: int, counts: tuple[int, ...]) -> None:
+        """`counts`: how many tensors like a head's logits lie together in each piece."""
+        self.classes, self.counts = num_classes, counts
         size, dtype = wave_rows(num_rows, num_classes) * num_classes, compute_dtype(source)
-        if parts * size < num_rows * num_classes or num_classes <= FEW_CLASSES:  # one piece, which malloc keeps
-            self.parts = source.new_empty((parts, size), dtype=dtype).unbind()
+        sizes = [count * size for count in counts]
+        if sum(sizes) < num_rows * num_classes or num_classes <= FEW_CLASSES:  # one allocation, which malloc keeps
+            self.pieces = source.new_empty((sum(sizes),), dtype=dtype).split(sizes)
         else:
-            self.parts = tuple(source.new_empty((size,), dtype=dtype) for _ in range(parts))
+            self.pieces = tuple(source.new_empty((each,), dtype=dtype) for each in sizes)
 
     def take(self, rows: Rows) -> list[Tensor]:
-        """[rows, V] tensors, classes-major where they are few."""
-        count = rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0]
-        return [_shaped(part[: count * self.classes], count, self.classes) for part in self.parts]
-
-
-def _shaped(flat: Tensor, rows: int, classes: int) -> Tensor:
-    return flat.view(classes, rows).t() if classes <= FEW_CLASSES else flat.view(rows, classes)
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """float32 for every dtype but float64, which stays."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        """[count, rows, V] tensors, classes-major where they are few."""
+        height, classes = rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0], self.classes
+        shaped = []
+        for piece, count in zip(self.pieces, self.counts, strict=True):
+            if piece.shape[0] != count * height * classes:
+                piece = piece[: count * height * classes]
+            if classes <= FEW_CLASSES:
+                shaped.append(piece.view(classes, count, height).permute(1, 2, 0))
+            else:
+                shaped.append(piece.view(count, height, classes))
+        return shaped
 
 
 def real_classes(head: Head, num_classes: int) -> Head:
@@ -84,30 +102,29 @@ def real_classes(head: Head, num_classes: int) -> Head:
     it is.
     """
     if not isinstance(head, LinearHead):
-        return replace(head, values=head.values[:, :num_classes])
-    weight = head.weight[:num_classes]
-    if not weight.is_cuda and weight.numel() <= CONVERTED_ELEMENTS:
+        return head if head.values.shape[1] == num_classes else replace(head, values=head.values[:, :num_classes])
+    weight, bias = head.weight, head.bias
+    if weight.shape[0] != num_classes:
+        weight, bias = weight[:num_classes], None if bias is None else bias[:num_classes]
+    if not weight.is_cuda and weight.numel() <= BLOCK_ELEMENTS:
         weight = weight.to(compute_dtype(weight))
-    return replace(head, weight=weight, bias=None if head.bias is None else head.bias[:num_classes])
+    return head if weight is head.weight else replace(head, weight=weight, bias=bias)
 
 
-def matmul(a: Tensor, b: Tensor, out: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """``scale * a @ b`` in the compute dtype without rounding the product: [n, k] by [k, m]; written to `out` where
-    given.
-    """
-    dtype = compute_dtype(a)
-    if out is None:
-        out = a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
-    if a.is_cuda and a.dtype == b.dtype != dtype:
-        torch.mm(a, b, out_dtype=dtype, out=out)
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in the compute dtype without rounding the product: [n, k] by [k, m]."""
+    out = a.new_empty((a.shape[0], b.shape[1]), dtype=compute_dtype(a))
+    return _logits(a, b.t(), out, 1.0)
+
+
+def _logits(hidden: Tensor, weight: Tensor, out: Tensor, scale: float) -> Tensor:
+    """``scale * hidden @ weight.T``, the weight in blocks where it has another dtype, or is large."""
+    if hidden.is_cuda and hidden.dtype == weight.dtype != out.dtype:
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
         return out if scale == 1.0 else out.mul_(scale)
-    a = a.to(dtype)
-    columns = b.shape[1] if b.dtype == dtype else max(1, CONVERTED_ELEMENTS // b.shape[0])
-    if columns >= b.shape[1]:
-        return torch.addmm(out, a, b.to(dtype), beta=0.0, alpha=scale, out=out)
-    for first in range(0, b.shape[1], columns):
-        block = out[:, first : first + columns]
-        torch.addmm(block, a, b[:, first : first + columns].to(dtype), beta=0.0, alpha=scale, out=block)
+    hidden = hidden.to(out.dtype)
+    for part, logits in class_blocks(weight, out):
+        multiply(hidden, part.to(out.dtype).t(), logits, scale)
     return out
 
 
@@ -117,37 +134,35 @@ def wave_logits(head: Head, rows: Rows, scale: float | Tensor, out: Tensor) -> T
     """
     inner = scale if isinstance(scale, float) and isinstance(head, LinearHead) and head.softcap is None else 1.0
     if isinstance(head, LinearHead):
-        z = matmul(head.hidden[rows], head.weight.t(), out, inner)
+        z = _logits(of_wave(head.hidden, rows), head.weight, out, inner)
         if head.bias is not None:
             z.add_(head.bias, alpha=inner)
     else:
-        z = out.copy_(head.values[rows]).clamp_min_(FINITE_MINIMUM)
+        z = out.copy_(of_wave(head.values, rows)).clamp_min_(FINITE_MINIMUM)
     if head.softcap is not None:
         z.div_(head.softcap).tanh_().mul_(head.softcap)
     return z if inner is scale else z.mul_(scale)
 
 
-def pair_logits(
-    student: Head, teacher: Head, rows: Rows, scale: float | Tensor, out: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """`wave_logits` of both heads in the student's compute dtype; one matmul where they share the weight, so that it is
-    read once.
+def pair_logits(student: Head, teacher: Head, rows: Rows, scale: float | Tensor, out: Tensor) -> Tensor:
+    """`wave_logits` of student and teacher in the student's compute dtype [2, rows, V]; one matmul where they share the
+    weight, so that it is read once.
     """
     if not shares_weight(student, teacher):
-        z = wave_logits(student, rows, scale, out[0])
-        if compute_dtype(teacher.source) == z.dtype:
-            return z, wave_logits(teacher, rows, scale, out[1])
-        own = torch.empty_like(out[1], dtype=compute_dtype(teacher.source))
-        return z, out[1].copy_(wave_logits(teacher, rows, scale, own))
+        wave_logits(student, rows, scale, out[0])
+        if compute_dtype(teacher.source) == out.dtype:
+            wave_logits(teacher, rows, scale, out[1])
+        else:
+            own = torch.empty_like(out[1], dtype=compute_dtype(teacher.source))
+            out[1].copy_(wave_logits(teacher, rows, scale, own))
+        return out
     assert isinstance(student, LinearHead)
     assert isinstance(teacher, LinearHead)
     hidden = torch.cat([student.hidden[rows], teacher.hidden[rows]])
-    count, classes = hidden.shape[0], student.weight.shape[0]
-    both = _shaped(out[0].new_empty((count * classes,)), count, classes)
     if isinstance(scale, Tensor):
         scale = torch.cat([scale, scale])
-    wave_logits(replace(student, hidden=hidden), slice(None), scale, both)
-    return both[: count // 2], both[count // 2 :]
+    wave_logits(replace(student, hidden=hidden), slice(0, hidden.shape[0]), scale, out.flatten(0, 1))
+    return out
 
 
 def shares_weight(student: Head, teacher: Head) -> bool:
@@ -199,20 +214,23 @@ class HeadGradient:
         if is_scaled:
             grad_logits.mul_(row_scale)
         if self.needs_input:
-            if isinstance(rows, slice) and grad_logits.dtype == head.weight.dtype == self.input.dtype:
-                grad = torch.mm(grad_logits, head.weight, out=self.input[rows])
-            else:
-                grad = _grad_hidden(grad_logits, head.weight)
+            is_direct = isinstance(rows, slice) and grad_logits.dtype == self.input.dtype
+            height, width = grad_logits.shape[0], self.input.shape[1]
+            grad = self.input[rows] if is_direct else grad_logits.new_empty((height, width))
+            for number, (part, its_grad) in enumerate(class_blocks(head.weight, grad_logits)):
+                multiply(its_grad, part.to(grad.dtype), grad, add=number > 0)
             if not is_scaled:
                 grad.mul_(row_scale)
-            if grad.dtype != self.input.dtype or not isinstance(rows, slice):
+            if not is_direct:
                 self.input[rows] = grad.to(self.input.dtype)
         if self.needs_weight:
-            hidden = head.hidden[rows].to(grad_logits.dtype) if is_scaled else head.hidden[rows] * row_scale
+            hidden = of_wave(head.hidden, rows)
+            hidden = hidden.to(grad_logits.dtype) if is_scaled else hidden * row_scale
+            is_first = self.weight is None
             if self.weight is None:
-                self.weight = grad_logits.t() @ hidden
-            else:
-                self.weight.addmm_(grad_logits.t(), hidden)
+                self.weight = grad_logits.new_empty(head.weight.shape)
+            for part, its_grad in class_blocks(self.weight, grad_logits):
+                multiply(its_grad.t(), hidden, part, add=not is_first)
         if self.needs_bias:
             total = grad_logits.sum(0) if is_scaled else grad_logits.t() @ row_scale[:, 0]
             self.bias = total if self.bias is None else self.bias.add_(total)
@@ -224,18 +242,6 @@ class HeadGradient:
             _padded(self.weight, weight, self.needs_weight, self.input),
             _padded(self.bias, bias, self.needs_bias, self.input),
         )
-
-
-def _grad_hidden(grad_logits: Tensor, weight: Tensor) -> Tensor:
-    """``grad_logits @ weight``, the weight in blocks of classes where it has another dtype."""
-    if weight.dtype == grad_logits.dtype:
-        return grad_logits @ weight
-    grad = grad_logits.new_zeros((grad_logits.shape[0], weight.shape[1]))
-    classes = max(1, CONVERTED_ELEMENTS // weight.shape[1])
-    for first in range(0, weight.shape[0], classes):
-        block = slice(first, first + classes)
-        grad.addmm_(grad_logits[:, block], weight[block].to(grad.dtype))
-    return grad
 
 
 def _padded(gradient: Tensor | None, source: Tensor | None, needed: bool, like: Tensor) -> Tensor:

@@ -1,0 +1,62 @@
+"""Products of matrices in the compute dtype: what a distillation on a CPU spends most of its time in.
+
+MKL, which `torch.mm` calls, runs its widest kernels on its maker's chips only; oneDNN, which PyTorch carries too, uses
+what the chip has: 200 GFLOP/s against 92 on one core of an EPYC (Zen 5). It is asked where the product is large enough
+to pay for its 16 microseconds a call.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+ONEDNN_FLOPS = 1 << 22
+ONEDNN_DEPTH = 32  # length of the sums below which it is no faster
+# A weight is converted, and laid out anew by oneDNN, in blocks of so many elements: the copy of one at a time is held.
+BLOCK_ELEMENTS = 1 << 22
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """float32 for every dtype but float64, which stays."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def class_blocks(weight: Tensor, logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """A weight [V, D] and what has its classes as columns [rows, V], block by block of the classes."""
+    classes = weight.shape[0]
+    if weight.numel() <= BLOCK_ELEMENTS:
+        yield weight, logits
+        return
+    step = max(1, BLOCK_ELEMENTS // weight.shape[1])
+    for first in range(0, classes, step):
+        yield weight[first : first + step], logits[:, first : first + step]
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0, *, add: bool = False) -> Tensor:
+    """``out = scale * a @ b``, or ``out += scale * a @ b``: [n, k] by [k, m], all of one dtype."""
+    if not _suits_onednn(a, b):
+        return torch.addmm(out, a, b, beta=float(add), alpha=scale, out=out)
+    # It wants the left operand in rows and gives rows; the right one it lays out anew in any case.
+    if out.stride(0) == 1 or (a.stride(1) != 1 and out.numel() < a.numel()):
+        left, right, target = b.t(), a, out.t()
+    else:
+        left, right, target = a, b.t(), out
+    product = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    if add:
+        target.add_(product, alpha=scale)
+    else:
+        torch.mul(product, scale, out=target)
+    return out
+
+
+def _suits_onednn(a: Tensor, b: Tensor) -> bool:
+    (rows, depth), columns = a.shape, b.shape[1]
+    return (
+        2 * rows * depth * columns >= ONEDNN_FLOPS
+        and depth >= ONEDNN_DEPTH
+        and a.dtype == torch.float32
+        and a.device.type == "cpu"
+        and torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+    )
