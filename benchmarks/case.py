@@ -92,8 +92,7 @@ class Case:
         flops: at least needed in each mode; only what is visible counts.
         bytes: at least moved in each mode: inputs read once, outputs written once.
         dtype: of the matrix products, for the ceiling.
-        quick: part of ``--quick``.
-        quick_compiles: there, too, with the variants that compile: a target is against them.
+        quick: part of ``--quick``; the points of curves are not.
         launch_bound: so short that the host decides: on a GPU also timed as a CUDA graph that is replayed.
         kernels: mode and variant to the name in the static table of the kernel that does most of it.
         terms: sizes of what cancels in a result, from the truth, for the gate (see `fusedmm.testing.over_budget`).
@@ -110,7 +109,6 @@ class Case:
     bytes: Mapping[str, float]
     dtype: torch.dtype
     quick: bool = True
-    quick_compiles: bool = False
     launch_bound: bool = False
     kernels: Mapping[tuple[str, str], str] = field(default_factory=dict)
     terms: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] | None = None

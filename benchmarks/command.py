@@ -31,7 +31,7 @@ from benchmarks.harness import Harness, ratio
 from benchmarks.results import ROOT, Result
 from benchmarks.telemetry import Telemetry
 
-QUICK_SECONDS = 0.5  # at least timing.MIN_ROUNDS calls all the same
+QUICK_SECONDS = 0.2  # at least timing.MIN_ROUNDS calls all the same
 FULL_SECONDS = 4.0
 PROGRESS = "FUSEDMM_BENCH_PROGRESS"  # file that a process under `isolate` tells the case at hand
 
@@ -54,7 +54,11 @@ def _bench(words: list[str]) -> int:
     )
     parser.add_argument("cases", nargs="*", help="names of cases, or parts of them; default: all for the device")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--quick", action="store_true", help="fewer cases, shorter timing, little that compiles")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="no curves, short timing, new rows first, little that compiles",
+    )
     parser.add_argument("--variants", nargs="+", default=[], help="only these, by name")
     parser.add_argument("--without", nargs="+", default=[], help="not these variants")
     parser.add_argument("--seconds", type=float, help="timing of one case and mode, over all variants")
@@ -72,7 +76,7 @@ def _bench(words: list[str]) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = _chosen(kind, args.cases)
+    chosen = _chosen(kind, args.cases, quick=args.quick)
     seconds = args.seconds or (QUICK_SECONDS if args.quick else FULL_SECONDS)
     if not chosen:
         print(f"benchmarks: no case for {kind} contains {', '.join(args.cases)}. See --list.", file=sys.stderr)
@@ -91,11 +95,15 @@ def _bench(words: list[str]) -> int:
     return _measure(args, kind, chosen, seconds)
 
 
-def _chosen(kind: str, wanted: Sequence[str]) -> dict[str, Builder]:
-    """Cases by name, or by a part of it where there is none of that name, in the order in which they run."""
+def _chosen(kind: str, wanted: Sequence[str], *, quick: bool) -> dict[str, Builder]:
+    """Cases by name, or by a part of it where there is none of that name, in the order in which they run: quickly means
+    what has no committed row first.
+    """
     known = builders(kind)
     names = {name for word in wanted for name in ([word] if word in known else [n for n in known if word in n])}
-    return {name: known[name] for name in plan.ordered(name for name in known if name in names or not wanted)}
+    measured = {case for case, _, _ in results.latest(kind)} if quick else set()
+    chosen = (name for name in known if name in names or not wanted)
+    return {name: known[name] for name in plan.ordered(chosen, measured)}
 
 
 def _budget() -> float:
@@ -140,8 +148,9 @@ def _measure(args: argparse.Namespace, kind: str, chosen: dict[str, Builder], se
         for file in files:
             results.append(file, [result])
 
+    compiling = targets.wanted() if args.quick else None
     harness = Harness(
-        device, ceilings, telemetry, run.id, seconds, args.energy, args.variants, args.without, not args.quick, keep
+        device, ceilings, telemetry, run.id, seconds, args.energy, args.variants, args.without, compiling, keep
     )
     found: list[Result] = []
     theirs: list[Result] = []

@@ -5,7 +5,7 @@ Nothing stops the run: a variant that is not installed, does not fit, or fails g
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -34,7 +34,7 @@ class Harness:
         energy: also measure energy, about a second a variant and mode more.
         only: names of variants to run; empty: all.
         without: names of variants not to run.
-        compiles: also run what compiles first; else only where a case insists.
+        compiling: case and variant of what compiles and runs all the same; None: all.
         keep: is given every result as soon as it exists.
     """
 
@@ -46,7 +46,7 @@ class Harness:
     energy: bool = False
     only: Sequence[str] = field(default_factory=tuple)
     without: Sequence[str] = field(default_factory=tuple)
-    compiles: bool = True
+    compiling: Collection[tuple[str, str]] | None = None
     keep: Callable[[Result], None] = lambda result: None
 
     def results(self, case: Case) -> list[Result]:
@@ -88,7 +88,7 @@ class Harness:
     def _prepare(
         self, case: Case, variant: Variant, gate: Gate, problem: object
     ) -> tuple[str, str, Prepared | None, float]:
-        if variant.compiles and not (self.compiles or case.quick_compiles or variant.name in self.only):
+        if variant.compiles and not self._may_compile(case.name, variant.name):
             return "skipped", "it compiles for long: left out by --quick", None, 0.0
         try:
             with quiet():
@@ -98,6 +98,9 @@ class Harness:
                 return "", "", variant.prepare(problem), verdict.worst_error
         except Exception as error:
             return *_why(error), None, 0.0
+
+    def _may_compile(self, case: str, variant: str) -> bool:
+        return self.compiling is None or (case, variant) in self.compiling or variant in self.only
 
     def _mode(
         self,

@@ -1,10 +1,11 @@
 """In which order cases run, and how long they should take: what the targets ask for comes first."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
+from benchmarks import targets
 from benchmarks.case import Case
 
-# The rows of the targets, most telling first; every other case follows in the order of its definition.
+# The most telling rows of the targets; the other targets', then every other case, follow in the order of definition.
 FIRST = (
     "attention/dense-gated-d128-4k",
     "attention/dense-plain-d128-4k",
@@ -29,20 +30,22 @@ VARIANT_S = 1.0
 COMPILE_S = 20.0
 
 
-def ordered(names: Iterable[str]) -> list[str]:
-    """Names in the order in which they should run."""
-    rank = {name: place for place, name in enumerate(FIRST)}
-    return sorted(names, key=lambda name: rank.get(name, len(FIRST)))
+def ordered(names: Iterable[str], measured: Collection[str] = ()) -> list[str]:
+    """Names in the order in which they should run: first what has not been ``measured``, then `FIRST`, then what a
+    target needs.
+    """
+    rank = {name: place for place, name in enumerate(dict.fromkeys((*FIRST, *(case for case, _ in targets.wanted()))))}
+    return sorted(names, key=lambda name: (name in measured, rank.get(name, len(rank))))
 
 
 def estimate_s(case: Case, seconds: float, *, quick: bool) -> float:
     """Seconds that a case should take on a GPU; 0 where ``--quick`` leaves it out."""
     if quick and not case.quick:
         return 0.0
-    compiling = sum(variant.compiles for variant in case.variants)
-    plain = len(case.variants) - compiling
+    compiling = [variant.name for variant in case.variants if variant.compiles]
+    plain = len(case.variants) - len(compiling)
     modes = len(case.modes) + case.launch_bound * sum(mode != "backward" for mode in case.modes)
-    compiled = compiling if not quick or case.quick_compiles else 0
+    compiled = sum(not quick or (case.name, name) in targets.wanted() for name in compiling)
     return modes * seconds + plain * VARIANT_S + compiled * COMPILE_S
 
 

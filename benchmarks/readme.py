@@ -63,10 +63,22 @@ def section() -> str:
     return "\n\n".join((*parts, "Every row: [docs/performance.md](docs/performance.md)."))
 
 
+LEGEND = """\
+- **case**: its inputs, FLOPs, bytes and competitors are in benchmarks/cases; everyone computes the same outputs and
+  gradients, and who fails the correctness gate has no number.
+- **mode**: forward; both: forward and backward; -graph: replayed as a CUDA graph.
+- **fastest other**: of everyone else in the same run. Above 1.00 its time is longer than fusedmm's, or its peak
+  memory larger.
+- **of ceiling**: share of the copy bandwidth or matrix rate measured in the same run, whichever bounds the case.
+- **modelled share**: of the matrix units' peak, from the instructions of the main loop; no measurement."""
+
+
 def details() -> str:
-    """Every row that is committed, and what is missing."""
+    """Every row that is committed, what is missing, and the curves."""
     title = "# Performance\n\nWritten by `python -m benchmarks readme` from benchmarks/results."
-    return "\n\n".join((title, gpu_part(latest("cuda")), cpu_part(latest("cpu")), static_part())) + "\n"
+    curves = "![How cost grows](figures/scaling.svg)\n\n![Rate under the measured ceilings](figures/roofline.svg)"
+    parts = (title, LEGEND, gpu_part(latest("cuda")), cpu_part(latest("cpu")), curves, static_part())
+    return "\n\n".join(parts) + "\n"
 
 
 OPERATORS = ("attention/", "distillation/")  # compared with PyTorch; the modules' peer is this project's reference

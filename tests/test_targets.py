@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import overheads, paths, targets
+from benchmarks import overheads, paths, plan, targets
 from benchmarks.cases import builders
+from benchmarks.checks import at_most, counted, faster, memory, milliseconds, ran, rate, rate_share
 from benchmarks.command import main
 from benchmarks.results import Result, Run
-from benchmarks.targets import Target, at_most, attention, counted, faster, memory, ran, rate, verdict
+from benchmarks.targets import Target, attention, verdict
 from benchmarks.telemetry import Telemetry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,17 @@ def test_every_row_that_a_target_needs_is_one_of_a_case(overhead_rows: list[Resu
     known |= {result.key for result in overhead_rows}
     assert wanted <= known
     assert {target.operator for target in targets.targets()} == {"attention", "distillation"}
+
+
+def test_what_is_not_measured_comes_first_and_the_targets_before_the_rest() -> None:
+    names = list(builders("cuda"))
+    order = plan.ordered(names)
+    needed = {case for case, _ in targets.wanted()} & set(names)
+    assert order[0] == plan.FIRST[0]
+    assert set(plan.FIRST) <= set(names)
+    assert set(order[: len(needed | set(plan.FIRST))]) == needed | set(plan.FIRST)
+    again = plan.ordered(names, measured=order[:3])
+    assert again == [*order[3:], *order[:3]]
 
 
 @pytest.mark.parametrize("target", targets.targets(), ids=lambda target: target.what)
@@ -107,8 +119,8 @@ def test_every_kind_of_check_reads_its_row() -> None:
     assert ran(OURS).measure({}) is None
     sized = {OURS: (RUN, replace(rows[OURS][1], sizes={"compilations": 3}))}
     assert counted(OURS, "compilations", 0).measure(sized) == 3.0
-    assert targets.milliseconds(OURS, 1.0).measure(rows) == 2.0
-    assert targets.rate_share(OURS, OTHER, 0.85).measure(rows) == 1.0
+    assert milliseconds(OURS, 1.0).measure(rows) == 2.0
+    assert rate_share(OURS, OTHER, 0.85).measure(rows) == 1.0
 
 
 def test_the_page_of_targets_is_generated() -> None:

@@ -140,9 +140,6 @@ def shapes(kind: str) -> dict[str, dict[str, object]]:
     return found
 
 
-SLOW = ("16k", "active-0.5", "active-0.25", "per-modality-512", "per-modality-8192", "dense-prior-d64")
-
-
 def builders(kind: str) -> dict[str, Callable[[], Case]]:
     """Every attention case for a kind of device."""
     return {
@@ -192,8 +189,6 @@ def build(name: str, kind: str, arguments: Mapping[str, object]) -> Case:
         flops={"forward": forward, "backward": 2.5 * forward, "both": 3.5 * forward},
         bytes={"forward": moved, "backward": 2 * moved, "both": 3 * moved},
         dtype=dtype,
-        quick=not any(word in name for word in SLOW),
-        quick_compiles=name in ("attention/jagged-market-day", "attention/jagged-long"),
         launch_bound=any(word in name for word in ("tiny", "few-latents")),
         kernels=forward_kernels(shape) if kind == "cuda" else {},
         terms=terms if asks_modalities else None,

@@ -77,9 +77,6 @@ def shapes(kind: str) -> dict[str, Shape]:
     }
 
 
-SLOW = ("kl-4096", "jsd-2048", "kl-n1024", "small-v-64", "small-v-1000", "small-v-1m")
-
-
 def builders(kind: str) -> dict[str, Callable[[], Case]]:
     """Every distillation case for a kind of device."""
     return {
@@ -124,8 +121,6 @@ def build(name: str, kind: str, shape: Shape) -> Case:
         flops=flops,
         bytes=moved,
         dtype=dtype,
-        quick=not any(word in name for word in SLOW),
-        quick_compiles=name in ("distillation/jsd-4096-4096", "distillation/scores-2048-4096", "distillation/small-v"),
         launch_bound=shape.classes <= 1024,
     )
 
