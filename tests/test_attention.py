@@ -1,5 +1,6 @@
 """gated_multimodal_attention: every implementation against the float64 reference, and what the contract promises."""
 
+import dataclasses
 import functools
 import math
 import random
@@ -8,10 +9,19 @@ import pytest
 import torch
 
 import fusedmm
+from fusedmm.eager import attention as eager_attention
 from fusedmm.eager import attention_flash
 from fusedmm.philox import keep_mask
 from fusedmm.reference import attention as reference
-from fusedmm.testing import AttentionExample, attention_example, check_attention, run_attention
+from fusedmm.testing import (
+    AttentionExample,
+    attention_example,
+    attention_truth,
+    check_attention,
+    over_budget,
+    plain_attention,
+    run_attention,
+)
 
 IMPLEMENTATIONS = ("reference", "eager", "triton")
 FEATURES = ("log_prior", "gate", "output_gate", "active", "times", "lookback")
@@ -229,6 +239,40 @@ def test_far_apart_modalities_keep_their_lse(impl: str, device: torch.device) ->
     key = torch.tensor([30.0, -30.0], device=device)[:, None, None].expand(2, 1, 16)
     result = fusedmm.gated_multimodal_attention(query, key, key, layout, impl=impl)
     torch.testing.assert_close(result.lse[0, 0], torch.tensor([480.0, -480.0], device=device))
+
+
+@pytest.mark.parametrize("softmax", ["joint", "per_modality"])
+@pytest.mark.parametrize("features", [(), ("log_prior", "gate"), ("active", "times")])
+@pytest.mark.parametrize(("size", "is_far"), [(1.0, False), (3.0, False), (60.0, True)])
+def test_peaks_are_taken_off_where_exponentials_would_not_hold_them(
+    size: float, is_far: bool, features: tuple[str, ...], softmax: str, monkeypatch
+) -> None:
+    """Large scores of either sign; modalities that nobody sees are no reason."""
+    calls = []
+    peaks = eager_attention._peaks
+    monkeypatch.setattr(eager_attention, "_peaks", lambda *args: calls.append(args) or peaks(*args))
+    example = attention_example(8, [40, 0, 7], [[30, 0, 30], [5, 5, 5], [1, 60, 9]], softmax=softmax, features=features)
+    tensors = {**example.tensors, "query": size * example.tensors["query"]}
+    scaled = dataclasses.replace(example, tensors=tensors)
+    results, truth, plain = run_attention(scaled, attend("eager")), attention_truth(scaled), plain_attention(scaled)
+    assert over_budget(results, {name: truth[name] for name in ("output", "mass", "lse")}, plain) == []
+    assert bool(calls) == is_far
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("low", [-90.0, -1e4, -math.inf])
+def test_a_prior_is_relative_to_the_modalities_that_are_there(impl: str, low: float, device: torch.device) -> None:
+    """However far below an absent modality: all of the mass, but none to a prior of -inf."""
+    layout = fusedmm.ModalityLayout.from_lengths(
+        torch.tensor([3, 2]).to(device), torch.tensor([[0, 5], [4, 2]]).to(device)
+    )
+    query, key, value = (torch.randn(n, 2, 16, device=device) for n in (5, 11, 11))
+    result = fusedmm.gated_multimodal_attention(
+        query, key, value, layout, log_prior=torch.tensor([0.0, low], device=device), impl=impl
+    )
+    mass = result.mass[:, 0].tolist()
+    for row, expected in zip(mass, [[0.0, float(low > -math.inf)]] * 3 + [[1.0, 0.0]] * 2, strict=True):
+        assert row == pytest.approx(expected, abs=2e-3)  # a score beside -1e4 is rounded in float32
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])

@@ -73,6 +73,11 @@ class Group:
         """Keys, without padding."""
         return sum(sum(s.sizes_k) for s in self.samples)
 
+    @cached_property
+    def count_segments(self) -> int:
+        """Pairs of a query and a modality of which its sample has keys."""
+        return sum(s.size_q * sum(size > 0 for size in s.sizes_k) for s in self.samples)
+
     def has_single_key(self, is_joint: bool) -> bool:
         """Whether a sample, or else a segment, is a single key."""
         return any(sum(s.sizes_k) == 1 if is_joint else 1 in s.sizes_k for s in self.samples)
@@ -86,7 +91,11 @@ class Group:
         if len(self.runs) == 1:
             return [scores.view(*scores.shape[:-1], *self.runs[0])]
         parts = scores.split([run.modalities * run.width for run in self.runs], -1)
-        return [part.unflatten(-1, run) for part, run in zip(parts, self.runs, strict=True) if run.width]
+        return [
+            part.unsqueeze(-2) if run.modalities == 1 else part.unflatten(-1, run)
+            for part, run in zip(parts, self.runs, strict=True)
+            if run.width
+        ]
 
     def factors(self, rows: Tensor) -> list[Tensor]:
         """Views [..., modality, 1] of [..., M] that broadcast with `columns`."""

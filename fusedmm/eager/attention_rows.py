@@ -1,7 +1,8 @@
 """Between packed tensors and the eager attention's blocks: heads first, samples of a group side by side.
 
-A group's keys are [Hkv * c, k, D] for c samples, a block's rows [Hkv * c, G * n, X] for n queries of each sample and G
-query heads a key head. Where a group is one sample whose keys lie together, they are views; others are copies.
+A group's keys are [Hkv * c, k, D] for c samples. A block's rows, n queries of each sample and G query heads a key head,
+are [*shape, X], shape being [H, n] for one sample without grouped heads and [Hkv, c, G, n] otherwise; they meet keys as
+matrices [Hkv * c, G * n, X]. Rows that lie together are views, and so are keys of a single sample; others are copies.
 """
 
 import torch
@@ -13,8 +14,8 @@ from fusedmm.eager.attention_groups import Block, Group
 def read_keys(packed: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
     """[Hkv * c, k, D] of [total_k, Hkv, D], 0 for padding."""
     if group.is_view:
-        return packed[group.keys].transpose(0, 1).to(dtype)
-    padded = _heads_first(packed, group.keys, len(group.samples)).to(dtype)  # [Hkv, c, k, D]
+        return _in_dtype(_taken(packed, group.keys).transpose(0, 1), dtype)
+    padded = _in_dtype(_heads_first(packed, group.keys, len(group.samples)), dtype)  # [Hkv, c, k, D]
     if group.padding is not None:
         padded.flatten(1, 2).index_fill_(1, group.padding.flatten().nonzero().squeeze(1), 0.0)
     return padded.flatten(0, 1)
@@ -22,9 +23,10 @@ def read_keys(packed: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
 
 def add_keys(buffer: Tensor, group: Group, rows: Tensor, add: bool) -> None:
     """Write or add [Hkv * c, k, D] to the group's rows of a [total_k, Hkv, D] buffer."""
-    rows = rows.unflatten(0, (buffer.shape[1], -1)).permute(1, 2, 0, 3)  # [c, k, Hkv, D]
+    heads, dim = buffer.shape[1:]
+    rows = rows.view(heads, len(group.samples), -1, dim).permute(1, 2, 0, 3)  # [c, k, Hkv, D]
     if isinstance(group.keys, slice):
-        target = buffer[group.keys].view(rows.shape)
+        target = _taken(buffer, group.keys).view(rows.shape)
         target.add_(rows) if add else target.copy_(rows)
         return
     index, rows = group.keys, rows.flatten(0, 1)
@@ -37,7 +39,7 @@ def add_keys(buffer: Tensor, group: Group, rows: Tensor, add: bool) -> None:
 def add_key_product(buffer: Tensor, group: Group, left: Tensor, right: Tensor, add: bool, scale: float = 1.0) -> None:
     """The same with ``scale * left @ right``, in the buffer itself where a view of it will do."""
     if group.is_view:
-        buffer[group.keys].transpose(0, 1).baddbmm_(left, right, beta=int(add), alpha=scale)
+        _taken(buffer, group.keys).transpose(0, 1).baddbmm_(left, right, beta=int(add), alpha=scale)
     else:
         add_keys(buffer, group, product(left, right, scale), add)
 
@@ -49,27 +51,28 @@ def product(left: Tensor, right: Tensor, scale: float) -> Tensor:
 
 
 def read_rows(packed: Tensor, group: Group, block: Block, kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """The block's rows of [total_q, Hq, X]: [Hkv * c, G * n, X], 0 for padding."""
-    if len(group.samples) == 1 and packed.shape[1] == kv_heads:
-        return packed[block.rows].transpose(0, 1).to(dtype)
-    rows = _heads_first(packed, block.rows, len(group.samples)).to(dtype)  # [Hq, c, n, X]
+    """The block's rows of [total_q, Hq, X]: [*shape, X], 0 for padding."""
+    if isinstance(block.rows, slice):
+        return _in_dtype(_blocked(_taken(packed, block.rows), group, kv_heads), dtype)
+    rows = _in_dtype(_heads_first(packed, block.rows, len(group.samples)), dtype)  # [Hq, c, n, X]
     if block.padding is not None:
         rows = rows.masked_fill(block.padding[..., None], 0)
-    if rows.shape[0] != kv_heads:
-        rows = rows.unflatten(0, (kv_heads, -1)).transpose(1, 2).flatten(2, 3)
-    return rows.flatten(0, 1)
+    return rows.view(kv_heads, -1, *rows.shape[1:]).transpose(1, 2)
+
+
+def as_matrices(rows: Tensor) -> Tensor:
+    """[*shape, X] to [Hkv * c, G * n, X]."""
+    return rows if rows.ndim == 3 else rows.flatten(2, 3).flatten(0, 1)
 
 
 def write_rows(buffer: Tensor, group: Group, block: Block, kv_heads: int, result: Tensor) -> None:
-    """Write [Hkv * c, G * n, X] to the block's rows of a [total_q, Hq, X] buffer."""
-    if len(group.samples) == 1 and buffer.shape[1] == kv_heads:
-        buffer[block.rows].transpose(0, 1).copy_(result)
-        return
-    rows = result.view(kv_heads, len(group.samples), -1, block.size, result.shape[-1]).permute(1, 3, 0, 2, 4)
+    """Write a block's contiguous rows, in either shape, to those of a [total_q, Hq, X] buffer."""
     if isinstance(block.rows, slice):
-        buffer[block.rows].view(rows.shape).copy_(rows)
+        target = _blocked(_taken(buffer, block.rows), group, kv_heads)
+        target.copy_(result.view(target.shape))
         return
-    rows = rows.reshape(-1, *buffer.shape[1:])
+    shape = kv_heads, len(group.samples), -1, block.size, result.shape[-1]
+    rows = result.view(shape).permute(1, 3, 0, 2, 4).reshape(-1, *buffer.shape[1:])
     if block.padding is None:
         buffer.index_copy_(0, block.rows, rows)
     else:
@@ -77,10 +80,28 @@ def write_rows(buffer: Tensor, group: Group, block: Block, kv_heads: int, result
         buffer.index_copy_(0, block.rows[real], rows[real])
 
 
+def _blocked(rows: Tensor, group: Group, kv_heads: int) -> Tensor:
+    """A view [*shape, X] of a block's rows [c * n, Hq, X]."""
+    samples, heads, width = len(group.samples), *rows.shape[1:]
+    if samples == 1 and heads == kv_heads:
+        return rows.transpose(0, 1)
+    return rows.view(samples, -1, kv_heads, heads // kv_heads, width).permute(2, 0, 3, 1, 4)
+
+
 def _heads_first(packed: Tensor, index: slice | Tensor, samples: int) -> Tensor:
     """[total, H, X] to [H, c, n, X]."""
     if isinstance(index, slice):
-        return packed[index].view(samples, -1, *packed.shape[1:]).permute(2, 0, 1, 3)
+        return _taken(packed, index).view(samples, -1, *packed.shape[1:]).permute(2, 0, 1, 3)
     heads, width = packed.shape[1:]
     slots = index * heads + torch.arange(heads, device=index.device)[:, None]  # [H, c * n]
     return packed.reshape(-1, width).index_select(0, slots.flatten()).view(heads, samples, -1, width)
+
+
+def _taken(packed: Tensor, rows: slice | Tensor) -> Tensor:
+    is_all = isinstance(rows, slice) and rows.stop - rows.start == packed.shape[0]
+    return packed if is_all else packed[rows]
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`Tensor.to`, which takes a microsecond where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

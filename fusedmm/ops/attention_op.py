@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fusedmm.eager import attention as eager
 from fusedmm.eager import attention_flash as eager_flash
+from fusedmm.eager.attention_inputs import Inputs
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -58,9 +59,9 @@ class Problem(NamedTuple):
         del arguments["num_modalities"], arguments["impl"]
         return arguments
 
-    def eager_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> eager.Inputs:
+    def eager_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
         """The same for the eager composition, which leaves the output gate to its caller."""
-        return eager.Inputs(
+        return Inputs(
             query=query,
             key=key,
             value=value,
