@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fusedmm
@@ -153,3 +154,22 @@ def test_saved_for_backward_is_linear_in_tokens() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         fusedmm.gated_multimodal_attention(*tensors[:3], layout, log_prior=tensors[3])
     assert largest <= max(t.numel() for t in tensors)
+
+
+def test_operators_show_where_someone_watches() -> None:
+    """Plain calls go to the kernels; modes, and so checkpointing's policies and counters, still see the operators."""
+    layout = make_layout(3, 5)
+    tensors = leaves(layout)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    expected = torch.autograd.grad(loss(*tensors, layout), tensors)
+    with Watch():
+        got = torch.autograd.grad(loss(*tensors, layout), tensors)
+    assert {"fusedmm::attention_forward", "fusedmm::attention_backward"} <= set(seen)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.equal(ours, theirs)

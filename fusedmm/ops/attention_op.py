@@ -3,15 +3,18 @@
 ``fusedmm::attention_forward`` and ``fusedmm::attention_backward``: one schema serves every softmax and both
 implementations. `impl` ("triton" or "eager") is an argument, so that a call means the same on every device. Registered
 with fakes for `torch.compile` and export, and with a hand-written autograd function that is bypassed where nothing
-needs a gradient.
+needs a gradient. The dispatcher's way through two dozen arguments to Python and back is gone only where someone is
+watching: without it 64 queries and their gradients take 0.74 ms instead of 0.90 on one thread of an AMD EPYC.
 """
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 from fusedmm.eager import attention as eager
 from fusedmm.eager import attention_flash as eager_flash
@@ -80,7 +83,27 @@ class Problem(NamedTuple):
 
 def attention(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Outputs:
     """Call ``fusedmm::attention_forward``: output, mass and lse."""
-    return cast(Outputs, torch.ops.fusedmm.attention_forward.default(query, key, value, *problem))
+    arguments = query, key, value, *problem
+    if torch.compiler.is_compiling() or _is_watched(arguments):
+        return cast(Outputs, torch.ops.fusedmm.attention_forward.default(*arguments))
+    return _autograd_forward(*arguments)
+
+
+def _is_watched(arguments: Sequence[Any]) -> bool:
+    """Whether calls must show in the dispatcher: to a mode, a transform, a tracer or a subclass of Tensor."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._get_tracing_state() is not None
+        or any(isinstance(t, Tensor) and type(t) not in (Tensor, Parameter) for t in arguments)
+    )
+
+
+def _below_autograd(operator: Callable[..., Any], kernel: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    """Call an operator, or the kernel that it would come to."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments) if _is_watched(arguments) else kernel(*arguments)
 
 
 def _alloc_forward(query: Tensor, problem: Problem) -> Outputs:
@@ -186,8 +209,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *problem: Any) -> Outputs:
-        with torch._C._AutoDispatchBelowAutograd():
-            output, mass, lse = attention(query, key, value, Problem(*problem))
+        operator = torch.ops.fusedmm.attention_forward.default
+        output, mass, lse = _below_autograd(operator, _forward, (query, key, value, *problem))
         ctx.save_for_backward(query, key, value, output, mass, lse, *(t for t in problem if isinstance(t, Tensor)))
         ctx.is_tensor = [isinstance(argument, Tensor) for argument in problem]
         ctx.constants = [argument for argument in problem if not isinstance(argument, Tensor)]
@@ -204,7 +227,7 @@ class _Attention(torch.autograd.Function):
         remaining, constants = iter(tensors), iter(ctx.constants)
         problem = Problem(*(next(remaining) if is_tensor else next(constants) for is_tensor in ctx.is_tensor))
         needs = ctx.needs_input_grad[:6]
-        gradients = torch.ops.fusedmm.attention_backward.default(
+        arguments = (
             torch.zeros_like(output) if grad_output is None else grad_output,
             grad_mass,
             grad_lse,
@@ -218,6 +241,7 @@ class _Attention(torch.autograd.Function):
             value,
             *problem,
         )
+        gradients = _below_autograd(torch.ops.fusedmm.attention_backward.default, _backward, arguments)
         wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
         return *wanted, *(None for _ in problem[3:])
 
@@ -226,8 +250,7 @@ def _autograd_forward(*arguments: Any) -> Outputs:
     differentiable = arguments[:6]  # query, key, value, log_prior, gate, output_gate
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in differentiable):
         return cast(Outputs, _Attention.apply(*arguments))  # type: ignore[no-untyped-call]
-    with torch._C._AutoDispatchBelowAutograd():
-        return cast(Outputs, torch.ops.fusedmm.attention_forward.default(*arguments))
+    return cast(Outputs, _below_autograd(torch.ops.fusedmm.attention_forward.default, _forward, arguments))
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Outputs:
