@@ -16,7 +16,7 @@ class LinearHead:
         hidden: [N, Dh] float16, bfloat16, float32 or float64.
         weight: [V, Dh] of hidden's dtype; a DTensor is gathered (FSDP2), or with `group` taken as this rank's shard of
             the vocabulary.
-        bias: [V] of the same dtype, or None.
+        bias: [V] of the same dtype, or None; -inf forbids a class, as in `Logits`.
         num_classes: how many leading classes are real, over all ranks; the rest pads the vocabulary and is never read.
             None: all.
         softcap: positive bound on the size of a logit (Gemma 2), or None.
@@ -42,7 +42,8 @@ class Logits:
     """Logits that exist already, for example of a small classifier or of a teacher that ran elsewhere.
 
     Attributes:
-        values: [N, V] float16, bfloat16, float32 or float64; -inf forbids a class.
+        values: [N, V] float16, bfloat16, float32 or float64; -inf forbids a class. It counts as -1e30: a divergence
+            that would be infinite is 1e30 / temperature times the mass that one head gives to what the other forbids.
         num_classes: how many leading classes are real, over all ranks. None: all.
         softcap: positive bound on the size of a logit, or None.
         group: process group over which the vocabulary is split, as in `LinearHead`.

@@ -246,10 +246,11 @@ def test_a_shared_weight_gives_what_two_equal_weights_give(impl: str, device: to
         assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("k", [1, 5, 30])
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
 def test_top_k_teacher_is_the_full_teacher_with_its_rest_in_one_bucket(
-    k: int, beta: float, device: torch.device
+    k: int, beta: float, impl: str, device: torch.device
 ) -> None:
     student = LinearHead(
         torch.randn(12, 8, device=device, dtype=torch.float64),
@@ -260,22 +261,67 @@ def test_top_k_teacher_is_the_full_teacher_with_its_rest_in_one_bucket(
     teacher = TopKLogProbs(indices, log_probs)
     arguments: dict[str, Any] = {"beta": beta, "temperature": 1.5}
     results = []
-    for impl, dtype in (("reference", torch.float64), ("eager", torch.float32)):
+    for implementation, dtype in (("reference", torch.float64), (impl, torch.float32)):
         leaf = _leaf(student, dtype)
-        loss = distillation_loss(leaf, teacher, labels, alpha=0.7, impl=impl, **arguments)
+        loss = distillation_loss(leaf, teacher, labels, alpha=0.7, impl=implementation, **arguments)
         results.append((loss.detach(), *torch.autograd.grad(loss, (leaf.hidden, leaf.weight))))
     for a, b in zip(*results, strict=True):
         assert relative(b, a) <= GRADIENT_ERROR
     expected = distillation_scores(student, teacher, labels, impl="reference", **arguments)
-    assert_scores(
-        distillation_scores(_cast(student, torch.float32), teacher, labels, impl="eager", **arguments), expected
-    )
+    assert_scores(distillation_scores(_cast(student, torch.float32), teacher, labels, impl=impl, **arguments), expected)
     full = torch.log_softmax(reference.logits(student, 30) / 1.5, -1)
     rest = 1 - full.exp().gather(1, indices).sum(-1)
     if k < 30:  # the bucket by its definition
         t_rest = 1 - log_probs.exp().sum(-1)
         by_hand = (log_probs.exp() * (log_probs - full.gather(1, indices))).sum(-1) + t_rest * (t_rest / rest).log()
         assert torch.allclose(expected.forward_kl, by_hand, atol=1e-8)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_top_k_teacher_with_every_option(option: str, impl: str, device: torch.device) -> None:
+    case = Case(rows=13, device=device, **OPTIONS[option])
+    log_probs, indices = torch.log_softmax(torch.randn(13, 50, device=device) * 3, -1).topk(6)
+    log_probs[:, 4] = -torch.inf  # a slot that is not used
+    results = []
+    for implementation, memory, dtype in (
+        ("reference", "fast", torch.float64),
+        (impl, "fast", torch.float32),
+        (impl, "lean", torch.float32),
+    ):
+        student, teacher = _leaf(case.student, dtype), TopKLogProbs(indices, log_probs.to(dtype))
+        loss = case.loss(student, teacher, beta=0.0 if option == "softcap" else 0.4, memory=memory, impl=implementation)
+        leaves = [t for t in (student.hidden, student.weight, student.bias) if t is not None]
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    for got in results[1:]:
+        for a, b in zip(got, results[0], strict=True):
+            assert relative(a, b) <= GRADIENT_ERROR
+    arguments: dict[str, Any] = {"temperature": case.temperature, "beta": 0.3}
+    expected, found = (
+        distillation_scores(
+            _cast(case.student, dtype), TopKLogProbs(indices, log_probs), case.labels, impl=implementation, **arguments
+        )
+        for implementation, dtype in (("reference", torch.float64), (impl, torch.float32))
+    )
+    assert_scores(found, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("gap", [0.0, 20.0, 60.0])
+def test_the_bucket_of_a_confident_student_keeps_its_digits(gap: float, impl: str, device: torch.device) -> None:
+    """Next to nothing is left outside the top-k: 1 minus the sum of their probabilities would be 0 or noise."""
+    values = torch.randn(8, 40, device=device, dtype=torch.float64)
+    values[:, :3] += gap
+    log_probs = torch.log_softmax(values + torch.randn(8, 40, device=device, dtype=torch.float64), -1)[:, :3]
+    top = TopKLogProbs(torch.arange(3, device=device).expand(8, 3), log_probs)
+    results = []
+    for implementation, dtype in (("reference", torch.float64), (impl, torch.float32)):
+        student = values.to(dtype).requires_grad_()
+        rows = distillation_loss(Logits(student), top, beta=1.0, reduction="none", impl=implementation)
+        (grad,) = torch.autograd.grad(rows.sum(), student)
+        results.append((rows.detach(), grad[:, :3], grad[:, 3:]))
+    for a, b in zip(results[1], results[0], strict=True):
+        assert relative(a, b) <= GRADIENT_ERROR
 
 
 def test_reference_gradients_by_finite_differences() -> None:

@@ -1,6 +1,7 @@
 """Distillation at its edges: rows that do not count and hold NaN, weights and normalizers of 0, one class, ties."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -48,8 +49,6 @@ def teacher_of(kind: str, classes: int, poisoned: Tensor) -> Teacher:
 @pytest.mark.parametrize(("kind", "teacher"), [("linear", "linear"), ("linear", "top"), ("logits", "linear")])
 def test_rows_that_do_not_count_may_hold_anything(kind: str, teacher: str, memory: str, by: str, impl: str) -> None:
     """Loss and gradients are those of the other rows alone; the rows themselves have none."""
-    if impl == "triton" and teacher == "top":
-        pytest.skip("no Triton kernel takes top-k teachers; tests/test_distillation_kernels.py holds the refusal")
     classes, dead = 7, torch.tensor([0, 4, 8])
     alive = torch.tensor([row for row in range(ROWS) if row not in dead])
     labels = torch.arange(ROWS) % classes
@@ -98,6 +97,50 @@ def test_scores_of_ignored_rows_are_zero_whatever_they_hold(impl: str) -> None:
     for name, field in scores._asdict().items():
         assert bool((field[dead] == 0).all()), name
         assert bool(field.isfinite().all()), name
+
+
+@INTERPRETED
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("where", ["logits", "bias"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_forbidden_class_counts_as_a_logit_of_minus_1e30(temperature: float, where: str, impl: str) -> None:
+    """Of either head, of both, all but one; what would be infinite is the same huge number in every implementation."""
+    classes, labels = 6, torch.zeros(ROWS, dtype=torch.int64)
+    forbidden = ({3}, {2, 3})  # class 2 by the teacher alone
+    if where == "bias":
+        biases = [torch.zeros(classes).index_fill(0, torch.tensor(list(some)), -math.inf) for some in forbidden]
+
+        def heads(dtype: torch.dtype) -> list[Head]:
+            return [
+                LinearHead(
+                    draw(ROWS, DIM, seed=i).to(dtype), draw(classes, DIM, seed=2 + i).to(dtype), biases[i].to(dtype)
+                )
+                for i in range(2)
+            ]
+    else:
+
+        def heads(dtype: torch.dtype) -> list[Head]:
+            values = draw(2, ROWS, classes).to(dtype)
+            for head, some in zip(values, forbidden, strict=True):
+                head[:, list(some)] = -math.inf
+            values[0, 0, 1:] = -math.inf  # a row with a single class
+            return [Logits(each) for each in values]
+
+    for order in (1, -1):
+        student, teacher = heads(torch.float32)[::order]
+        exact_student, exact_teacher = heads(torch.float64)[::order]
+        found = distillation_scores(student, teacher, labels, temperature=temperature, beta=0.3, impl=impl)
+        expected = distillation_scores(
+            exact_student, exact_teacher, labels, temperature=temperature, beta=0.3, impl="reference"
+        )
+        assert max(float(expected.forward_kl.max()), float(expected.reverse_kl.max())) > 1e28
+        for name, field in found._asdict().items():
+            torch.testing.assert_close(field.double(), getattr(expected, name), rtol=2e-5, atol=2e-6, msg=name)
+        for beta in (0.0, 0.3, 1.0):
+            settings: dict[str, Any] = {"beta": beta, "temperature": temperature, "reduction": "none"}
+            rows = distillation_loss(student, teacher, labels, impl=impl, **settings)
+            truth = distillation_loss(exact_student, exact_teacher, labels, impl="reference", **settings)
+            torch.testing.assert_close(rows.double(), truth, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -85,11 +85,39 @@ def test_a_single_class_has_no_rival(device: torch.device) -> None:
         assert value.abs().max() <= 1e-6
 
 
-def test_a_top_k_teacher_is_refused_with_what_serves_it(device: torch.device) -> None:
-    student = head(3, 9, 4, device, torch.float32, seed=0)
-    top = TopKLogProbs(torch.zeros(3, 1, dtype=torch.int64, device=device), torch.full((3, 1), -1.0, device=device))
-    with pytest.raises(NotImplementedError, match='impl="eager"'):
-        distillation_scores(student, top, impl="triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_top_k_classes_wherever_they_lie(dtype: torch.dtype, device: torch.device) -> None:
+    """In no order, all in one tile, at the edges of tiles and slabs, the last class, more than one block of them, and
+    other ones in every row; of half-precision heads, whose tiles are wide and cut into slabs.
+    """
+    student = head(12, 300, 24, device, dtype, seed=0)
+    draw = torch.Generator().manual_seed(1)
+    indices = torch.stack([torch.randperm(300, generator=draw)[:20] for _ in range(12)])
+    indices[0], indices[1] = torch.arange(20, 0, -1), torch.arange(280, 300)
+    edges = torch.tensor([0, 15, 16, 31, 32, 63, 64, 127, 128, 255, 256, 299])
+    indices[2, :12], indices[2, 12:] = edges, torch.arange(100, 108)
+    log_probs = torch.log_softmax(torch.randn(12, 21, generator=draw) * 2, -1)[:, :20].to(device)
+    top, labels = TopKLogProbs(indices.to(device), log_probs), torch.arange(12, device=device) * 25
+    found, expected = (
+        distillation_scores(each, top, labels, temperature=2.0, beta=0.3, impl=impl)
+        for each, impl in ((student, "triton"), (as_float64(student), "reference"))
+    )
+    for name, value, truth in zip(found._fields, found, expected, strict=True):
+        if truth is not None:
+            assert value is not None, name
+            assert torch.linalg.vector_norm(value - truth) <= 1e-5 * torch.linalg.vector_norm(truth), name
+    for memory in ("fast", "lean"):
+        gradients = []
+        for each, impl in ((student, "triton"), (as_float64(student), "reference")):
+            assert each.bias is not None
+            leaves = [x.detach().requires_grad_() for x in (each.hidden, each.weight, each.bias)]
+            loss = distillation_loss(
+                LinearHead(*leaves), top, labels, alpha=0.6, beta=0.3, reduction="sum", memory=memory, impl=impl
+            )
+            gradients.append(torch.autograd.grad(loss, leaves))
+        for value, truth in zip(*gradients, strict=True):
+            allowed = 2e-3 if dtype == torch.float16 else 2e-5
+            assert torch.linalg.vector_norm(value - truth) <= allowed * torch.linalg.vector_norm(truth)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

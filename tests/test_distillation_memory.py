@@ -1,6 +1,7 @@
 """No implementation holds the logits: the largest allocation of scores and losses, counted without a GPU."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,12 +11,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fusedmm import LinearHead, distillation_loss, distillation_scores
+from fusedmm import LinearHead, TopKLogProbs, distillation_loss, distillation_scores
 from fusedmm.eager.distillation import Objective
 from fusedmm.eager.shard import Shard
 from fusedmm.eager.waves import MIN_WAVE_ROWS, WAVE_ELEMENTS
-from fusedmm.kernels.distillation import gradient, mixture, statistics
-from fusedmm.ops import distillation_op, distillation_triton
+from fusedmm.heads import Teacher
+from fusedmm.kernels.distillation import gradient, mixture, statistics, top_gradient, top_statistics
+from fusedmm.ops import distillation_op, distillation_pair, distillation_sums, distillation_triton, distillation_waves
 
 SIZES = {"eager": (300, 400), "triton": (40, 160)}  # rows, classes: the interpreter takes its time
 DIM = 16
@@ -59,8 +61,8 @@ def largest(student: LinearHead, teacher: LinearHead, labels: Tensor, run: Calla
 @pytest.fixture
 def small_waves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waves of the Triton path as small as its rows allow, so that a test on a CPU has several."""
-    monkeypatch.setattr(distillation_triton, "FAST_ELEMENTS", 1)
-    monkeypatch.setattr(distillation_triton, "RANGE_ELEMENTS", 1)
+    monkeypatch.setattr(distillation_waves, "FAST_ELEMENTS", 1)
+    monkeypatch.setattr(distillation_waves, "RANGE_ELEMENTS", 1)
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
@@ -158,35 +160,41 @@ def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> None:
         (statistics, "_merge_statistics_kernel"),
         (mixture, "_mixture_kernel"),
         (gradient, "_gradient_kernel"),
+        (top_statistics, "_top_sweep_kernel"),
+        (top_statistics, "_top_merge_kernel"),
+        (top_gradient, "_top_gradient_kernel"),
     ):
         monkeypatch.setattr(module, kernel, NoKernel())
     monkeypatch.setattr(
-        distillation_triton, "matmul", lambda a, b: a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
+        distillation_pair, "matmul", lambda a, b: a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
     )
-    monkeypatch.setattr(distillation_triton, "_accumulate", lambda total, a, b, *, is_sum: None)
+    monkeypatch.setattr(distillation_sums, "accumulate", lambda total, a, b, *, is_sum, scale=1.0: None)
 
 
 ROWS, CLASSES, WIDTH = 8192, 128256, 4096
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["linear", "top"])
 @pytest.mark.parametrize(("path", "limit"), [("scores", 16 << 20), ("lean", 64 << 20), ("fast", 1 << 30)])
-def test_memory_of_a_large_vocabulary(path: str, limit: int, beta: float, nothing_computed: None) -> None:
+def test_memory_of_a_large_vocabulary(
+    path: str, limit: int, kind: str, dtype: torch.dtype, beta: float, nothing_computed: None
+) -> None:
     """Beyond inputs and gradients, counted on meta tensors."""
-    student, teacher = (
-        LinearHead(
-            torch.empty(ROWS, WIDTH, dtype=torch.bfloat16, device="meta"),
-            torch.empty(CLASSES, WIDTH, dtype=torch.bfloat16, device="meta"),
-            torch.empty(CLASSES, dtype=torch.bfloat16, device="meta"),
-        )
+    student, other = (
+        LinearHead(*(torch.empty(shape, dtype=dtype, device="meta") for shape in ((ROWS, WIDTH), (CLASSES, WIDTH))))
         for _ in range(2)
     )
+    student = replace(student, bias=torch.empty(CLASSES, dtype=dtype, device="meta"))
+    top = torch.empty(ROWS, 64, dtype=torch.int64, device="meta"), torch.empty(ROWS, 64, device="meta")
+    teacher: Teacher = other if kind == "linear" else TopKLogProbs(*top)
     labels = torch.empty(ROWS, dtype=torch.int64, device="meta")
     grad_rows = torch.empty(ROWS, device="meta")
     objective = Objective(Shard(CLASSES, 0, CLASSES), beta, 0.5, 2.0, 0.1, -100)
     needs = (True, True, True)
-    inputs = [x for head in (student, teacher) for x in (head.hidden, head.weight, head.bias) if x is not None]
-    with PeakAllocation([*inputs, labels, grad_rows]) as peak:
+    inputs = [x for head in (student, other) for x in (head.hidden, head.weight, head.bias) if x is not None]
+    with PeakAllocation([*inputs, *top, labels, grad_rows]) as peak:
         if path == "scores":
             distillation_triton.scores(student, teacher, labels, None, objective, beta > 0.0)
         elif path == "fast":

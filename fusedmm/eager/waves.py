@@ -136,7 +136,7 @@ def wave_logits(head: Head, rows: Rows, scale: float | Tensor, out: Tensor) -> T
     if isinstance(head, LinearHead):
         z = _logits(of_wave(head.hidden, rows), head.weight, out, inner)
         if head.bias is not None:
-            z.add_(head.bias, alpha=inner)
+            z.add_(head.bias.to(z.dtype).clamp_min(FINITE_MINIMUM), alpha=inner)
     else:
         z = out.copy_(of_wave(head.values, rows)).clamp_min_(FINITE_MINIMUM)
     if head.softcap is not None:

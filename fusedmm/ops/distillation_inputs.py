@@ -84,8 +84,6 @@ def check_inputs(
             f"{op}: temperature must not require grad, it is a constant of the loss. Pass temperature.detach()."
         )
     shard = _shard(op, student, teacher, sizes, sharded_classes)
-    if isinstance(teacher, TopKLogProbs) and impl == "auto":
-        impl = "eager"
     source = student.source
     resolved = resolve_impl(op, impl, source.device, unsupported=_triton_gaps(student, teacher))
     if resolved == "reference" and shard.group is not None:
@@ -244,8 +242,6 @@ def _shard(op: str, student: Head, teacher: Teacher, sizes: dict[str, int], shar
 def _triton_gaps(student: Head, teacher: Teacher) -> list[str]:
     """Reasons why no kernel serves these heads; empty where one does."""
     gaps = []
-    if isinstance(teacher, TopKLogProbs):
-        gaps.append("a top-k teacher is served by PyTorch operators on a handful of classes a row")
     tensors = [student.source]
     if not isinstance(teacher, TopKLogProbs):
         tensors.append(teacher.source)

@@ -24,7 +24,6 @@ from fusedmm.ops.distillation_inputs import Inputs
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
-SAVED_STATISTICS = 16  # rows of statistics that the Triton forward keeps for its backward
 TENSORS = 9
 _library = torch.library.Library("fusedmm", "FRAGMENT")
 _PROBLEM = (
@@ -175,7 +174,15 @@ def _fake_scores(*arguments: Any) -> Tensor:
 
 def _fake_rows(*problem: Any) -> tuple[Tensor, Tensor]:
     rows = problem[0].new_empty((problem[0].shape[0],), dtype=_statistics_dtype(problem))
-    return rows, rows.new_empty((SAVED_STATISTICS if problem[-1] == "triton" else 0, rows.shape[0]))
+    return rows, rows.new_empty((_saved_statistics(problem), rows.shape[0]))
+
+
+def _saved_statistics(problem: tuple[Any, ...]) -> int:
+    """Rows of statistics that the Triton forward keeps for its backward."""
+    indices, alpha = problem[6], problem[TENSORS + 4]
+    if problem[-1] != "triton":
+        return 0
+    return 16 if indices is None or alpha == 0.0 else indices.shape[1] + 7
 
 
 def _fake_gradients(problem: tuple[Any, ...], needs: tuple[bool, ...]) -> Triple:
@@ -248,19 +255,20 @@ class _Rows(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * 6
         if grad_rows is not None:
             problem = (*tensors, *ctx.numbers)
-            for role, role_problem, role_rows, role_statistics in (
-                (0, problem, grad_rows, statistics),
-                (3, _exchange(problem), grad_rows * problem[TENSORS + 4], _exchange_statistics(statistics)),
-            ):
-                wanted = needs[role : role + 3]
-                if any(wanted):
-                    computed = torch.ops.fusedmm.distillation_backward(
-                        *role_problem, role_rows, role_statistics, *wanted
-                    )
-                    gradients[role : role + 3] = [
-                        gradient if needed else None for gradient, needed in zip(computed, wanted, strict=True)
-                    ]
+            if any(needs[:3]):
+                gradients[:3] = _gradients(problem, grad_rows, statistics, needs[:3])
+            if any(needs[3:6]):
+                rows = grad_rows * problem[TENSORS + 4]
+                gradients[3:] = _gradients(_exchange(problem), rows, _exchange_statistics(statistics), needs[3:6])
         return (*gradients, *([None] * (len(needs) - 6)))
+
+
+def _gradients(
+    problem: tuple[Any, ...], grad_rows: Tensor, statistics: Tensor, needs: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Of the problem's student; None where not needed."""
+    computed = torch.ops.fusedmm.distillation_backward(*problem, grad_rows, statistics, *needs)
+    return [gradient if needed else None for gradient, needed in zip(computed, needs, strict=True)]
 
 
 def _exchange(problem: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ its value at k, and G minus the mean of r over p:
     grad_logits = grad_row h (1 - (z / softcap)^2), 0 where grad_row is 0
 
 At k, where p may round to 1, ``p - t`` is the difference of what p and t leave to the others. One rounding, to the
-dtype of the matmuls that follow; float16 is stored times `grad_scale`. FLOPs: 2 N V (Ds + Dt) for heads with
+dtype of the matmuls that follow. FLOPs: 2 N V (Ds + Dt) for heads with
 weights; bytes: the gradient once, and logits that exist once.
 """
 
@@ -59,7 +59,6 @@ def _gradient_kernel(
     beta,
     alpha,
     label_smoothing,
-    grad_scale,
     num_rows,
     num_classes,
     first_class,
@@ -94,7 +93,7 @@ def _gradient_kernel(
     )  # fmt: skip
     row_stride = tl.full([], 1, tl.int64) * num_rows
     saved_ptrs = saved_ptr + offs_n
-    grad_rows = tl.load(grad_rows_ptr + offs_n) * grad_scale
+    grad_rows = tl.load(grad_rows_ptr + offs_n)
     labels = tl.full([BLOCK_N], -1, tl.int64)
     if labels_ptr is not None:
         labels = tl.load(labels_ptr + offs_n)
@@ -170,15 +169,14 @@ def gradient_logits(
     beta: float,
     alpha: float,
     label_smoothing: float,
-    grad_scale: float,
     num_classes: int,
     first_class: int,
     total_classes: int,
     ignore_index: int,
     columns: slice,
 ) -> torch.Tensor:
-    """`grad_scale` times the gradient in the student's soft-capped logits' inputs, for local classes `columns`, written
-    to `out` [N, columns]; `out`.
+    """``grad_rows`` times the gradient in the inputs of the student's soft-capped logits, for local classes `columns`,
+    written to `out` [N, columns]; `out`.
     """
     arch = device_arch(student.source.device)
     num_rows, width = out.shape
@@ -202,7 +200,6 @@ def gradient_logits(
         beta=beta,
         alpha=alpha,
         label_smoothing=label_smoothing,
-        grad_scale=grad_scale,
         num_rows=num_rows,
         num_classes=num_classes,
         first_class=first_class,

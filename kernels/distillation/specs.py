@@ -9,11 +9,20 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from fusedmm.kernels.distillation.config import Pass, row_threads, tile_config
+from fusedmm.kernels.distillation.config import Pass, one_head_config, row_threads, tile_config
 from fusedmm.kernels.distillation.gradient import _gradient_kernel
 from fusedmm.kernels.distillation.mixture import _mixture_kernel
 from fusedmm.kernels.distillation.state import SIZE_LOSS, SIZE_SCORES
 from fusedmm.kernels.distillation.statistics import _merge_statistics_kernel, _statistics_kernel
+from fusedmm.kernels.distillation.top_gradient import _top_gradient_kernel
+from fusedmm.kernels.distillation.top_state import TOP_SIZE_LOSS, TOP_SIZE_SCORES
+from fusedmm.kernels.distillation.top_statistics import (
+    BLOCK_K,
+    MERGE_WARPS,
+    MERGED_ROWS,
+    _top_merge_kernel,
+    _top_sweep_kernel,
+)
 from fusedmm.kernels.launch import KernelSpec, LaunchConfig
 
 INPUTS = (
@@ -46,7 +55,6 @@ FLOATS = frozenset(
         "odds",
         "alpha",
         "label_smoothing",
-        "grad_scale",
     )
 )
 STRIDES = frozenset(
@@ -65,6 +73,8 @@ STRIDES = frozenset(
 def _argument_type(name: str, element: str) -> str:
     if name == "labels_ptr":
         return "*i64"
+    if name == "classes_ptr":
+        return "*i32"
     if name == "grad_logits_ptr":
         return "*bf16" if element == "fp32" else f"*{element}"
     if name in INPUTS:
@@ -124,6 +134,60 @@ def kernel_specs(arch: str) -> Iterator[KernelSpec]:
             IS_SCORES=is_scores,
             IS_UNIT=unit,
             SIZE=(SIZE_SCORES if is_scores else SIZE_LOSS).value,
+        )
+    yield from _top_specs(arch)
+
+
+def _top_specs(arch: str) -> Iterator[KernelSpec]:
+    """The kernels of top-k teachers."""
+    for label, element, classes, present in (
+        ("heads,labels,bf16", "bf16", "large", LABELS),
+        ("heads,everything,bf16", "bf16", "large", OPTIONAL),
+        ("heads,plain,fp16", "fp16", "large", ()),
+        ("heads,plain,fp32", "fp32", "large", ()),
+        ("logits,large,labels", "fp32", "large", LABELS),
+        ("logits,large,everything", "fp32", "large", OPTIONAL),
+        ("logits,small,labels", "fp32", "small", LABELS),
+    ):
+        has_matmul = label.startswith("heads")
+        absent = frozenset((*OPTIONAL, *(() if has_matmul else WEIGHTS))) - set(present)
+        sizes = (CLASSES[classes], has_matmul, element == "fp32")
+        unit = "row_temperature_ptr" in absent
+        kinds: tuple[Pass, ...] = ("scores", "loss")
+        for kind in kinds:
+            yield _spec(
+                _top_sweep_kernel,
+                f"distillation_top_sweep[{kind},{label}]",
+                one_head_config(arch, *sizes, kind),
+                arch,
+                element,
+                absent,
+                IS_SCORES=kind == "scores",
+                IS_UNIT=unit,
+                BLOCK_K=BLOCK_K,
+            )
+        yield _spec(
+            _top_gradient_kernel,
+            f"distillation_top_gradient[{label}]",
+            one_head_config(arch, *sizes),
+            arch,
+            element,
+            absent,
+            BLOCK_K=BLOCK_K,
+        )
+    for is_scores, unit in ((True, True), (True, False), (False, True), (False, False)):
+        yield _spec(
+            _top_merge_kernel,
+            f"distillation_top_merge[{'scores' if is_scores else 'loss'},{'unit' if unit else 'tempered'}]",
+            LaunchConfig({"BLOCK_N": MERGED_ROWS}, num_warps=MERGE_WARPS, num_stages=2),
+            arch,
+            "fp32",
+            frozenset((*WEIGHTS, "row_temperature_ptr") if unit else WEIGHTS),
+            IS_SCORES=is_scores,
+            IS_UNIT=unit,
+            HAS_REST=True,
+            SIZE=(TOP_SIZE_SCORES if is_scores else TOP_SIZE_LOSS).value,
+            BLOCK_K=BLOCK_K,
         )
 
 

@@ -182,7 +182,7 @@ def _merge_statistics_kernel(
             1.0 / student_sum, 1.0 / teacher_sum, tl.where(state[1] == state[6], 1.0, 0.0),
             tl.sqrt(distance) / student_sum, student_nll, teacher_nll, student_nll - teacher_nll,
             tl.sqrt(tl.maximum(squares, 0.0) + others * others),
-            tl.where(state[13] <= FORBIDDEN, float("inf"), (state[11] - state[13]) * LN_2),  # inf: no other class
+            tl.where(state[13] < FORBIDDEN, float("inf"), (state[11] - state[13]) * LN_2),  # inf: no other class
         )  # fmt: skip
     else:
         mean = state[12] / total_classes

@@ -1,8 +1,8 @@
 """Tiles of logits of two heads: from a matmul with the vocabulary's weight, or from logits that exist.
 
 A tile is [BLOCK_N, BLOCK_V] float32 in base 2, ``log2(e) * z``: the matmul accumulates in float32 (float32 inputs are
-multiplied exactly, without TF32), then bias and soft-cap, and nothing is rounded in between. Classes beyond the last
-get `FORBIDDEN`, which stands for -inf: finite, so that ``0 * FORBIDDEN`` is 0.
+multiplied exactly, without TF32), then bias and soft-cap, and nothing is rounded in between. A logit of -inf counts as
+`FORBIDDEN`, -1e30 in base e: finite, so that ``0 * FORBIDDEN`` is 0. Classes beyond the last lie lower still.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from fusedmm.kernels.softmax import LOG2_E
 
-FORBIDDEN = tl.constexpr(-1e30)
+FORBIDDEN = tl.constexpr(-1.4426950408889634e30)
 
 
 class HeadTensors(NamedTuple):
@@ -91,11 +91,11 @@ def logit_slabs(
             student_size_d, offs_n, offs_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
     else:
-        student = _head_tile(
+        student = head_tile(
             student_ptr, student_weight_ptr, student_stride_n, student_weight_stride_v, student_size_d,
             offs_n, offs_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
-        teacher = _head_tile(
+        teacher = head_tile(
             teacher_ptr, teacher_weight_ptr, teacher_stride_n, teacher_weight_stride_v, teacher_size_d,
             offs_n, offs_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
@@ -106,7 +106,7 @@ def logit_slabs(
 
 
 @triton.jit
-def _head_tile(
+def head_tile(
     source_ptr,
     weight_ptr,
     stride_n,
@@ -119,6 +119,7 @@ def _head_tile(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """One head's tile [BLOCK_N, BLOCK_V] float32 before `finish`."""
     if weight_ptr is None:
         mask = (offs_v < num_classes)[None, :]
         return tl.load(source_ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_v[None, :], mask=mask, other=0.0).to(
@@ -192,9 +193,9 @@ def after(x, row):
 
 @triton.jit
 def _finish_slabs(parts, bias_ptr, softcap, first_v, num_classes):
-    """`_finish` of every slab."""
+    """`finish` of every slab."""
     width: tl.constexpr = parts[0].shape[1]
-    first = (_finish(parts[0], bias_ptr, softcap, first_v + tl.arange(0, width), num_classes),)
+    first = (finish(parts[0], bias_ptr, softcap, first_v + tl.arange(0, width), num_classes),)
     if len(parts) == 1:
         return first
     else:
@@ -202,12 +203,12 @@ def _finish_slabs(parts, bias_ptr, softcap, first_v, num_classes):
 
 
 @triton.jit
-def _finish(z, bias_ptr, softcap, offs_v, num_classes):
+def finish(z, bias_ptr, softcap, offs_v, num_classes):
     """Bias, soft-cap, base 2 and the classes that do not exist; a NaN stays one."""
     mask_v = offs_v < num_classes
     if bias_ptr is not None:
         z += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
     if softcap is not None:
         z = softcap * (2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0)
-    z = z * LOG2_E + tl.where(mask_v, 0.0, FORBIDDEN)[None, :]
-    return tl.maximum(z, FORBIDDEN, propagate_nan=tl.PropagateNan.ALL)
+    z = tl.maximum(z * LOG2_E, FORBIDDEN, propagate_nan=tl.PropagateNan.ALL)
+    return z + tl.where(mask_v, 0.0, 2.0 * FORBIDDEN)[None, :]

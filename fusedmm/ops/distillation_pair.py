@@ -1,0 +1,188 @@
+"""Distillation with Triton against a teacher that gives logits: the statistics, mixture and gradient kernels over some
+rows of both heads.
+
+Scores and losses keep O(N) numbers; logits are in memory only where `with_logits` formed those of a wave.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusedmm.eager.distillation import Objective
+from fusedmm.eager.distillation_scores import FIELDS
+from fusedmm.eager.waves import matmul, shares_weight
+from fusedmm.heads import Head, LinearHead
+from fusedmm.ops.distillation_waves import classes_a_rank
+
+if TYPE_CHECKING:
+    from fusedmm.kernels.distillation.tiles import HeadTensors
+
+
+@dataclass(frozen=True, eq=False)
+class PairRows:
+    """Some rows of a problem.
+
+    Attributes:
+        student, teacher: heads as kernels take them.
+        labels: [N], or None.
+        temperature: [N] float32, or None for the objective's.
+        objective: the rest.
+    """
+
+    student: "HeadTensors"
+    teacher: "HeadTensors"
+    labels: Tensor | None
+    temperature: Tensor | None
+    objective: Objective
+
+    def cut(self, rows: slice) -> "PairRows":
+        """Rows of these."""
+        return replace(
+            self,
+            student=self.student._replace(source=self.student.source[rows]),
+            teacher=self.teacher._replace(source=self.teacher.source[rows]),
+            labels=None if self.labels is None else self.labels[rows],
+            temperature=None if self.temperature is None else self.temperature[rows],
+        )
+
+    def with_logits(self) -> "PairRows":
+        """The same with float32 logits, before bias and soft-cap, in memory: one matmul where the heads share their
+        weight.
+        """
+        student, teacher = self.student, self.teacher
+        if (
+            student.weight is not None
+            and teacher.weight is not None
+            and shares_weight(LinearHead(student.source, student.weight), LinearHead(teacher.source, teacher.weight))
+        ):
+            both = matmul(torch.cat([student.source, teacher.source]), student.weight.t())
+            count = student.source.shape[0]
+            return replace(
+                self,
+                student=student._replace(source=both[:count], weight=None),
+                teacher=teacher._replace(source=both[count:], weight=None),
+            )
+        return replace(self, student=with_logits(student), teacher=with_logits(teacher))
+
+    def scores(self, second_pass: bool) -> Tensor:
+        """All of `fusedmm.eager.distillation_scores.FIELDS` [fields, N]; grad_norm without the norm of hidden."""
+        saved, fields = self._statistics(for_scores=True)
+        if second_pass:
+            values, sums = self._mixture(saved)
+            fields[FIELDS.index("divergence")], fields[FIELDS.index("total_variation")] = values, sums[2]
+        return fields
+
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """Loss of every row [N], of no meaning where it is ignored, and the statistics that `grad_logits` needs
+        [16, N].
+        """
+        saved, losses = self._statistics(for_scores=False)
+        objective = self.objective
+        divergence = losses[int(objective.beta)] if objective.beta in (0.0, 1.0) else self._mixture(saved)[0]
+        scale = objective.temperature if self.temperature is None else self.temperature
+        result = divergence * (objective.alpha * scale * scale)
+        if objective.alpha != 1.0:
+            result += (1 - objective.alpha) * losses[2]
+        return result, saved
+
+    def grad_logits(self, saved: Tensor, grad_rows: Tensor, columns: slice, out: Tensor) -> Tensor:
+        """``grad_rows`` times the gradient in the student's logits of classes `columns`, written to `out`."""
+        from fusedmm.kernels.distillation.gradient import gradient_logits
+
+        objective = self.objective
+        return gradient_logits(
+            self.student,
+            self.teacher,
+            saved,
+            grad_rows,
+            out,
+            labels=None if objective.alpha == 1.0 else self.labels,
+            row_temperature=self.temperature,
+            temperature=objective.temperature,
+            beta=objective.beta,
+            alpha=objective.alpha,
+            label_smoothing=objective.label_smoothing,
+            num_classes=objective.shard.count,
+            first_class=objective.shard.first,
+            total_classes=objective.shard.total,
+            ignore_index=objective.ignore_index,
+            columns=columns,
+        )
+
+    def unit_gradient(self, saved: Tensor) -> Tensor:
+        """Gradient of every row's loss in the student's logits [N, V] float32, all in memory."""
+        count = self.objective.shard.count
+        out = saved.new_empty((saved.shape[1], count))
+        return self.grad_logits(saved, saved.new_ones((saved.shape[1],)), slice(0, count), out)
+
+    def _statistics(self, *, for_scores: bool) -> tuple[Tensor, Tensor]:
+        """Saved statistics [16, N], and scores or losses, of all ranks' classes."""
+        from fusedmm.kernels.distillation.statistics import merge_statistics, statistics
+
+        objective, shard = self.objective, self.objective.shard
+        state = statistics(
+            self.student,
+            self.teacher,
+            labels=self.labels,
+            row_temperature=self.temperature,
+            temperature=objective.temperature,
+            num_classes=shard.count,
+            first_class=shard.first,
+            for_scores=for_scores,
+            split_classes=classes_a_rank(shard),
+        )
+        if shard.group is not None:
+            states = [torch.empty_like(state) for _ in range(shard.group.size())]
+            dist.all_gather(states, state, group=shard.group)
+            state = torch.cat(states)
+        return merge_statistics(
+            state,
+            labels=self.labels,
+            row_temperature=self.temperature,
+            temperature=objective.temperature,
+            total_classes=shard.total,
+            ignore_index=objective.ignore_index,
+            label_smoothing=objective.label_smoothing,
+            for_scores=for_scores,
+        )
+
+    def _mixture(self, saved: Tensor) -> tuple[Tensor, Tensor]:
+        """Divergence against the mixture [N], and the sums of the second pass; the mean log-ratios go into `saved`."""
+        from fusedmm.kernels.distillation.mixture import mixture_sums
+
+        beta, odds = self.objective.beta, self.objective.beta / (1 - self.objective.beta)
+        sums = self.objective.shard.sum(
+            mixture_sums(
+                self.student,
+                self.teacher,
+                saved,
+                row_temperature=self.temperature,
+                temperature=self.objective.temperature,
+                beta=beta,
+                num_classes=self.objective.shard.count,
+            )
+        )
+        student_top = -math.log1p(-beta) - torch.log1p(odds * torch.exp2((saved[8] - saved[15]).clamp(max=86.0)))
+        teacher_top = -math.log(beta) - torch.log1p(torch.exp2((saved[15] - saved[9]).clamp(max=86.0)) / odds)
+        torch.neg(sums[:2], out=saved[10:12])
+        return (1 - beta) * (student_top + sums[0]) + beta * (teacher_top + sums[1]), sums
+
+
+def head_tensors(head: Head) -> "HeadTensors":
+    """A head as kernels take it."""
+    from fusedmm.kernels.distillation.tiles import HeadTensors
+
+    if isinstance(head, LinearHead):
+        return HeadTensors(head.hidden, head.weight, head.bias, head.softcap)
+    return HeadTensors(head.values, None, None, head.softcap)
+
+
+def with_logits(head: "HeadTensors") -> "HeadTensors":
+    """The head with float32 logits, before bias and soft-cap, in place of hidden states and weight."""
+    if head.weight is None:
+        return head
+    return head._replace(source=matmul(head.source, head.weight.t()), weight=None)

@@ -1,0 +1,150 @@
+"""Distillation with Triton against a teacher's top-k classes: one sweep over the student's, then two heads of K + 1
+logits that are in memory.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fusedmm.eager.distillation import Objective
+from fusedmm.eager.distillation_scores import FIELDS
+from fusedmm.eager.shard import Shard
+from fusedmm.heads import TopKLogProbs
+from fusedmm.ops.distillation_pair import PairRows, with_logits
+
+if TYPE_CHECKING:
+    from fusedmm.kernels.distillation.tiles import HeadTensors
+
+
+@dataclass(frozen=True, eq=False)
+class TopRows:
+    """Some rows of a problem.
+
+    Attributes:
+        student: head as kernels take it.
+        classes: [N, K] int32, ascending in each row.
+        log_probs: [N, K] of these classes.
+        labels: [N], or None.
+        temperature: [N] float32, or None for the objective's.
+        objective: the rest.
+    """
+
+    student: "HeadTensors"
+    classes: Tensor
+    log_probs: Tensor
+    labels: Tensor | None
+    temperature: Tensor | None
+    objective: Objective
+
+    @classmethod
+    def of(
+        cls,
+        student: "HeadTensors",
+        teacher: TopKLogProbs,
+        labels: Tensor | None,
+        temperature: Tensor | None,
+        objective: Objective,
+    ) -> "TopRows":
+        """A problem from what a user gives: top-k classes in any order."""
+        classes, order = teacher.indices.sort(-1)
+        log_probs = teacher.log_probs.gather(1, order)
+        return cls(student, classes.to(torch.int32), log_probs, labels, temperature, objective)
+
+    def cut(self, rows: slice) -> "TopRows":
+        """Rows of these."""
+        return replace(
+            self,
+            student=self.student._replace(source=self.student.source[rows]),
+            classes=self.classes[rows],
+            log_probs=self.log_probs[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            temperature=None if self.temperature is None else self.temperature[rows],
+        )
+
+    def with_logits(self) -> "TopRows":
+        """The same with the student's float32 logits, before bias and soft-cap, in memory."""
+        return replace(self, student=with_logits(self.student))
+
+    def scores(self, second_pass: bool) -> Tensor:
+        """All of `fusedmm.eager.distillation_scores.FIELDS` [fields, N]; grad_norm without the norm of hidden;
+        those that need the teacher's logit of the label hold no meaning.
+        """
+        buckets, alone = self._buckets(for_scores=True)
+        fields = buckets.scores(second_pass)
+        count = self.classes.shape[1]
+        gradient = replace(buckets, objective=replace(buckets.objective, beta=0.0))
+        squares = gradient.unit_gradient(gradient.losses()[1]).square()
+        squares[:, count:] *= alone[7, :, None]  # the bucket's gradient lies on its classes by their shares
+        best = self.classes.gather(1, self.log_probs.argmax(-1, keepdim=True))[:, 0]
+        for name, value in (
+            ("student_entropy", alone[0]),
+            ("student_confidence", alone[1]),
+            ("teacher_confidence", alone[2]),
+            ("agreement", alone[3] == best),
+            ("grad_norm", squares.sum(-1).sqrt()),
+            ("student_nll", alone[4]),
+            ("el2n", alone[5]),
+            ("margin", alone[6]),
+        ):
+            fields[FIELDS.index(name)] = value
+        return fields
+
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """Loss of every row [N], of no meaning where it is ignored, and what `grad_logits` needs [K + 7, N]: numbers of
+        the student, and the gradient in the top-k classes and the bucket.
+        """
+        buckets, alone = self._buckets(for_scores=False)
+        divergence, statistics = buckets.losses()
+        gradient = buckets.unit_gradient(statistics)
+        saved = alone.new_zeros((alone.shape[0] + self.classes.shape[1], alone.shape[1]))
+        saved[:6], saved[6 : 6 + gradient.shape[1]] = alone[:6], gradient.t()
+        objective = self.objective
+        scale = objective.temperature if self.temperature is None else self.temperature
+        result = divergence * (objective.alpha * scale * scale)
+        if objective.alpha != 1.0:
+            result += (1 - objective.alpha) * alone[6]
+        return result, saved
+
+    def grad_logits(self, saved: Tensor, grad_rows: Tensor, columns: slice, out: Tensor) -> Tensor:
+        """``grad_rows`` times the gradient in the student's logits of classes `columns`, written to `out`."""
+        from fusedmm.kernels.distillation.top_gradient import top_gradient_logits
+
+        objective = self.objective
+        return top_gradient_logits(
+            self.student,
+            self.classes,
+            saved,
+            grad_rows,
+            out,
+            labels=None if objective.alpha == 1.0 else self.labels,
+            row_temperature=self.temperature,
+            temperature=objective.temperature,
+            alpha=objective.alpha,
+            label_smoothing=objective.label_smoothing,
+            num_classes=objective.shard.count,
+            ignore_index=objective.ignore_index,
+            columns=columns,
+        )
+
+    def _buckets(self, *, for_scores: bool) -> tuple[PairRows, Tensor]:
+        """Student and teacher over the top-k classes and the bucket, at the temperature, and numbers of the student."""
+        from fusedmm.kernels.distillation.tiles import HeadTensors
+        from fusedmm.kernels.distillation.top_statistics import top_statistics
+
+        objective = self.objective
+        own, target, alone = top_statistics(
+            self.student,
+            self.classes,
+            self.log_probs,
+            labels=self.labels,
+            row_temperature=self.temperature,
+            temperature=objective.temperature,
+            label_smoothing=objective.label_smoothing,
+            num_classes=objective.shard.count,
+            for_scores=for_scores,
+        )
+        heads = HeadTensors(own, None, None, None), HeadTensors(target, None, None, None)
+        columns = own.shape[1]
+        return PairRows(*heads, None, None, Objective(Shard(columns, 0, columns), objective.beta)), alone

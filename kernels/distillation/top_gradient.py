@@ -1,0 +1,177 @@
+"""Gradient of the loss against a top-k teacher in the student's logits, for a range of classes.
+
+With g the gradient in the K + 1 logits of the top-k classes and the bucket (gradient.py over those), share_v a class's
+share of the rest, p1 the probabilities at T = 1 and k the student's most likely class:
+
+    h_v = alpha T (g_j  for the j-th of the top-k, else  share_v g_bucket)
+          + (1 - alpha) (p1 - (1 - label_smoothing) onehot - label_smoothing / V)
+    grad_logits = grad_row h (1 - (z / softcap)^2), 0 where grad_row is 0
+
+A row's top-k classes are written into the tile that holds them: no scatter, no atomics. One rounding, to the dtype of
+the matmuls that follow. FLOPs: 2 N V Ds for a head with a weight; bytes: the gradient once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedmm.kernels.distillation.config import one_head_config
+from fusedmm.kernels.distillation.tiles import FORBIDDEN, HeadTensors, finish, head_tile, program_tile, slabs
+from fusedmm.kernels.distillation.top_state import class_at, count_below
+from fusedmm.kernels.distillation.top_statistics import BLOCK_K, STUDENT_SAVED
+from fusedmm.kernels.launch import device_arch
+from fusedmm.kernels.softmax import LN_2
+
+FIRST_BUCKET = tl.constexpr(STUDENT_SAVED)
+
+
+@triton.jit
+def _top_gradient_kernel(
+    student_ptr,
+    student_weight_ptr,
+    student_bias_ptr,
+    classes_ptr,
+    labels_ptr,
+    row_temperature_ptr,
+    saved_ptr,
+    grad_rows_ptr,
+    grad_logits_ptr,
+    student_stride_n,
+    student_weight_stride_v,
+    student_size_d,
+    student_softcap,
+    grad_stride_n,
+    inverse_temperature,
+    alpha,
+    label_smoothing,
+    num_rows,
+    num_classes,
+    size_k,
+    ignore_index,
+    first_column,
+    last_column,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLABS: tl.constexpr,
+    GROUP_N: tl.constexpr,
+):
+    row_block, column_block = program_tile(
+        tl.cdiv(num_rows, BLOCK_N), tl.cdiv(last_column - first_column, BLOCK_V), GROUP_N
+    )
+    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = rows < num_rows
+    offs_n = tl.minimum(rows, num_rows - 1)
+    inverse = tl.full([BLOCK_N], 1.0, tl.float32) * inverse_temperature
+    if row_temperature_ptr is not None:
+        inverse = 1.0 / tl.load(row_temperature_ptr + offs_n)
+    first_v = first_column + column_block * BLOCK_V
+    z = head_tile(
+        student_ptr, student_weight_ptr, student_stride_n, student_weight_stride_v, student_size_d,
+        offs_n, first_v + tl.arange(0, BLOCK_V), num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
+    parts = slabs(z, SLABS)
+    row_stride = tl.full([], 1, tl.int64) * num_rows
+    saved_ptrs = saved_ptr + offs_n
+    bucket_ptrs = saved_ptrs + FIRST_BUCKET * row_stride
+    grad_rows = tl.load(grad_rows_ptr + offs_n)
+    labels = tl.full([BLOCK_N], -1, tl.int64)
+    if labels_ptr is not None:
+        labels = tl.load(labels_ptr + offs_n)
+        grad_rows = tl.where(labels == ignore_index, 0.0, grad_rows)
+    class_ptrs = classes_ptr + offs_n * size_k
+    position = count_below(class_ptrs, size_k, first_v, BLOCK_N, BLOCK_K)
+    top_class = class_at(class_ptrs, position, size_k)
+    width: tl.constexpr = BLOCK_V // SLABS
+    for i in tl.static_range(SLABS):
+        offs_v = first_v + i * width + tl.arange(0, width)
+        x = finish(parts[i], student_bias_ptr, student_softcap, offs_v, num_classes)
+        classes = offs_v[None, :]
+        last_v = first_v + (i + 1) * width
+        log_share = (x * inverse[:, None] - tl.load(saved_ptrs)[:, None]) - tl.load(saved_ptrs + row_stride)[:, None]
+        share = tl.exp2(tl.minimum(log_share, 0.0))  # above 0 only where a class is one of the top-k
+        g = share * tl.load(bucket_ptrs + size_k * row_stride)[:, None]
+        while tl.min(top_class, 0) < last_v:
+            is_here = top_class < last_v
+            is_top = classes == tl.where(is_here, top_class, -1)[:, None]
+            bucket = tl.load(bucket_ptrs + position * row_stride, mask=is_here, other=0.0)
+            g = tl.where(is_top, bucket[:, None], g)
+            position += is_here.to(tl.int32)
+            top_class = class_at(class_ptrs, position, size_k)
+        g *= (alpha / inverse)[:, None]
+        if labels_ptr is not None:
+            unit = tl.exp2(
+                (x - tl.load(saved_ptrs + 2 * row_stride)[:, None]) - tl.load(saved_ptrs + 3 * row_stride)[:, None]
+            )
+            at_label = tl.where(
+                classes == tl.load(saved_ptrs + 5 * row_stride).to(tl.int32)[:, None],
+                label_smoothing - tl.load(saved_ptrs + 4 * row_stride)[:, None],
+                unit - (1.0 - label_smoothing),
+            )
+            g += (1.0 - alpha) * (tl.where(classes == labels[:, None], at_label, unit) - label_smoothing / num_classes)
+        if student_softcap is not None:
+            bent = tl.where(x > FORBIDDEN, x, 0.0) * (LN_2 / student_softcap)
+            g *= 1.0 - bent * bent
+        g = tl.where(
+            (grad_rows == 0.0)[:, None], 0.0, g * grad_rows[:, None]
+        )  # whatever a row holds that does not count
+        if grad_logits_ptr.dtype.element_ty == tl.float16:
+            g = tl.minimum(tl.maximum(g, -65504.0), 65504.0)
+        grad_ptrs = grad_logits_ptr + rows[:, None] * grad_stride_n + (offs_v - first_column)[None, :]
+        tl.store(
+            grad_ptrs, g.to(grad_logits_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_v < last_column)[None, :]
+        )
+
+
+def top_gradient_logits(
+    student: HeadTensors,
+    classes: torch.Tensor,
+    saved: torch.Tensor,
+    grad_rows: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    labels: torch.Tensor | None,
+    row_temperature: torch.Tensor | None,
+    temperature: float,
+    alpha: float,
+    label_smoothing: float,
+    num_classes: int,
+    ignore_index: int,
+    columns: slice,
+) -> torch.Tensor:
+    """``grad_rows`` times the gradient in the inputs of the student's soft-capped logits, for classes `columns`,
+    written to `out` [N, columns]; `out`.
+
+    `classes` [N, K] int32 ascends in each row; `saved` [6 + K + 1, N] holds numbers of the student (see
+    `top_statistics`) and the gradient in the buckets.
+    """
+    num_rows, width = out.shape
+    if num_rows == 0:
+        return out
+    config = one_head_config(
+        device_arch(student.source.device), width, student.weight is not None, student.source.dtype == torch.float32
+    )
+    tiles = triton.cdiv(num_rows, config.blocks["BLOCK_N"]) * triton.cdiv(width, config.blocks["BLOCK_V"])
+    _top_gradient_kernel[(tiles,)](
+        **student.arguments("student"),
+        classes_ptr=classes,
+        labels_ptr=labels,
+        row_temperature_ptr=row_temperature,
+        saved_ptr=saved,
+        grad_rows_ptr=grad_rows,
+        grad_logits_ptr=out,
+        grad_stride_n=out.stride(0),
+        inverse_temperature=1.0 / temperature,
+        alpha=alpha,
+        label_smoothing=label_smoothing,
+        num_rows=num_rows,
+        num_classes=num_classes,
+        size_k=classes.shape[1],
+        ignore_index=ignore_index,
+        first_column=columns.start,
+        last_column=columns.stop,
+        BLOCK_K=BLOCK_K,
+        **config.launch_options(),
+    )
+    return out

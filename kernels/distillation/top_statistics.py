@@ -1,0 +1,321 @@
+"""A student against a teacher's top-k classes: one sweep over the student's classes, then K + 1 numbers a row.
+
+`_top_sweep_kernel` walks one split of the classes. A row's top-k classes, sorted, are met in order: each is lifted out
+of its tile, and its logit kept. What stays is the rest, whose log-sum-exp is therefore a sum over the other classes
+and not 1 minus a sum, which would cancel for a confident student. `_top_merge_kernel` merges the splits of a row and
+gives the logits of student and teacher over the K classes and the rest as one bucket, for the kernels of two heads;
+and what concerns the student alone, over all classes: rest and top-k merged.
+
+FLOPs: 2 N V Ds, half of what a teacher's head of the same size would add; floor: their time. Bytes: the weight once for
+every group of row blocks, as statistics.py, and 16 N K of top-k classes and logits; never a row of the weight gathered,
+which would be 2 N K Ds. A tile's extra passes are as many as the most of its classes that one row has, 1 to 3 of K = 64
+in a vocabulary of 10^5. float32, the teacher's bucket float64; bitwise reproducible.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedmm.kernels.distillation.config import one_head_config, vocabulary_splits
+from fusedmm.kernels.distillation.state import NOTHING
+from fusedmm.kernels.distillation.tiles import FORBIDDEN, HeadTensors, after, finish, head_tile, program_tile, slabs
+from fusedmm.kernels.distillation.top_state import (
+    TOP_SIZE_LOSS,
+    TOP_SIZE_SCORES,
+    class_at,
+    count_below,
+    empty_top_state,
+    merge_top_states,
+    top_state,
+)
+from fusedmm.kernels.launch import device_arch
+from fusedmm.kernels.softmax import LN_2
+
+STUDENT_SAVED = 6  # rows that a gradient needs beside the buckets': see _top_merge_kernel
+STUDENT_LOSSES = STUDENT_SAVED + 1  # and cross entropy
+STUDENT_SCORES = 8
+BLOCK_K = 16
+MERGED_ROWS, MERGE_WARPS = 32, 4
+
+
+@triton.jit
+def _top_sweep_kernel(
+    student_ptr,
+    student_weight_ptr,
+    student_bias_ptr,
+    classes_ptr,
+    labels_ptr,
+    row_temperature_ptr,
+    state_ptr,
+    top_ptr,
+    student_stride_n,
+    student_weight_stride_v,
+    student_size_d,
+    student_softcap,
+    inverse_temperature,
+    num_rows,
+    num_classes,
+    size_k,
+    tiles_per_split,
+    num_splits,
+    IS_SCORES: tl.constexpr,
+    IS_UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLABS: tl.constexpr,
+    GROUP_N: tl.constexpr,
+):
+    row_block, split = program_tile(tl.cdiv(num_rows, BLOCK_N), num_splits, GROUP_N)
+    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = rows < num_rows
+    offs_n = tl.minimum(rows, num_rows - 1)
+    inverse = tl.full([BLOCK_N], 1.0, tl.float32) * inverse_temperature
+    if row_temperature_ptr is not None:
+        inverse = 1.0 / tl.load(row_temperature_ptr + offs_n)
+    labels = tl.full([BLOCK_N], -1, tl.int32)
+    if labels_ptr is not None:
+        labels = tl.load(labels_ptr + offs_n).to(tl.int32)
+    first = split * tiles_per_split * BLOCK_V
+    class_ptrs = classes_ptr + offs_n * size_k
+    top_ptrs = top_ptr + offs_n * size_k
+    position = count_below(class_ptrs, size_k, first, BLOCK_N, BLOCK_K)
+    state = empty_top_state(BLOCK_N, IS_SCORES)
+    size: tl.constexpr = len(state)
+    width: tl.constexpr = BLOCK_V // SLABS
+    for first_v in range(first, tl.minimum(first + tiles_per_split * BLOCK_V, num_classes), BLOCK_V):
+        z = head_tile(
+            student_ptr, student_weight_ptr, student_stride_n, student_weight_stride_v, student_size_d,
+            offs_n, first_v + tl.arange(0, BLOCK_V), num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+        parts = slabs(z, SLABS)
+        top_class = class_at(class_ptrs, position, size_k)
+        for i in tl.static_range(SLABS):
+            offs_v = first_v + i * width + tl.arange(0, width)
+            classes = offs_v[None, :]
+            last_v = first_v + (i + 1) * width
+            x = finish(after(parts[i], state[2]), student_bias_ptr, student_softcap, offs_v, num_classes)
+            label = tl.zeros([BLOCK_N], tl.float32)
+            last = tl.zeros([BLOCK_N], tl.float32)
+            if labels_ptr is not None:
+                is_label = classes == labels[:, None]
+                label = tl.sum(tl.where(is_label, x, 0.0), 1)
+                if IS_SCORES:
+                    last = tl.max(tl.where(is_label, NOTHING, x), 1)
+                else:
+                    last = tl.sum(tl.where(classes < num_classes, x, 0.0), 1)
+            while tl.min(top_class, 0) < last_v:
+                is_here = top_class < last_v
+                is_top = classes == tl.where(is_here, top_class, -1)[:, None]
+                tl.store(top_ptrs + position, tl.sum(tl.where(is_top, x, 0.0), 1), mask=is_here & mask_n)
+                x = tl.where(is_top, FORBIDDEN, x)
+                position += is_here.to(tl.int32)
+                top_class = class_at(class_ptrs, position, size_k)
+            tile = top_state(x, classes, inverse, label, last, IS_SCORES, IS_UNIT)
+            state = merge_top_states(state, tile, inverse, IS_SCORES)
+    row_stride = tl.full([], 1, tl.int64) * num_rows
+    state_ptrs = state_ptr + split * size * row_stride + rows
+    for i in tl.static_range(size):
+        tl.store(state_ptrs + i * row_stride, state[i], mask=mask_n)
+
+
+@triton.jit
+def _load_top_state(state_ptrs, row_stride, mask_n, SIZE: tl.constexpr):
+    first = (tl.load(state_ptrs, mask=mask_n, other=0.0),)
+    if SIZE == 1:
+        return first
+    else:
+        return first + _load_top_state(state_ptrs + row_stride, row_stride, mask_n, SIZE - 1)
+
+
+@triton.jit
+def _top_merge_kernel(
+    state_ptr,
+    classes_ptr,
+    top_ptr,
+    log_probs_ptr,
+    row_temperature_ptr,
+    own_ptr,
+    target_ptr,
+    numbers_ptr,
+    inverse_temperature,
+    label_smoothing,
+    num_rows,
+    num_classes,
+    size_k,
+    num_splits,
+    IS_SCORES: tl.constexpr,
+    IS_UNIT: tl.constexpr,
+    HAS_REST: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = rows < num_rows
+    offs_n = tl.minimum(rows, num_rows - 1)
+    inverse = tl.full([BLOCK_N], 1.0, tl.float32) * inverse_temperature
+    if row_temperature_ptr is not None:
+        inverse = 1.0 / tl.load(row_temperature_ptr + offs_n)
+    row_stride = tl.full([], 1, tl.int64) * num_rows
+    rest = empty_top_state(BLOCK_N, IS_SCORES)
+    for split in range(num_splits):
+        state_ptrs = state_ptr + split * SIZE * row_stride + offs_n
+        rest = merge_top_states(rest, _load_top_state(state_ptrs, row_stride, mask_n, SIZE), inverse, IS_SCORES)
+
+    zero = tl.zeros([BLOCK_N], tl.float32)
+    none = tl.full([BLOCK_N], NOTHING, tl.float32)
+    whole = rest
+    largest = none
+    known = tl.zeros([BLOCK_N], tl.float64)  # the teacher's mass on the top-k
+    for first in range(0, size_k, BLOCK_K):
+        offs_k = first + tl.arange(0, BLOCK_K)
+        at = offs_n[:, None] * size_k + offs_k[None, :]
+        mask = (offs_k < size_k)[None, :]
+        classes = tl.load(classes_ptr + at, mask=mask, other=-1)
+        top = tl.load(top_ptr + at, mask=mask, other=FORBIDDEN)  # [BLOCK_N, BLOCK_K]
+        tile = top_state(top, classes, inverse, zero, none if IS_SCORES else zero, IS_SCORES, IS_UNIT)
+        whole = merge_top_states(whole, tile, inverse, IS_SCORES)
+        log_probs = tl.load(log_probs_ptr + at, mask=mask, other=-float("inf"))
+        largest = tl.maximum(largest, tl.max(log_probs.to(tl.float32), 1))
+        known += tl.sum(tl.exp(log_probs.to(tl.float64)), 1)
+
+    columns = size_k
+    if HAS_REST:
+        columns = size_k + 1
+    for first in range(0, size_k, BLOCK_K):
+        offs_k = first + tl.arange(0, BLOCK_K)
+        at = offs_n[:, None] * size_k + offs_k[None, :]
+        mask = (offs_k < size_k)[None, :]
+        top = tl.load(top_ptr + at, mask=mask, other=0.0)
+        log_probs = tl.load(log_probs_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        to = offs_n[:, None] * columns + offs_k[None, :]
+        own = (top - whole[0][:, None]) * inverse[:, None] * LN_2
+        tl.store(own_ptr + to, own, mask=mask & mask_n[:, None])
+        tl.store(target_ptr + to, log_probs, mask=mask & mask_n[:, None])
+    rest_log = tl.log2(1.0 + rest[2])
+    if HAS_REST:
+        own = ((rest[0] - whole[0]) * inverse + rest_log) * LN_2
+        left = 1.0 - known
+        target = tl.where(left > 0.0, tl.log(tl.where(left > 0.0, left, 1.0)), -float("inf")).to(tl.float32)
+        tl.store(own_ptr + offs_n * columns + size_k, own, mask=mask_n)
+        tl.store(target_ptr + offs_n * columns + size_k, target, mask=mask_n)
+
+    unit_sum = 1.0 + whole[3]
+    nll = ((whole[0] - whole[4]) + tl.log2(unit_sum)) * LN_2
+    if IS_SCORES:
+        whole_sum = 1.0 + whole[2]
+        rest_sum = 1.0 + rest[2]
+        is_peak = whole[4] == whole[0]
+        label_share = tl.exp2(whole[4] - whole[0]) / unit_sum
+        others = tl.where(is_peak, whole[3] / unit_sum, 1.0 - label_share)
+        squares = tl.where(is_peak, whole[8], 1.0 + whole[8]) / (unit_sum * unit_sum) - tl.where(
+            is_peak, 0.0, label_share * label_share
+        )
+        mass = known.to(tl.float32)
+        if HAS_REST:
+            mass = tl.maximum(mass, 1.0)
+        numbers = (
+            (tl.log2(whole_sum) - whole[6] / whole_sum) * LN_2,  # entropy
+            1.0 / whole_sum,  # confidence
+            tl.exp(largest) / mass,  # confidence of the teacher
+            whole[1],  # the most likely class
+            nll,
+            tl.sqrt(tl.maximum(squares, 0.0) + others * others),  # el2n
+            tl.where(whole[5] < FORBIDDEN, float("inf"), (whole[4] - whole[5]) * LN_2),  # margin
+            (1.0 + rest[7]) / (rest_sum * rest_sum),  # sum over the rest of the squared shares of it
+        )
+    else:
+        cross_entropy = nll + label_smoothing * (whole[4] - whole[5] / num_classes) * LN_2
+        numbers = (  # type: ignore[assignment]
+            rest[0] * inverse, rest_log,  # shift and log of the sum of the rest's share
+            whole[0], tl.log2(unit_sum), whole[3] / unit_sum, whole[1],  # of the softmax at T = 1: and 1 - p_k, k
+            cross_entropy,
+        )  # fmt: skip
+    for i in tl.static_range(len(numbers)):
+        tl.store(numbers_ptr + i * row_stride + offs_n, numbers[i], mask=mask_n)
+
+
+def top_statistics(
+    student: HeadTensors,
+    classes: torch.Tensor,
+    log_probs: torch.Tensor,
+    *,
+    labels: torch.Tensor | None,
+    row_temperature: torch.Tensor | None,
+    temperature: float,
+    label_smoothing: float,
+    num_classes: int,
+    for_scores: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits over the top-k classes and the rest, of student and teacher [N, K + 1] float32 (K columns where those are
+    all classes), and numbers of the student alone, [8, N] scores or [7, N] for the loss.
+
+    Args:
+        student: the head.
+        classes: [N, K] int32, ascending in each row.
+        log_probs: [N, K] of the same classes.
+        labels, row_temperature, temperature, label_smoothing: as in `statistics`.
+        num_classes: without padding.
+        for_scores: which numbers.
+    """
+    arch = device_arch(student.source.device)
+    num_rows, size_k = classes.shape
+    is_float32 = student.source.dtype == torch.float32
+    config = one_head_config(
+        arch, num_classes, student.weight is not None, is_float32, "scores" if for_scores else "loss"
+    )
+    splits = vocabulary_splits(arch, num_rows, num_classes, config)
+    size = (TOP_SIZE_SCORES if for_scores else TOP_SIZE_LOSS).value
+    has_rest = size_k < num_classes
+    state = torch.empty((splits, size, num_rows), dtype=torch.float32, device=classes.device)
+    top = state.new_full((num_rows, size_k), FORBIDDEN.value)  # what a class has that does not exist
+    own, target = (state.new_empty((num_rows, size_k + has_rest)) for _ in range(2))
+    numbers = state.new_empty((STUDENT_SCORES if for_scores else STUDENT_LOSSES, num_rows))
+    if num_rows == 0:
+        return own, target, numbers
+    is_unit = row_temperature is None and temperature == 1.0
+    _top_sweep_kernel[(triton.cdiv(num_rows, config.blocks["BLOCK_N"]) * splits,)](
+        **student.arguments("student"),
+        classes_ptr=classes,
+        labels_ptr=labels,
+        row_temperature_ptr=row_temperature,
+        state_ptr=state,
+        top_ptr=top,
+        inverse_temperature=1.0 / temperature,
+        num_rows=num_rows,
+        num_classes=num_classes,
+        size_k=size_k,
+        tiles_per_split=triton.cdiv(triton.cdiv(num_classes, config.blocks["BLOCK_V"]), splits),
+        num_splits=splits,
+        IS_SCORES=for_scores,
+        IS_UNIT=is_unit,
+        BLOCK_K=BLOCK_K,
+        **config.launch_options(),
+    )
+    block_n = MERGED_ROWS
+    _top_merge_kernel[(triton.cdiv(num_rows, block_n),)](
+        state_ptr=state,
+        classes_ptr=classes,
+        top_ptr=top,
+        log_probs_ptr=log_probs,
+        row_temperature_ptr=row_temperature,
+        own_ptr=own,
+        target_ptr=target,
+        numbers_ptr=numbers,
+        inverse_temperature=1.0 / temperature,
+        label_smoothing=label_smoothing,
+        num_rows=num_rows,
+        num_classes=num_classes,
+        size_k=size_k,
+        num_splits=splits,
+        IS_SCORES=for_scores,
+        IS_UNIT=is_unit,
+        HAS_REST=has_rest,
+        SIZE=size,
+        BLOCK_N=block_n,
+        BLOCK_K=BLOCK_K,
+        num_warps=MERGE_WARPS,
+    )
+    return own, target, numbers
