@@ -84,7 +84,7 @@ def distillation_scores(
         beta: which divergence to compute beside the fixed fields, see `distillation_loss`; between 0 and 1 exclusive it
             costs a second pass.
         ignore_index: rows with this label are 0 in every field.
-        impl: "auto" (Triton on CUDA, eager elsewhere and for a top-k teacher), "triton", "eager" or "reference".
+        impl: "auto" (Triton on CUDA, eager elsewhere), "triton", "eager" or "reference".
 
     Returns:
         `DistillationScores`; nothing in it has a gradient.
@@ -95,7 +95,7 @@ def distillation_scores(
     Under `torch.autocast` hidden states, weights and biases are taken in its dtype, as `torch.nn.functional.linear`
     does; all after the matmul is float32.
 
-    Cost: ``2 N V (Ds + Dt)`` FLOPs (twice that with a second pass). Bytes: the weights once for every block of rows,
+    Cost: ``2 N V (Ds + Dt)`` FLOPs (twice that with a second pass), ``2 N V Ds`` for a top-k teacher. Bytes: the weights once for every block of rows,
         O(N) extra memory; eager holds one wave of logits.
 
     Source: RHO-LOSS, Mindermann et al. 2022, eq. 3; el2n and GraNd, Paul et al. 2021; generalised JSD, Agarwal et al.
@@ -170,7 +170,7 @@ def distillation_loss(
             parallelism pass the sum over ranks. A tensor of 0 means that no row counts anywhere: the loss is 0.
         memory: "fast" takes the gradient in the forward, wave by wave; "lean" keeps O(N) numbers and forms the logits
             again in the backward. Reduction "none" always does the latter.
-        impl: "auto" (Triton on CUDA, eager elsewhere and for a top-k teacher), "triton", "eager" or "reference".
+        impl: "auto" (Triton on CUDA, eager elsewhere), "triton", "eager" or "reference".
 
     Returns:
         Scalar, or [N] for "none"; float32 (float64 for float64 heads). With no row that counts it is 0.
@@ -183,7 +183,8 @@ def distillation_loss(
     `torch.nn.functional.linear` does; all after the matmul is float32.
 
     Cost: fast ``2 N V (3 Ds + Dt)`` FLOPs with both gradients, without a weight gradient ``2 N V (2 Ds + Dt)``; lean
-        ``2 N V (2 Ds + 2 Dt)`` more at most ``2 N V (Ds + Dt)`` for the second pass of 0 < beta < 1. Bytes: a wave of
+        ``2 N V (2 Ds + 2 Dt)`` more at most ``2 N V (Ds + Dt)`` for the second pass of 0 < beta < 1. A top-k teacher
+        has Dt = 0 and no second pass. Bytes: a wave of
         logits is written once and read once a pass; no buffer for a gradient that nobody asked for.
 
     Source: Hinton et al. 2015 (the factor T**2); Agarwal et al. 2024 (GKD), eq. 1.
