@@ -95,8 +95,8 @@ def distillation_scores(
     Under `torch.autocast` hidden states, weights and biases are taken in its dtype, as `torch.nn.functional.linear`
     does; all after the matmul is float32.
 
-    Cost: ``2 N V (Ds + Dt)`` FLOPs (twice that with a second pass), ``2 N V Ds`` for a top-k teacher. Bytes: the weights once for every block of rows,
-        O(N) extra memory; eager holds one wave of logits.
+    Cost: ``2 N V (Ds + Dt)`` FLOPs (twice that with a second pass), ``2 N V Ds`` for a top-k teacher. Bytes: the
+        weights once for every block of rows, O(N) extra memory; eager holds one wave of logits.
 
     Source: RHO-LOSS, Mindermann et al. 2022, eq. 3; el2n and GraNd, Paul et al. 2021; generalised JSD, Agarwal et al.
         2024 (GKD), eq. 1.
@@ -184,8 +184,8 @@ def distillation_loss(
 
     Cost: fast ``2 N V (3 Ds + Dt)`` FLOPs with both gradients, without a weight gradient ``2 N V (2 Ds + Dt)``; lean
         ``2 N V (2 Ds + 2 Dt)`` more at most ``2 N V (Ds + Dt)`` for the second pass of 0 < beta < 1. A top-k teacher
-        has Dt = 0 and no second pass. Bytes: a wave of
-        logits is written once and read once a pass; no buffer for a gradient that nobody asked for.
+        has Dt = 0 and no second pass. Bytes: a wave of logits is written once and read once a pass; no buffer for a
+        gradient that nobody asked for.
 
     Source: Hinton et al. 2015 (the factor T**2); Agarwal et al. 2024 (GKD), eq. 1.
     """
