@@ -1,4 +1,8 @@
-"""`python -m benchmarks static`: the static table, what of it is out of date, and whether anything got worse."""
+"""`python -m benchmarks static`: the static table, what of it is out of date, and whether anything got worse.
+
+Each Triton version has a table of its own: `--update --arch sm_90` under Triton 3.6 writes that of Hopper's kernels,
+portable ones too, for 3.6.
+"""
 
 import argparse
 import os

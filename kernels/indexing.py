@@ -133,11 +133,14 @@ def take_split(start, stop, full_start, full_stop, index, BLOCK_K: tl.constexpr)
 
 @triton.jit
 def segment_range(range_ptr, visible_ptr, offs_q, mask_q, modality, num_modalities):
-    """Of one segment: first key and end of what some row sees and of what all see; what each row sees, or None."""
+    """Of one segment: first key and end of what some row sees, of what all see, and of what each sees.
+
+    Without visible ranges the last are of no row, but numbers: a device function of Triton 3.6 cannot return None.
+    """
     start = tl.load(range_ptr)
     stop = tl.load(range_ptr + 1)
     if visible_ptr is None:
-        return start, stop, start, stop, None, None
+        return start, stop, start, stop, start, stop
     else:
         low, high = load_visible(visible_ptr, offs_q, mask_q, modality, num_modalities)
         start, stop, full_start, full_stop = visible_range(start, stop, low, high, mask_q)

@@ -5,6 +5,7 @@ not compiled again, except for a sample; of what has changed at most `LIMIT` ker
 `python -m benchmarks static --check`.
 """
 
+import ast
 import os
 import subprocess
 import sys
@@ -28,7 +29,7 @@ LIMIT = 48
 SAMPLE = 6
 PINNED = "3.7.1"
 # Triton's version -> architectures and kernels (by a part of their names) that its table holds
-TABLES = {PINNED: (ARCHITECTURES, ""), "3.6.0": (("sm_90",), "attention_hopper")}
+TABLES = {PINNED: (ARCHITECTURES, ""), "3.6.0": (("sm_90",), "")}
 
 ROW = Row(
     arch="sm_90",
@@ -181,3 +182,15 @@ def test_unchanged_source_that_compiles_differently_is_a_problem() -> None:
 
 def test_a_row_of_a_kernel_that_is_gone_is_a_problem() -> None:
     assert "which is no more" in problems([], {}, [], [ROW.key])[0]
+
+
+def test_device_functions_return_no_none() -> None:
+    """Triton 3.6 compiles none that does, interpreted or under 3.7 as it may run."""
+    returned = []
+    for file in sorted((ROOT / "kernels").rglob("*.py")):
+        functions = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
+        for function in (each for each in functions if any("jit" in ast.unparse(d) for d in each.decorator_list)):
+            values = [node.value for node in ast.walk(function) if isinstance(node, ast.Return) and node.value]
+            parts = [part for x in values for part in (x.elts if isinstance(x, ast.Tuple) else [x])]
+            returned += [f"{file.name}: {function.name}" for x in parts if ast.unparse(x) == "None"]
+    assert returned == []

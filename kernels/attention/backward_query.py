@@ -233,7 +233,7 @@ def _attention_backward_query_kernel(
                         offset=offset,
                         shift=shift,
                         slope=slope,
-                        low=low if piece != 1 else None,
+                        low=low if visible_ptr is not None and piece != 1 else None,
                         high=high,
                         offs_q=offs_q,
                         head=head,

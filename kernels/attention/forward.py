@@ -195,7 +195,7 @@ def _attention_forward_kernel(
                             scale2=scale2,
                             prior=prior,
                             gate=gate,
-                            low=low if piece != 1 else None,
+                            low=low if visible_ptr is not None and piece != 1 else None,
                             high=high,
                             offs_q=offs_q,
                             head=head,

@@ -18,7 +18,7 @@ FAINT = tl.constexpr(2.0**-64)  # a sum of probabilities below it may lack some 
 
 
 @triton.jit
-def _sum_keys(
+def sum_keys(
     query,  # [BLOCK_Q, BLOCK_D]
     key_ptr,
     key_stride_k,
@@ -102,7 +102,7 @@ def store_mass(
             if visible_ptr is not None:
                 is_faint = is_faint & (high > low)
             if (stop > start) & (tl.max(is_faint.to(tl.int32), 0) > 0):
-                own_max, own_sum = _sum_keys(
+                own_max, own_sum = sum_keys(
                     query=load_rows(
                         query_ptr, query_stride_q, first_query, query_stop, BLOCK_Q, HEAD_DIM, BLOCK_D, True
                     ),
@@ -112,7 +112,7 @@ def store_mass(
                     stop=stop,
                     scale2=scale2,
                     prior=prior,
-                    low=low,
+                    low=low if visible_ptr is not None else None,
                     high=high,
                     HEAD_DIM=HEAD_DIM,
                     BLOCK_K=BLOCK_TAIL,
