@@ -300,6 +300,7 @@ class Simulator:
             bfloat16="bf16",
             float16="fp16",
             float32="fp32",
+            float64="fp64",
             int32="int32",
             int64="int64",
             constexpr=object,

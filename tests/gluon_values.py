@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 NUMPY = {
+    "fp64": np.float64,
     "fp32": np.float32,
     "fp16": np.float32,
     "bf16": np.float32,
@@ -17,7 +18,7 @@ NUMPY = {
     "int64": np.int64,
     "int1": bool,
 }
-FLOATS = ("bf16", "fp16", "fp32")
+FLOATS = ("bf16", "fp16", "fp32", "fp64")
 
 
 def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -65,7 +66,7 @@ def common_dtype(left: Any, right: Any) -> str:
     dtypes = [x.dtype for x in (left, right) if isinstance(x, Value)]
     if any(isinstance(x, float) for x in (left, right)) and not any(d in FLOATS for d in dtypes):
         return "fp32"
-    order = ("int1", "int32", "int64", "bf16", "fp16", "fp32")
+    order = ("int1", "int32", "int64", "bf16", "fp16", "fp32", "fp64")
     integers = [x for x in (left, right) if isinstance(x, int) and not isinstance(x, bool)]
     dtype = builtins.max(dtypes, key=order.index)
     return "int32" if integers and dtype == "int1" else dtype

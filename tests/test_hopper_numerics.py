@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fusedmm.layout import ModalityLayout
 from fusedmm.reference.attention import modality_partials
 from fusedmm.testing import attention_example, attention_truth, over_budget, plain_attention
 
@@ -119,6 +120,45 @@ def test_random_layouts(seed: int, device: torch.device) -> None:
     actual = hopper_attention(example, "joint", example.grad_output, example.grad_mass)
     delta = (example.grad_output * truth["output"]).abs().sum(-1) + (example.grad_mass * truth["mass"]).abs().sum(-1)
     assert over_budget(actual, truth, plain_attention(example), terms={"grad_log_prior": delta}) == []
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("features", [("log_prior",), ("log_prior", "active", "times")])
+def test_a_faint_modality_keeps_its_lse(features: tuple[str, ...], device: torch.device) -> None:
+    """However far a modality's scores lie below those before it, lse and mass are its own; hidden ones stay hidden."""
+    shape = {"heads": 2, "kv_heads": 1, "head_dim": 64}
+    layout = ([70, 3], [[5, 140, 0, 7], [0, 1, 33, 2]])
+    example = attention_example(3, *layout, dtype=torch.float16, device=device, features=features, **shape)
+    prior = torch.zeros(73, 2, 4)
+    prior[..., 1:] = torch.tensor([-60.0, -70.0, -100.0])
+    prior[::2, 1, 1:] = torch.tensor([-1000.0, -torch.inf, 100.0])
+    example = replace(example, tensors={**example.tensors, "log_prior": prior.to(device)})
+    truth = attention_truth(example)
+    below = truth["lse"].amax(-1, keepdim=True) - truth["lse"]
+    assert ((below > 90) & below.isfinite()).sum() > 10
+    actual = hopper_attention(example, "joint", example.grad_output, example.grad_mass)
+    assert over_budget(actual, truth, plain_attention(example)) == []
+    torch.testing.assert_close(actual["lse"].double(), truth["lse"], rtol=1e-6, atol=2e-5)
+    torch.testing.assert_close(actual["mass"].double(), truth["mass"], rtol=1e-3, atol=1e-36)
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("softmax", ["joint", "per_modality", "partials"])
+def test_lse_is_rounded_once(softmax: str, device: torch.device) -> None:
+    """Its error is a factor on every probability of the backward. Scores are integers in base 2, exact in float32."""
+    query = torch.randint(-4, 5, (40, 1, 64)).to(device, torch.float16)
+    key = torch.randint(-4, 5, (60, 1, 64)).to(device, torch.float16)
+    layout = ModalityLayout.from_lengths(torch.tensor([40]).to(device), torch.tensor([[7, 53]]).to(device))
+    names = ("cu_seqlens_q", "cu_seqlens_k", "query_tiles", "key_tiles")
+    absent = dict.fromkeys(("log_prior", "gate", "output_gate", "active", "visible", "seed"))
+    _, _, lse = launch.attention_forward(
+        query, key, key, **{name: getattr(layout, name) for name in names}, **absent,
+        dropout_p=0.0, softmax=softmax, scale=math.log(2.0),
+    )  # fmt: skip
+    scores = math.log(2.0) * (query[:, 0].double() @ key[:, 0].double().T)
+    truth = torch.stack((scores[:, :7].logsumexp(1), scores[:, 7:].logsumexp(1)), 1)
+    spacing = torch.exp2(torch.floor(torch.log2(truth.abs())) - 23)
+    assert ((lse[:, 0] - truth).abs() <= 0.5 * spacing + 1e-6).all()
 
 
 @pytest.mark.usefixtures("schedule")

@@ -48,6 +48,12 @@ def hopper_config(path: str, head_dim: int) -> tuple[int, LaunchConfig]:
     return block, LaunchConfig(blocks=blocks, num_warps=4, num_stages=1, max_registers=168)
 
 
+def faint_config(head_dim: int) -> LaunchConfig:
+    """The launch of the forward's second pass, which rarely does more than to look."""
+    blocks = {"BLOCK_Q": 64, "BLOCK_K": 64, "BLOCK_D": max(64, head_block(head_dim))}
+    return LaunchConfig(blocks=blocks, num_warps=4, num_stages=1)
+
+
 def hopper_reasons(
     which: str,
     arch: str,

@@ -14,10 +14,10 @@ the gate one FMUL an element, mass and lse nothing inside the loop; a change of 
 Rows past the end of a segment arrive as zeros (ragged.py) and their scores are masked, so nothing of a neighbour is
 ever multiplied. A row that sees nothing has lse -inf, mass 0 and output 0, never NaN. Precision: scores, softmax and
 accumulator in float32; probabilities times gate are rounded to the values' dtype for the second product; the output
-is rounded once. A modality whose scores lie some 87 under those before it underflows to lse -inf, where the portable
-kernel sums it once more: to be mended before the table chooses this path for the joint softmax. Determinism: no
-atomics, fixed order: bitwise reproducible. Source: Shah et al. 2024, "FlashAttention-3", section 3 (warp
-specialisation, overlap within a warpgroup).
+is rounded once, and so is lse, in float64 up to there. A modality so far below those before it that its sum underflows
+is left with lse -inf, for `faint` to sum once more: nothing of that is in the loop. Determinism: no atomics, fixed
+order: bitwise reproducible. Source: Shah et al. 2024, "FlashAttention-3", section 3 (warp specialisation, overlap
+within a warpgroup).
 """
 
 from triton.experimental import gluon
@@ -36,7 +36,6 @@ from fusedmm.kernels.attention.hopper.tiles import (
     CONSUMERS,
     ENTRY,
     HIDDEN,
-    LN_2,
     LOG2_E,
     ROWS,
     allocate_barriers,
@@ -47,6 +46,7 @@ from fusedmm.kernels.attention.hopper.tiles import (
     load_factor,
     load_visible,
     mask_tile,
+    natural_lse,
     ring_slot,
     softmax_tile,
     store_rows,
@@ -207,8 +207,8 @@ def _joint_consumer(
                 value_tile = value_smem.index(last_slot).reshape([BLOCK_K, BLOCK_D])
                 acc = warpgroup_mma(weights, value_tile, acc, is_async=True)
                 if changed:  # while the two products run
-                    segment_lse2 = running_max + gl.log2(segment_sum)
-                    gl.store(lse_ptr + stats_start + previous + offs_stats, segment_lse2, mask=mask_q)
+                    segment_lse = natural_lse(running_max, segment_sum)
+                    gl.store(lse_ptr + stats_start + previous + offs_stats, segment_lse, mask=mask_q)
                     older_sum += segment_sum
                     segment_sum = segment_sum * 0.0
                     if log_prior_ptr is not None:
@@ -242,8 +242,8 @@ def _joint_consumer(
             acc = warpgroup_mma(weights, value_smem.index(slot).reshape([BLOCK_K, BLOCK_D]), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(value_empty.index(slot), count=1)
-            segment_lse2 = running_max + gl.log2(segment_sum)
-            gl.store(lse_ptr + stats_start + modality + offs_stats, segment_lse2, mask=mask_q)
+            segment_lse = natural_lse(running_max, segment_sum)
+            gl.store(lse_ptr + stats_start + modality + offs_stats, segment_lse, mask=mask_q)
         else:
             mbarrier.arrive(query_empty.index(PART), count=1)
         # read again rather than kept in registers through the loop
@@ -261,24 +261,24 @@ def _joint_consumer(
         )  # fmt: skip
         partition_barrier()  # one of the threads that hold a row stored its statistics; all of them read it
         _store_mass(
-            mass_ptr + stats_start, lse_ptr + stats_start, item_ptr, segments, running_max + gl.log2(total),
+            mass_ptr + stats_start, lse_ptr + stats_start, item_ptr, segments, natural_lse(running_max, total),
             offs_stats, mask_q, MODALITIES,
         )  # fmt: skip
         turn += 1  # noqa: SIM113 (device code has no enumerate)
 
 
 @gluon.jit
-def _store_mass(mass_ptr, lse_ptr, item_ptr, segments, total_lse2, offs, mask, MODALITIES: gl.constexpr):
-    """Mass of every modality from the base-2 lse stored in the loop, made natural; 0 and -inf where unlisted."""
+def _store_mass(mass_ptr, lse_ptr, item_ptr, segments, total_lse, offs, mask, MODALITIES: gl.constexpr):
+    """Mass of every modality from the lse stored in the loop; 0 and -inf where unlisted."""
     listed = 0
     for modality in range(MODALITIES):
-        lse2 = gl.full([ROWS], -float("inf"), gl.float32, offs.type.layout)
+        lse = gl.full([ROWS], -float("inf"), gl.float32, offs.type.layout)
         candidate = gl.load(item_ptr + (1 + listed) * ENTRY)
         if (listed < segments) & (candidate == modality):
-            lse2 = gl.load(lse_ptr + modality + offs, mask=mask, other=-float("inf"))
+            lse = gl.load(lse_ptr + modality + offs, mask=mask, other=-float("inf"))
             listed += 1
-        gl.store(mass_ptr + modality + offs, gl.exp2(lse2 - total_lse2), mask=mask)
-        gl.store(lse_ptr + modality + offs, lse2 * LN_2, mask=mask)
+        gl.store(mass_ptr + modality + offs, gl.exp2((lse - total_lse) * LOG2_E), mask=mask)
+        gl.store(lse_ptr + modality + offs, lse, mask=mask)
 
 
 @gluon.jit(

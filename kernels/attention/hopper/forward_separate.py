@@ -15,7 +15,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from fusedmm.kernels.attention.hopper.tiles import (
     ENTRY,
     HIDDEN,
-    LN_2,
     LOG2_E,
     ROWS,
     decode_item,
@@ -24,6 +23,7 @@ from fusedmm.kernels.attention.hopper.tiles import (
     load_factor,
     load_visible,
     mask_tile,
+    natural_lse,
     ring_slot,
     softmax_tile,
     store_rows,
@@ -149,7 +149,7 @@ def separate_consumer(
             mask_q = first_query + offs_q < end_query
             stats_start = (first_query.to(gl.int64) * QUERY_HEADS + head) * MODALITIES
             segment_start = stats_start + modality
-            lse = (running_max + gl.log2(running_sum)) * LN_2
+            lse = natural_lse(running_max, running_sum)
             mass = gl.where(running_sum > 0.0, 1.0, 0.0)
             gl.store(lse_ptr + segment_start + offs_stats, lse, mask=mask_q)
             gl.store(mass_ptr + segment_start + offs_stats, mass, mask=mask_q)

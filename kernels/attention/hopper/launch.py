@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusedmm.kernels.attention.arguments import SoftmaxKind, find_key_ranges, unit_last_stride
 from fusedmm.kernels.attention.backward_rows import attention_backward_rows
+from fusedmm.kernels.attention.hopper.faint import resum_faint
 from fusedmm.kernels.attention.hopper.passes import forward_launch, key_value_launch, query_launch
 from fusedmm.kernels.launch import multiprocessors
 
@@ -62,6 +63,20 @@ def attention_forward(
         scale=scale,
         programs=multiprocessors(query.device),
     ).run()
+    if softmax == "joint" and num_modalities > 1:
+        resum_faint(
+            unit_last_stride(query),
+            unit_last_stride(key),
+            mass,
+            lse,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            query_tiles=query_tiles,
+            log_prior=log_prior,
+            active=active,
+            visible=visible,
+            scale=scale,
+        )
     return output, mass, lse
 
 

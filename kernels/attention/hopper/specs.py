@@ -12,7 +12,8 @@ from triton.experimental.gluon import language as gl
 from fusedmm.kernels.attention.config import head_block
 from fusedmm.kernels.attention.hopper.backward_key_value import TERMS, _attention_backward_key_value_hopper_kernel
 from fusedmm.kernels.attention.hopper.backward_query import _attention_backward_query_hopper_kernel
-from fusedmm.kernels.attention.hopper.config import code_path, hopper_config, hopper_reasons
+from fusedmm.kernels.attention.hopper.config import code_path, faint_config, hopper_config, hopper_reasons
+from fusedmm.kernels.attention.hopper.faint import _attention_faint_kernel
 from fusedmm.kernels.attention.hopper.forward import _attention_forward_hopper_kernel
 from fusedmm.kernels.attention.hopper.passes import GLUON_DTYPES
 from fusedmm.kernels.attention.hopper.ragged import tile_layout
@@ -47,6 +48,7 @@ def kernel_specs(arch: str) -> Iterator[KernelSpec]:
     if arch != "sm_90":
         return
     yield from _work_specs(arch)
+    yield from _faint_specs(arch)
     for head_dim in HEAD_DIMS:
         for variant, (features, group) in VARIANTS.items():
             for softmax in ("joint", "per_modality", "partials"):
@@ -85,6 +87,27 @@ def _work_specs(arch: str) -> Iterator[KernelSpec]:
                 constexprs=absent,
                 config=LaunchConfig(blocks=blocks, num_warps=4, num_stages=1),
                 arch=arch,
+            )
+
+
+def _faint_specs(arch: str) -> Iterator[KernelSpec]:
+    for head_dim in HEAD_DIMS:
+        for variant, absent in (("plain", {"log_prior_ptr": None, "visible_ptr": None}), ("timed", {})):
+            config = faint_config(head_dim)
+            constexprs = {"HEAD_DIM": head_dim, "BLOCK_M": MODALITIES, **absent}
+            names = [name for name in _attention_faint_kernel.arg_names if name not in {*constexprs, *config.blocks}]
+            half, float32 = ("query_ptr", "key_ptr"), ("mass_ptr", "lse_ptr", "log_prior_ptr", "scale2")
+            types = {name: "*i32" if name.endswith("_ptr") else "i32" for name in names}
+            types |= {name: f"{'*' * name.endswith('_ptr')}fp32" for name in float32 if name in names}
+            yield KernelSpec(
+                name=f"attention_faint[{variant},d{head_dim},bf16]",
+                kernel=_attention_faint_kernel,
+                signature={**types, **dict.fromkeys(half, "*bf16")},
+                constexprs=constexprs,
+                config=config,
+                arch=arch,
+                divisible_by_16=tuple(name for name in names if name.startswith(("query_stride", "key_stride"))),
+                main_loop_flops=2 * config.blocks["BLOCK_Q"] * config.blocks["BLOCK_K"] * config.blocks["BLOCK_D"],
             )
 
 

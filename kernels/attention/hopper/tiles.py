@@ -10,6 +10,7 @@ LN_2: gl.constexpr = gl.constexpr(0.6931471805599453)
 HIDDEN: gl.constexpr = gl.constexpr(
     -1e30
 )  # running maximum of a row that has seen nothing: finite, so that differences are not NaN
+FAINT: gl.constexpr = gl.constexpr(2.0**-64)  # a sum of probabilities below it may lack some: exp2 ends at 2^-126
 ROWS: gl.constexpr = gl.constexpr(64)  # rows of a consumer: one wgmma
 CONSUMERS: gl.constexpr = gl.constexpr(2)
 ENTRY: gl.constexpr = gl.constexpr(8)  # integers of an entry of the query work, as in work.py
@@ -84,6 +85,17 @@ def softmax_tile(scores, running_max, prior, scale2):
     new_max = gl.maximum(running_max, gl.max(scores, 1) * scale2 + prior)
     probs = gl.exp2(scores * scale2 + (prior - new_max)[:, None])
     return probs, gl.sum(probs, 1), gl.exp2(running_max - new_max), new_max
+
+
+@gluon.jit
+def natural_lse(running_max, running_sum):
+    """Natural log of a sum of exponentials from its base-2 maximum and rescaled sum; -inf for a sum below `FAINT`.
+
+    In float64 up to the one rounding, as in the portable kernels: its error is a factor on every probability of the
+    backward.
+    """
+    lse = ((running_max.to(gl.float64) + gl.log2(running_sum)) * LN_2).to(gl.float32)
+    return gl.where(running_sum < FAINT, -float("inf"), lse)
 
 
 @gluon.jit
