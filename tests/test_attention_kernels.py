@@ -196,6 +196,12 @@ def set_blocks(monkeypatch: pytest.MonkeyPatch, block_q: int, block_k: int, tail
         blocks = {**with_tail(head_dim).blocks, "CARRY_SCORES": carry}
         return LaunchConfig(blocks, num_warps=4, num_stages=2)
 
+    def with_modalities(which: str, head_dim: int, dtype: torch.dtype, arch: str, num_modalities: int) -> LaunchConfig:
+        blocks = {**config(head_dim).blocks, "BLOCK_M": 16 if num_modalities <= 16 else 32}
+        return LaunchConfig(blocks, num_warps=4, num_stages=2)
+
+    for module in (forward_module, backward_module):
+        monkeypatch.setattr(module, "_attention_spans_config", with_modalities)
     monkeypatch.setattr(forward_module, "_attention_forward_config", with_carry)
     monkeypatch.setattr(backward_module, "_attention_backward_query_config", with_tail)
     monkeypatch.setattr(backward_module, "_attention_backward_key_value_config", config)
@@ -224,6 +230,12 @@ def fuzzed_problem(draw: random.Random, seed: int, softmax: str, q_lengths: list
     )
 
 
+@pytest.fixture(params=[0, 32], ids=["segments", "spans"])
+def short_segment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of one segment each, and tiles that span segments."""
+    monkeypatch.setattr(config_module, "SHORT_SEGMENT", request.param)
+
+
 @pytest.mark.parametrize("softmax", SOFTMAXES)
 @pytest.mark.parametrize("seed", range(8))
 def test_fuzzed_batches_with_small_tiles(
@@ -247,6 +259,7 @@ def test_tiles_of_the_table(softmax: str, head_dim: int, dtype: torch.dtype, dev
     assert complaints(problem) == []
 
 
+@pytest.mark.usefixtures("short_segment")
 @pytest.mark.parametrize("softmax", SOFTMAXES)
 def test_everything_is_bitwise_reproducible(softmax: str, device: torch.device) -> None:
     features = ("log_prior", "gate", "output_gate", "times", "dropout")
@@ -265,6 +278,7 @@ def test_empty_batches(softmax: str, device: torch.device) -> None:
         assert torch.equal(results["output"], torch.zeros_like(results["output"]))
 
 
+@pytest.mark.usefixtures("short_segment")
 @pytest.mark.parametrize("softmax", SOFTMAXES)
 def test_queries_that_see_nothing_are_zero(softmax: str, device: torch.device) -> None:
     problem = draw_problem(2, softmax, [9], [[20, 3]], features=("times", "gate", "output_gate"), device=device)
@@ -277,6 +291,7 @@ def test_queries_that_see_nothing_are_zero(softmax: str, device: torch.device) -
     assert all(torch.isfinite(x).all() for name, x in results.items() if name != "lse")
 
 
+@pytest.mark.usefixtures("short_segment")
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # NumPy, beneath the interpreter
 @pytest.mark.parametrize("softmax", SOFTMAXES)
 def test_nan_stays_where_it_is(softmax: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,6 +316,7 @@ def test_nan_stays_where_it_is(softmax: str, device: torch.device, monkeypatch: 
         assert not dirty[name][bounds[3] : bounds[4]].any()  # exact 0
 
 
+@pytest.mark.usefixtures("short_segment")
 def test_keys_in_the_future_of_all_queries_are_not_read(device: torch.device) -> None:
     problem = draw_problem(6, "joint", [5], [[40]], features=("times",), device=device)
     assert problem.layout.visibility is not None
@@ -313,6 +329,7 @@ def test_keys_in_the_future_of_all_queries_are_not_read(device: torch.device) ->
     assert all(torch.equal(dirty[name], clean[name]) for name in clean)
 
 
+@pytest.mark.usefixtures("short_segment")
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 0.5])
 def test_any_scale(scale: float, device: torch.device) -> None:
     problem = draw_problem(8, "joint", [7], [[33, 5]], features=("log_prior",), device=device)
@@ -320,6 +337,7 @@ def test_any_scale(scale: float, device: torch.device) -> None:
     assert complaints(problem) == []
 
 
+@pytest.mark.usefixtures("short_segment")
 def test_far_apart_priors_neither_overflow_nor_vanish(device: torch.device) -> None:
     problem = draw_problem(9, "joint", [6], [[5, 40]], device=device)
     prior = torch.tensor([[-300.0, -310.0], [300.0, 290.0], [-1e4, -1e4], [0.0, 30.0], [30.0, 0.0], [-torch.inf, 1.0]])
@@ -330,6 +348,7 @@ def test_far_apart_priors_neither_overflow_nor_vanish(device: torch.device) -> N
     torch.testing.assert_close(results["mass"].double(), truth["mass"], rtol=1e-4, atol=1e-30)
 
 
+@pytest.mark.usefixtures("short_segment")
 @pytest.mark.parametrize("features", [(), ("times",)])
 def test_a_faint_modality_keeps_its_lse(
     features: tuple[str, ...], device: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -349,6 +368,7 @@ def test_a_faint_modality_keeps_its_lse(
     assert all(torch.isfinite(x).all() for name, x in results.items() if name != "lse")
 
 
+@pytest.mark.usefixtures("short_segment")
 @pytest.mark.parametrize("softmax", SOFTMAXES)
 def test_strides(softmax: str, device: torch.device) -> None:
     """Packed query/key/value, head-major keys, broadcast gradients, last strides other than 1: the same results."""
@@ -396,6 +416,7 @@ def test_addresses_past_32_bits() -> None:
     assert all(torch.equal(results[name], expected[name]) for name in expected)
 
 
+@pytest.mark.usefixtures("short_segment")
 def test_dropout_depends_on_seed_query_head_and_key_only(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = draw_problem(12, "joint", [30], [[50, 7]], features=("dropout",), device=device)
     expected = launch(problem)

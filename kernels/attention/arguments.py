@@ -4,6 +4,7 @@ from functools import cache
 from typing import Literal
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 SoftmaxKind = Literal["joint", "per_modality", "partials"]
@@ -12,6 +13,12 @@ SoftmaxKind = Literal["joint", "per_modality", "partials"]
 def input_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot``: float32 multiplies in full unless PyTorch's own switch allows TF32."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def one_hot_dtype(query: Tensor) -> tl.dtype:
+    """In what `fusedmm.kernels.attention.spans` multiplies: float32 too on a CPU, where Triton's interpreter takes the
+    bits of bfloat16 for integers."""
+    return tl.bfloat16 if query.is_cuda and query.dtype != torch.float32 else tl.float32
 
 
 def unit_last_stride(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     rows       one number a query, head and modality: offset, shift, slope and gate; the output gate
     (delta)    per_modality only: shift_m = -slope sum_{j in m} p_j R_j, the query pass without its third product
     key_value  dk, dv: a program owns keys, of one segment or, where segments are short, of one sample
-    query      dq, dgate, dlog_prior: a program owns queries
+    query      dq, dgate, dlog_prior: a program owns queries; its key tiles are of one segment or, again, of one sample
 
 The formulas stand in the modules of the passes. Recomputing scores in both costs 14 Hq D (visible pairs) FLOPs (18
 with delta) against the forward's 4, and in exchange nothing is summed by two programs: gradients are bitwise
@@ -19,16 +19,20 @@ from fusedmm.kernels.attention.arguments import (
     SoftmaxKind,
     find_key_ranges,
     input_precision,
+    one_hot_dtype,
     strides_of,
     unit_last_stride,
 )
 from fusedmm.kernels.attention.backward_key_value import _attention_backward_key_value_kernel
 from fusedmm.kernels.attention.backward_key_value_spans import _attention_backward_key_value_spans_kernel
 from fusedmm.kernels.attention.backward_query import _attention_backward_query_kernel
+from fusedmm.kernels.attention.backward_query_spans import _attention_backward_query_spans_kernel
 from fusedmm.kernels.attention.backward_rows import attention_backward_rows, grad_output_strides
 from fusedmm.kernels.attention.config import (
+    MAX_COLUMNS,
     _attention_backward_key_value_config,
     _attention_backward_query_config,
+    _attention_spans_config,
     key_splits,
     spans_segments,
 )
@@ -150,29 +154,41 @@ def attention_backward(
     query_config = _attention_backward_query_config(head_dim, query.dtype, arch, total_q // max(batch, 1))
     block_q = query_config.blocks["BLOCK_Q"]
     splits = key_splits(total_q, key.shape[0], batch, num_heads, block_q, multiprocessors(query.device))
+    total_k = key.shape[0]
+    spans = spans_segments(softmax, num_modalities, total_k // max(batch * num_modalities, 1))
+    query_spans = spans and splits == 1 and total_k <= MAX_COLUMNS
+    if query_spans:
+        query_config = _attention_spans_config("query", head_dim, query.dtype, arch, num_modalities)
+        block_q = query_config.blocks["BLOCK_Q"]
     for delta_only in (True, False) if softmax == "per_modality" else (False,):
         sums = (row_terms[1],) if delta_only else (grad_query, grad_log_prior, grad_gate)
         parts = sums if splits == 1 else tuple(x if x is None else mass.new_zeros((splits, *x.shape)) for x in sums)
-        _attention_backward_query_kernel[(padded_rows // block_q * num_heads, splits)](
+        query_pass = {
             **shared,
-            grad_query_ptr=None if delta_only else parts[0],
-            grad_log_prior_ptr=None if delta_only else parts[1],
-            grad_gate_ptr=None if delta_only else parts[2],
-            mass_ptr=mass,
-            shift_ptr=parts[0] if delta_only else None,
-            query_tiles_ptr=query_tiles,
-            num_heads=num_heads,
-            split_rows=None if splits == 1 else total_q * num_heads,
-            IS_PARTIALS=softmax == "partials",
-            DELTA_ONLY=delta_only,
+            "grad_query_ptr": None if delta_only else parts[0],
+            "grad_log_prior_ptr": None if delta_only else parts[1],
+            "grad_gate_ptr": None if delta_only else parts[2],
+            "mass_ptr": mass,
+            "shift_ptr": parts[0] if delta_only else None,
+            "query_tiles_ptr": query_tiles,
+            "num_heads": num_heads,
+            "DELTA_ONLY": delta_only,
             **query_config.launch_options(),
-        )
+        }
+        grid = (padded_rows // block_q * num_heads, splits)
+        if query_spans:
+            del query_pass["grad_output_stride_m"]
+            _attention_backward_query_spans_kernel[grid](**query_pass, ONE_HOT=one_hot_dtype(query))
+        else:
+            _attention_backward_query_kernel[grid](
+                **query_pass,
+                split_rows=None if splits == 1 else total_q * num_heads,
+                IS_PARTIALS=softmax == "partials",
+            )
         if splits > 1:
             for total, part in zip(sums, parts, strict=True):
                 if total is not None and part is not None:
                     total.copy_(part.sum(0))
-    total_k = key.shape[0]
-    spans = spans_segments(softmax, num_modalities, total_k // max(batch * num_modalities, 1))
     mean_keys = total_k // max(batch if spans else batch * num_modalities, 1)
     key_value_config = _attention_backward_key_value_config(head_dim, query.dtype, arch, mean_keys, spans=spans)
     block_k = key_value_config.blocks["BLOCK_K"]
@@ -187,9 +203,9 @@ def attention_backward(
     }
     if spans:
         del key_value["grad_output_stride_m"]
-        grid = ((total_k // block_k + batch) * num_key_heads,)
-        _attention_backward_key_value_spans_kernel[grid](**key_value, batch=batch)
+        key_grid = ((total_k // block_k + batch) * num_key_heads,)
+        _attention_backward_key_value_spans_kernel[key_grid](**key_value, batch=batch)
     else:
-        grid = (key_tiles.shape[0] * (TILE.value // block_k) * num_key_heads,)
-        _attention_backward_key_value_kernel[grid](**key_value, key_tiles_ptr=key_tiles)
+        key_grid = (key_tiles.shape[0] * (TILE.value // block_k) * num_key_heads,)
+        _attention_backward_key_value_kernel[key_grid](**key_value, key_tiles_ptr=key_tiles)
     return grad_query, grad_key, grad_value, grad_log_prior, grad_gate, grad_output_gate

@@ -13,10 +13,6 @@ queries (D 64, bfloat16, gate, sm_90: 666 and 319):
     8 modalities of 5 keys:        1 program for 8,    64 keys' work for 256,  666 instructions for 2552
     8 modalities of 1 to 64 keys:  4.5 programs for 12, 290 for 384,           3000 for 3830 (means, random lengths)
 
-In the forward and the pass over queries the same segments share a program already, and a tile that spans them would
-pay for it in rows: prior, gate and a sum for the mass by segment. 8 modalities of 5 keys would take 2 narrow tiles
-for 8, 8 of 5 to 400 keys 26 tiles for 33 but 1637 columns for 1748: not built.
-
 There is no work list: program i finds its sample as the last whose first tile, ``first key // BLOCK_K + sample``, is at
 most i, reading 4 B bytes.
 

@@ -64,6 +64,34 @@ _TABLE = {
         "gfx942": {64: (32, 16, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 2)},
     },
 }
+# The same for passes over queries whose key tiles span segments. Rows of a warp group: samples of short segments have
+# few tiles, and more programs on a multiprocessor hide more of what each of their small products waits for.
+_SPANS = {
+    ("forward", 2): {
+        "sm_80": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+        "sm_90": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+        "sm_100": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+        "gfx942": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (64, 16, 4, 1)},
+    },
+    ("query", 2): {
+        "sm_80": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)},
+        "sm_90": {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+        "sm_100": {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+        "gfx942": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)},
+    },
+    ("forward", 4): {
+        "sm_80": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2)},
+        "sm_90": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 32, 8, 2)},
+        "sm_100": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 32, 8, 2)},
+        "gfx942": {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
+    },
+    ("query", 4): {
+        "sm_80": {64: (32, 32, 8, 2), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
+        "sm_90": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
+        "sm_100": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
+        "gfx942": {64: (32, 16, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+    },
+}
 # (arch, BLOCK_D) of the order of the forward's products that needs them to be asynchronous: nearly every exp2
 # then has one in flight. At 256 the second set of scores would spill.
 _CARRY_SCORES = {("sm_90", 64), ("sm_90", 128)}
@@ -75,7 +103,8 @@ BLOCK_ROWS = 32  # queries of a program of the backward's first pass, which only
 FEW_QUERIES = 64  # queries of the average sample up to which tiles have so many rows
 MAX_SPLITS = 64  # parts of the keys at most: all of a row's are one tile of the kernel that combines them
 SPLIT_KEYS = 256  # keys of a split at least
-SHORT_SEGMENT = 32  # keys on average up to which the backward's key tiles span segments, or are of this size
+SHORT_SEGMENT = 32  # keys on average up to which key tiles span segments, or the backward's are of this size
+MAX_COLUMNS = 2**24  # keys of a batch up to which passes over queries span segments: they count them in float32
 
 
 def head_block(head_dim: int) -> int:
@@ -100,7 +129,7 @@ def _attention_forward_config(head_dim: int, dtype: torch.dtype, arch: str, mean
 
 
 def spans_segments(softmax: str, num_modalities: int, mean_segment: int) -> bool:
-    """Whether key tiles of the backward span the segments of a sample."""
+    """Whether key tiles span the segments of a sample: in the backward, and in the forward of the joint softmax."""
     return softmax != "partials" and num_modalities > 1 and mean_segment <= SHORT_SEGMENT
 
 
@@ -128,6 +157,20 @@ def _attention_backward_query_config(head_dim: int, dtype: torch.dtype, arch: st
     table = _TABLE["query few" if is_few else "query", dtype.itemsize]
     block_q, block_k, num_warps, num_stages = table[arch][max(64, block_d)]
     blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_TAIL": min(BLOCK_TAIL, block_k), "BLOCK_D": block_d}
+    return LaunchConfig(blocks=blocks, num_warps=num_warps, num_stages=num_stages)
+
+
+def _attention_spans_config(
+    which: str, head_dim: int, dtype: torch.dtype, arch: str, num_modalities: int
+) -> LaunchConfig:
+    """Tiles of the forward ("forward") or the backward for queries ("query") that span segments."""
+    block_d = head_block(head_dim)
+    block_q, block_k, num_warps, num_stages = _SPANS[which, dtype.itemsize][arch][max(64, block_d)]
+    block_m = 16 if num_modalities <= 16 else 32
+    if block_m == 32:  # or their terms spill
+        block_k = min(block_k, 32)
+        num_warps = 8 if (which, block_d) == ("query", 128) and arch != "gfx942" else num_warps
+    blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_M": block_m, "BLOCK_D": block_d}
     return LaunchConfig(blocks=blocks, num_warps=num_warps, num_stages=num_stages)
 
 

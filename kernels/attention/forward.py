@@ -15,7 +15,8 @@ A program owns BLOCK_Q queries of one sample and one head and walks the segments
 prior and gate are one number a row: the prior enters the exponent's offset (no instruction), the gate costs one
 multiplication an element, mass and lse nothing inside the loop. Whole tiles run without a mask; what is left of a
 segment runs in narrow tiles, so that short segments do not pay for wide ones. Segments that are inactive, invisible
-to all rows of the tile, or hidden by a prior of -inf in all of them are not read.
+to all rows of the tile, or hidden by a prior of -inf in all of them are not read. Where segments are much shorter than
+a tile (`config.spans_segments`), the joint softmax is that of `forward_spans`, whose tiles span them.
 
 Where few queries meet many keys (`config.key_splits`), the grid's second dimension shares out the keys: each split does
 the same over its part of every segment and leaves a float32 result, and `combine` puts them together. Joint or partial
@@ -42,13 +43,21 @@ from fusedmm.kernels.attention.arguments import (
     SoftmaxKind,
     find_key_ranges,
     input_precision,
+    one_hot_dtype,
     strides_of,
     unit_last_stride,
 )
 from fusedmm.kernels.attention.combine import combine_splits
-from fusedmm.kernels.attention.config import _attention_forward_config, key_splits
+from fusedmm.kernels.attention.config import (
+    MAX_COLUMNS,
+    _attention_forward_config,
+    _attention_spans_config,
+    key_splits,
+    spans_segments,
+)
 from fusedmm.kernels.attention.forward_keys import attend_keys
 from fusedmm.kernels.attention.forward_mass import store_mass
+from fusedmm.kernels.attention.forward_spans import _attention_forward_spans_kernel
 from fusedmm.kernels.indexing import (
     TILE,
     load_prior,
@@ -334,12 +343,13 @@ def attention_forward(
     mass = query.new_empty((total_q, num_heads, num_modalities), dtype=torch.float32)
     lse = torch.empty_like(mass)
     config = _attention_forward_config(head_dim, query.dtype, device_arch(query.device), total_q // max(batch, 1))
+    block_q = config.blocks["BLOCK_Q"]
     splits = key_splits(
         total_q,
         key.shape[0],
         batch,
         num_heads,
-        config.blocks["BLOCK_Q"],
+        block_q,
         multiprocessors(query.device),
         results=1 if softmax == "joint" else num_modalities,
     )
@@ -355,24 +365,23 @@ def attention_forward(
             mass.new_empty((splits, *mass.shape)),
             mass.new_empty((splits, *mass.shape)),
         )
-    grid = (query_tiles.shape[0] * (TILE.value // config.blocks["BLOCK_Q"]) * num_heads, splits)
-    _attention_forward_kernel[grid](
-        query_ptr=query,
-        key_ptr=key,
-        value_ptr=value,
-        output_ptr=parts[0],
-        mass_ptr=parts[1],
-        lse_ptr=parts[2],
-        query_tiles_ptr=query_tiles,
-        cu_seqlens_q_ptr=cu_seqlens_q,
-        key_ranges_ptr=key_ranges,
-        log_prior_ptr=log_prior,
-        gate_ptr=kernel_gate,
-        output_gate_ptr=kernel_output_gate,
-        visible_ptr=visible,
-        seed_ptr=seed,
-        scale=scale,
-        dropout_p=dropout_p,
+    shared = {
+        "query_ptr": query,
+        "key_ptr": key,
+        "value_ptr": value,
+        "output_ptr": parts[0],
+        "mass_ptr": parts[1],
+        "lse_ptr": parts[2],
+        "query_tiles_ptr": query_tiles,
+        "cu_seqlens_q_ptr": cu_seqlens_q,
+        "key_ranges_ptr": key_ranges,
+        "log_prior_ptr": log_prior,
+        "gate_ptr": kernel_gate,
+        "output_gate_ptr": kernel_output_gate,
+        "visible_ptr": visible,
+        "seed_ptr": seed,
+        "scale": scale,
+        "dropout_p": dropout_p,
         **strides_of(query, "query", "qh"),
         **strides_of(key, "key", "kh"),
         **strides_of(value, "value", "kh"),
@@ -380,13 +389,23 @@ def attention_forward(
         **strides_of(log_prior, "log_prior", "qhm"),
         **strides_of(kernel_gate, "gate", "qhm"),
         **strides_of(kernel_output_gate, "output_gate", "qh"),
-        num_heads=num_heads,
-        group_size=num_heads // key.shape[1],
-        num_modalities=num_modalities,
+        "num_heads": num_heads,
+        "group_size": num_heads // key.shape[1],
+        "num_modalities": num_modalities,
+        "HEAD_DIM": head_dim,
+        "PRECISION": input_precision(query.dtype),
+    }
+    total_k = key.shape[0]
+    spans = softmax == "joint" and spans_segments(softmax, num_modalities, total_k // max(batch * num_modalities, 1))
+    if spans and splits == 1 and total_k <= MAX_COLUMNS:
+        config = _attention_spans_config("forward", head_dim, query.dtype, device_arch(query.device), num_modalities)
+        grid = (query_tiles.shape[0] * (TILE.value // config.blocks["BLOCK_Q"]) * num_heads,)
+        _attention_forward_spans_kernel[grid](**shared, ONE_HOT=one_hot_dtype(query), **config.launch_options())
+        return output, mass, lse
+    _attention_forward_kernel[(query_tiles.shape[0] * (TILE.value // block_q) * num_heads, splits)](
+        **shared,
         split_rows=total_q * num_heads if splits > 1 else None,
-        HEAD_DIM=head_dim,
         SOFTMAX=kernel_softmax,
-        PRECISION=input_precision(query.dtype),
         **config.launch_options(),
     )
     if splits > 1:

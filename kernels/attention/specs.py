@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import triton.language as tl
 
 from fusedmm.kernels.attention.backward_key_value import _attention_backward_key_value_kernel
 from fusedmm.kernels.attention.backward_key_value_spans import _attention_backward_key_value_spans_kernel
 from fusedmm.kernels.attention.backward_query import _attention_backward_query_kernel
+from fusedmm.kernels.attention.backward_query_spans import _attention_backward_query_spans_kernel
 from fusedmm.kernels.attention.backward_rows import _attention_backward_rows_kernel
 from fusedmm.kernels.attention.combine import _attention_combine_kernel
 from fusedmm.kernels.attention.config import (
@@ -22,8 +24,10 @@ from fusedmm.kernels.attention.config import (
     _attention_backward_rows_config,
     _attention_combine_config,
     _attention_forward_config,
+    _attention_spans_config,
 )
 from fusedmm.kernels.attention.forward import _attention_forward_kernel
+from fusedmm.kernels.attention.forward_spans import _attention_forward_spans_kernel
 from fusedmm.kernels.launch import KernelSpec, LaunchConfig
 
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # float16 compiles to the code of bfloat16
@@ -91,7 +95,7 @@ def _spec(
     **constexprs: Any,
 ) -> KernelSpec:
     parameters = inspect.signature(kernel.fn).parameters
-    values = {**constexprs, "PRECISION": "ieee"}
+    values = {**constexprs, "PRECISION": "ieee", "ONE_HOT": tl.float32 if dtype == torch.float32 else tl.bfloat16}
     values = {key: value for key, value in values.items() if key in parameters}
     values |= {argument: None for argument in parameters if argument in OPTIONAL and argument not in present}
     fixed = {*values, *config.blocks}
@@ -114,9 +118,11 @@ def _spec(
 def _main_loop_flops(kernel: Any, config: LaunchConfig, constexprs: dict[str, Any]) -> int:
     products = {
         _attention_forward_kernel: 2,
+        _attention_forward_spans_kernel: 2,
         _attention_backward_key_value_kernel: 4,
         _attention_backward_key_value_spans_kernel: 4,
         _attention_backward_query_kernel: 2 if constexprs.get("DELTA_ONLY") else 3,
+        _attention_backward_query_spans_kernel: 2 if constexprs.get("DELTA_ONLY") else 3,
         _attention_backward_rows_kernel: 0,
         _attention_combine_kernel: 0,
     }[kernel]
@@ -131,6 +137,7 @@ def kernel_specs(arch: str) -> Iterator[KernelSpec]:
                 if variant in ("plain", "gated") or dtype == torch.bfloat16:
                     yield from _joint_specs(arch, dtype, head_dim, variant, present)
             yield from _other_softmax_specs(arch, dtype, head_dim)
+            yield from _spans_specs(arch, dtype, head_dim)
             if dtype == torch.bfloat16:
                 yield from _few_query_specs(arch, dtype, head_dim)
 
@@ -170,6 +177,30 @@ def _other_softmax_specs(arch: str, dtype: torch.dtype, head_dim: int) -> Iterat
         yield _spec(_attention_backward_rows_kernel, f"attention_backward_rows{label}", rows, SOFTMAX=softmax, **common)
         flags: dict[str, Any] = {"DELTA_ONLY": softmax == "per_modality", "IS_PARTIALS": softmax == "partials"}
         yield _spec(_attention_backward_query_kernel, f"attention_backward_query{label}", query, **flags, **common)
+
+
+def _spans_specs(arch: str, dtype: torch.dtype, head_dim: int) -> Iterator[KernelSpec]:
+    """Passes over queries whose key tiles span segments, for up to 16 modalities and for more."""
+    size = f"d{head_dim},{DTYPES[dtype]}"
+    common: dict[str, Any] = {"dtype": dtype, "arch": arch, "HEAD_DIM": head_dim}
+    few, many = (
+        {which: _attention_spans_config(which, head_dim, dtype, arch, modalities) for which in ("forward", "query")}
+        for modalities in (8, 25)
+    )
+    cases = [(variant, few, present) for variant, present in VARIANTS.items() if dtype == torch.bfloat16]
+    cases += (
+        [("many,timed", many, VARIANTS["timed"])] if dtype == torch.bfloat16 else [("gated", few, VARIANTS["gated"])]
+    )
+    for variant, configs, present in cases:
+        name = f"attention_forward_spans[joint,{variant},{size}]"
+        yield _spec(_attention_forward_spans_kernel, name, configs["forward"], present=present, **common)
+        name = f"attention_backward_query_spans[joint,{variant},{size}]"
+        if variant != "gated" or dtype == torch.float32:  # as in _joint_specs
+            kernel, config = _attention_backward_query_spans_kernel, configs["query"]
+            yield _spec(kernel, name, config, present=present, DELTA_ONLY=False, **common)
+    name = f"attention_backward_query_spans[per_modality,plain,{size}]"
+    kernel, config = _attention_backward_query_spans_kernel, few["query"]
+    yield _spec(kernel, name, config, present=("shift_ptr",), DELTA_ONLY=True, **common)
 
 
 def _few_query_specs(arch: str, dtype: torch.dtype, head_dim: int) -> Iterator[KernelSpec]:
