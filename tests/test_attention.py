@@ -10,7 +10,7 @@ import torch
 
 import fusedmm
 from fusedmm.eager import attention as eager_attention
-from fusedmm.eager import attention_flash
+from fusedmm.eager import attention_flash, attention_small
 from fusedmm.philox import keep_mask
 from fusedmm.reference import attention as reference
 from fusedmm.testing import (
@@ -241,6 +241,16 @@ def test_far_apart_modalities_keep_their_lse(impl: str, device: torch.device) ->
     torch.testing.assert_close(result.lse[0, 0], torch.tensor([480.0, -480.0], device=device))
 
 
+def scaled_scores(example: AttentionExample, size: float) -> AttentionExample:
+    return dataclasses.replace(example, tensors={**example.tensors, "query": size * example.tensors["query"]})
+
+
+def forward_complaints(example: AttentionExample) -> list[str]:
+    """`check_attention` of the eager path's outputs alone."""
+    results, truth = run_attention(example, attend("eager")), attention_truth(example)
+    return over_budget(results, {name: truth[name] for name in ("output", "mass", "lse")}, plain_attention(example))
+
+
 @pytest.mark.parametrize("softmax", ["joint", "per_modality"])
 @pytest.mark.parametrize("features", [(), ("log_prior", "gate"), ("active", "times")])
 @pytest.mark.parametrize(("size", "is_far"), [(1.0, False), (3.0, False), (60.0, True)])
@@ -252,11 +262,36 @@ def test_peaks_are_taken_off_where_exponentials_would_not_hold_them(
     peaks = eager_attention._peaks
     monkeypatch.setattr(eager_attention, "_peaks", lambda *args: calls.append(args) or peaks(*args))
     example = attention_example(8, [40, 0, 7], [[30, 0, 30], [5, 5, 5], [1, 60, 9]], softmax=softmax, features=features)
-    tensors = {**example.tensors, "query": size * example.tensors["query"]}
-    scaled = dataclasses.replace(example, tensors=tensors)
-    results, truth, plain = run_attention(scaled, attend("eager")), attention_truth(scaled), plain_attention(scaled)
-    assert over_budget(results, {name: truth[name] for name in ("output", "mass", "lse")}, plain) == []
+    assert forward_complaints(scaled_scores(example, size)) == []
     assert bool(calls) == is_far
+
+
+@pytest.mark.parametrize("features", [(), ("log_prior",), ("gate",), ("log_prior", "gate")])
+@pytest.mark.parametrize(("samples", "heads"), [(1, 1), (1, 4), (3, 1), (3, 2)])
+def test_few_samples_of_one_shape_are_one_block(
+    samples: int, heads: int, features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In few operators, and as any other problem where exponentials without their peak do not hold."""
+    found = []
+    for name in ("forward", "backward"):
+        small = getattr(attention_small, name)
+        monkeypatch.setattr(attention_small, name, lambda *args, small=small: found.append(small(*args)) or found[-1])
+    k_lengths = [[9, 9, 9]] * samples
+    example = attention_example(9, [7] * samples, k_lengths, heads=heads, kv_heads=heads, features=features)
+    assert check_attention(example, attend("eager")) == []
+    assert [result is None for result in found] == [False, False]
+    results = run_attention(example, attend("eager"))
+    assert all(x.is_contiguous() for x in results.values())
+    found.clear()
+    assert forward_complaints(scaled_scores(example, 60.0)) == []
+    assert [result is None for result in found] == [True, True]
+
+
+@pytest.mark.parametrize("k_lengths", [[[9, 9], [9, 8]], [[9, 8]] * 2, [[1, 0]] * 2, [[9, 9], [0, 0]]])
+def test_other_shapes_are_not(k_lengths: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_small, "forward", None)
+    example = attention_example(9, [7, 7], k_lengths, heads=2, kv_heads=2)
+    assert check_attention(example, attend("eager")) == []
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

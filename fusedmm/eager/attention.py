@@ -27,8 +27,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusedmm.eager import attention_small
 from fusedmm.eager.attention_groups import Block, Group
 from fusedmm.eager.attention_inputs import (
+    LARGEST,
+    LEAST,
     LOG2_E,
     Inputs,
     block_scores,
@@ -39,10 +42,6 @@ from fusedmm.eager.attention_inputs import (
 )
 from fusedmm.eager.attention_rows import add_key_product, add_keys, as_matrices, product
 
-# Sums of exponentials of a modality, and of a row, are within 2 ** +-LARGEST, or peaks are taken off. What of a share
-# underflows, below 2 ** -149, is then less than a rounding of the mass, and values up to 1e20 do not overflow.
-LARGEST = 60.0
-LEAST = 2.0**-LARGEST
 NOTHING = -1e30  # stands for the lse of a modality without visible keys: log of its mass stays -inf beside it
 
 
@@ -60,6 +59,10 @@ def forward(x: Inputs, softmax: str) -> tuple[Tensor, Tensor, Tensor]:
     """
     given = ungrouped(x)
     groups = given.groups()
+    if attention_small.fits(x, softmax, groups):
+        small = attention_small.forward(x, groups[0])
+        if small is not None:
+            return small
     x = without_unseen(given)
     results, far = _attend(x, softmax, groups, None)
     if far != _count_blind(given, x, groups)[: len(far)]:

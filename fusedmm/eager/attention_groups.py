@@ -78,6 +78,16 @@ class Group:
         """Pairs of a query and a modality of which its sample has keys."""
         return sum(s.size_q * sum(size > 0 for size in s.sizes_k) for s in self.samples)
 
+    @cached_property
+    def is_one_shape(self) -> bool:
+        """Whether the group is one block of samples that lie side by side, with modalities of one size, of more than
+        a single key.
+        """
+        lies_together = (
+            len(self.blocks) == 1 and isinstance(self.blocks[0].rows, slice) and isinstance(self.keys, slice)
+        )
+        return lies_together and len(self.runs) == 1 and self.size_k > 1
+
     def has_single_key(self, is_joint: bool) -> bool:
         """Whether a sample, or else a segment, is a single key."""
         return any(sum(s.sizes_k) == 1 if is_joint else 1 in s.sizes_k for s in self.samples)

@@ -11,6 +11,10 @@ from fusedmm.eager.attention_rows import read_keys, read_rows, write_rows
 from fusedmm.philox import keep_mask
 
 LOG2_E = math.log2(math.e)
+# Sums of exponentials of a modality, and of a row, are within 2 ** +-LARGEST, or peaks are taken off. What of a share
+# underflows, below 2 ** -149, is then less than a rounding of the mass, and values up to 1e20 do not overflow.
+LARGEST = 60.0
+LEAST = 2.0**-LARGEST
 
 
 class Inputs(NamedTuple):

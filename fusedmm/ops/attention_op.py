@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from fusedmm.eager import attention as eager
 from fusedmm.eager import attention_flash as eager_flash
+from fusedmm.eager import attention_small as eager_small
 from fusedmm.eager.attention_inputs import Inputs
 
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -187,6 +188,10 @@ def _backward(
     if eager_flash.fits(groups, problem.softmax, query, key, modal):
         plain = eager_flash.backward(groups, grad_output, query, key, value, output, lse, problem.scale)
         return *plain, mass.new_empty((0,)), mass.new_empty((0,)), query.new_empty((0,))
+    if problem.output_gate is None and eager_small.fits(inputs, problem.softmax, groups):
+        small = eager_small.backward(inputs, groups[0], grad_output, grad_mass, mass)
+        if small is not None:
+            return *small[:3], *_wanted(small[3:], mass, (needs_log_prior, needs_gate)), query.new_empty((0,))
     grad = grad_output.to(inputs.compute_dtype)
     inner = grad * output.to(grad.dtype)  # the sigmoid moves from one factor to the other: also the ungated product
     grad_output_gate = query.new_empty((0,))
@@ -197,25 +202,27 @@ def _backward(
     with without_autocast(query):
         exact = eager.backward(inputs, problem.softmax, grad, grad_mass, grad_lse, inner.sum(-1), mass, lse)
     grad_query, grad_key, grad_value = (gradient.to(query.dtype) for gradient in exact[:3])
-    grad_log_prior, grad_gate = (
-        gradient if needed else mass.new_empty((0,))
-        for gradient, needed in zip(exact[3:], (needs_log_prior, needs_gate), strict=True)
-    )
+    grad_log_prior, grad_gate = _wanted(exact[3:], mass, (needs_log_prior, needs_gate))
     return grad_query, grad_key, grad_value, grad_log_prior, grad_gate, grad_output_gate
 
 
+def _wanted(gradients: Sequence[Tensor], mass: Tensor, needs: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+    first, second = (g if needed else mass.new_empty((0,)) for g, needed in zip(gradients, needs, strict=True))
+    return first, second
+
+
 class _Attention(torch.autograd.Function):
-    """Glue between the two operators."""
+    """Glue between the two operators: the six arguments that may have gradients, and the others as one."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *problem: Any) -> Outputs:
+    def forward(ctx: Any, *arguments: Any) -> Outputs:
+        *differentiable, ctx.others = arguments
         operator = torch.ops.fusedmm.attention_forward.default
-        output, mass, lse = _below_autograd(operator, _forward, (query, key, value, *problem))
-        ctx.save_for_backward(query, key, value, output, mass, lse, *(t for t in problem if isinstance(t, Tensor)))
-        ctx.is_tensor = [isinstance(argument, Tensor) for argument in problem]
-        ctx.constants = [argument for argument in problem if not isinstance(argument, Tensor)]
+        output, mass, lse = _below_autograd(operator, _forward, (*differentiable, *ctx.others))
+        ctx.save_for_backward(*differentiable, output, mass, lse)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(mass if Problem(*problem).softmax == "partials" else lse)
+        is_partials = Problem(*differentiable[3:], *ctx.others).softmax == "partials"
+        ctx.mark_non_differentiable(mass if is_partials else lse)
         return output, mass, lse
 
     @staticmethod
@@ -223,33 +230,20 @@ class _Attention(torch.autograd.Function):
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_mass: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        query, key, value, output, mass, lse, *tensors = ctx.saved_tensors
-        remaining, constants = iter(tensors), iter(ctx.constants)
-        problem = Problem(*(next(remaining) if is_tensor else next(constants) for is_tensor in ctx.is_tensor))
+        *differentiable, output, mass, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad[:6]
-        arguments = (
-            torch.zeros_like(output) if grad_output is None else grad_output,
-            grad_mass,
-            grad_lse,
-            output,
-            mass,
-            lse,
-            needs[3],
-            needs[4],
-            query,
-            key,
-            value,
-            *problem,
-        )
+        if grad_output is None:
+            grad_output = torch.zeros_like(output)
+        results = grad_output, grad_mass, grad_lse, output, mass, lse
+        arguments = *results, needs[3], needs[4], *differentiable, *ctx.others
         gradients = _below_autograd(torch.ops.fusedmm.attention_backward.default, _backward, arguments)
-        wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-        return *wanted, *(None for _ in problem[3:])
+        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None
 
 
 def _autograd_forward(*arguments: Any) -> Outputs:
     differentiable = arguments[:6]  # query, key, value, log_prior, gate, output_gate
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in differentiable):
-        return cast(Outputs, _Attention.apply(*arguments))  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        return cast(Outputs, _Attention.apply(*differentiable, arguments[6:]))  # type: ignore[no-untyped-call]
     return cast(Outputs, _below_autograd(torch.ops.fusedmm.attention_forward.default, _forward, arguments))
 
 
