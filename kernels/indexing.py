@@ -30,6 +30,16 @@ def load_work(tiles_ptr, num_heads, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def hidden_zero(number):
+    """0, if ``number`` is at least 0, which the compiler cannot know.
+
+    What it is added to is computed where it is used. Without it the compiler finds row numbers, offsets and masks of
+    one loop, or of the end of a kernel, in what was computed before another, and keeps them all, which spills.
+    """
+    return number >> 31
+
+
+@triton.jit
 def load_rows(
     base_ptr,
     row_stride,
@@ -46,7 +56,10 @@ def load_rows(
     """
     offs = tl.arange(0, BLOCK)
     offs_d = tl.arange(0, BLOCK_D)
-    ptrs = base_ptr + tl.cast(first_row, tl.int64) * row_stride + offs[:, None] * row_stride + offs_d[None, :]
+    offs_tile = offs[:, None] * row_stride + offs_d[None, :]
+    if BLOCK_D > 64:
+        offs_tile += hidden_zero(tl.cast(first_row, tl.int32)) * 16
+    ptrs = base_ptr + tl.cast(first_row, tl.int64) * row_stride + offs_tile
     if MASKED:
         mask = (first_row + offs < row_stop)[:, None]
         if HEAD_DIM < BLOCK_D:
@@ -63,27 +76,31 @@ def store_rows(
     base_ptr, row_stride, first_row, row_stop, tile, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """Store a [BLOCK, BLOCK_D] tile, rounded to the pointer's dtype, without the rows from ``row_stop`` on."""
+    first_row += hidden_zero(first_row)
     offs = tl.arange(0, BLOCK)
     offs_d = tl.arange(0, BLOCK_D)
-    ptrs = base_ptr + tl.cast(first_row, tl.int64) * row_stride + offs[:, None] * row_stride + offs_d[None, :]
+    ptrs = base_ptr + tl.cast(first_row, tl.int64) * row_stride + (offs[:, None] * row_stride + offs_d[None, :])
     mask = (first_row + offs < row_stop)[:, None] & (offs_d < HEAD_DIM)[None, :]
     tl.store(ptrs, tile.to(base_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_visible(visible_ptr, offs_q, mask_q, modality, num_modalities):
-    """[BLOCK_Q] first key and end of what each query sees of a modality; 0, 0 for masked rows."""
-    ptrs = visible_ptr + (offs_q.to(tl.int64) * num_modalities + modality) * 2
+    """[BLOCK_Q] first key and end of what each query sees of a modality; 0, 0 for masked rows.
+
+    ``visible_ptr`` points to the tile's first query, from which ``offs_q`` count.
+    """
+    ptrs = visible_ptr + modality * 2 + offs_q * (num_modalities * 2)
     return tl.load(ptrs, mask=mask_q, other=0), tl.load(ptrs + 1, mask=mask_q, other=0)
 
 
 @triton.jit
 def load_prior(log_prior_ptr, column, log_prior_stride_q, offs_q, mask_q):
-    """[BLOCK_Q] log prior in base 2; 0 without one."""
+    """[BLOCK_Q] log prior in base 2; 0 without one. ``log_prior_ptr`` points to the tile's first query."""
     if log_prior_ptr is None:
         return tl.zeros(offs_q.shape, tl.float32)
     else:
-        prior_ptrs = log_prior_ptr + column + offs_q.to(tl.int64) * log_prior_stride_q
+        prior_ptrs = log_prior_ptr + column + offs_q * log_prior_stride_q
         return tl.load(prior_ptrs, mask=mask_q, other=-float("inf")) * LOG2_E
 
 
@@ -142,7 +159,7 @@ def segment_range(range_ptr, visible_ptr, offs_q, mask_q, modality, num_modaliti
     if visible_ptr is None:
         return start, stop, start, stop, start, stop
     else:
-        low, high = load_visible(visible_ptr, offs_q, mask_q, modality, num_modalities)
+        low, high = load_visible(visible_ptr, offs_q + hidden_zero(start), mask_q, modality, num_modalities)
         start, stop, full_start, full_stop = visible_range(start, stop, low, high, mask_q)
         return start, stop, full_start, full_stop, low, high
 

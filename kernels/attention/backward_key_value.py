@@ -32,8 +32,10 @@ def _queries_that_see(
     first = query_stop
     last = query_start
     for scan in range(query_start, query_stop, SCAN):
-        offs_q = scan + tl.arange(0, SCAN)
-        low, high = load_visible(visible_ptr, offs_q, offs_q < query_stop, modality, num_modalities)
+        rows = tl.arange(0, SCAN)
+        offs_q = scan + rows
+        scan_ptr = visible_ptr + tl.cast(scan, tl.int64) * num_modalities * 2
+        low, high = load_visible(scan_ptr, rows, offs_q < query_stop, modality, num_modalities)
         sees = tl.maximum(low, first_key) < tl.minimum(high, key_stop)
         first = tl.minimum(first, tl.min(tl.where(sees, offs_q, 2147483647), 0))
         last = tl.maximum(last, tl.max(tl.where(sees, offs_q + 1, 0), 0))
@@ -132,7 +134,7 @@ def _attention_backward_key_value_kernel(
         )
         member_stop = tl.where(is_active, walk_stop, walk_start)
         terms_ptr = row_terms_ptr + head * num_modalities * padded_rows
-        for first_query in tl.range(walk_start, member_stop, BLOCK_Q):
+        for first_query in tl.range(walk_start, member_stop, BLOCK_Q, disable_licm=BLOCK_D > 64):
             terms_ptrs = terms_ptr + (first_query - query_start) + tl.arange(0, BLOCK_Q)
             offset = tl.load(terms_ptrs)
             shift = tl.load(terms_ptrs + plane)
@@ -163,7 +165,13 @@ def _attention_backward_key_value_kernel(
             )
             offs_q = first_query + tl.arange(0, BLOCK_Q)
             if visible_ptr is not None:
-                low, high = load_visible(visible_ptr, offs_q, offs_q < query_stop, modality, num_modalities)
+                low, high = load_visible(
+                    visible_ptr + tl.cast(first_query, tl.int64) * num_modalities * 2,
+                    tl.arange(0, BLOCK_Q),
+                    offs_q < query_stop,
+                    modality,
+                    num_modalities,
+                )
                 sees = (offs_k[:, None] >= low[None, :]) & (offs_k[:, None] < high[None, :])
                 probs = tl.where(sees, probs, 0.0)
             # R = v.grad_output

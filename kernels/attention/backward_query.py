@@ -23,6 +23,7 @@ import triton.language as tl
 
 from fusedmm.kernels.attention.backward_rows import padded_row
 from fusedmm.kernels.indexing import (
+    hidden_zero,
     keep_mask,
     load_rows,
     load_work,
@@ -73,7 +74,7 @@ def _walk_keys(
     skipped = 0
     if skip_start is not None:
         skipped = skip_stop - skip_start
-    for step in tl.range(start, stop - skipped, BLOCK_K):
+    for step in tl.range(start, stop - skipped, BLOCK_K, disable_licm=BLOCK_D > 64):
         first_key = step
         if skip_start is not None:
             first_key = tl.where(step < skip_start, step, step + skipped)
@@ -152,26 +153,33 @@ def _attention_backward_query_kernel(
     query_stop = tl.load(cu_seqlens_q_ptr + sample + 1)
     if first_query >= query_stop:
         return
-    offs_q = first_query + tl.arange(0, BLOCK_Q)
+    rows = tl.arange(0, BLOCK_Q)
+    offs_q = first_query + rows
     mask_q = offs_q < query_stop
-    offs_row = offs_q.to(tl.int64) * num_heads + head
     plane = num_modalities * tl.cast(padded_rows, tl.int64) * num_heads
-    offs_term = (
-        head * num_modalities * padded_rows + padded_row(cu_seqlens_q_ptr, sample, first_query) + tl.arange(0, BLOCK_Q)
-    )
-    terms_ptrs = row_terms_ptr + offs_term
+    first_term = head * num_modalities * padded_rows + padded_row(cu_seqlens_q_ptr, sample, first_query)
+    row_terms_ptr += first_term
+    first_row = first_query.to(tl.int64) * num_heads + head
+    offs_m = rows * (num_heads * num_modalities)
     mask_mass = mask_q
+    split_row = tl.cast(0, tl.int64)
     if split_rows is not None:  # a split's sums stand apart; the first counts the mass
         split = tl.program_id(1).to(tl.int64)
         mask_mass = mask_q & (split == 0)
-        if not DELTA_ONLY:
-            grad_query_ptr += split * split_rows * HEAD_DIM
-        if grad_gate_ptr is not None:
-            grad_gate_ptr += split * split_rows * num_modalities
-        if grad_log_prior_ptr is not None:
-            grad_log_prior_ptr += split * split_rows * num_modalities
+        split_row = split * split_rows
         if DELTA_ONLY:
             shift_ptr += split * plane
+    if DELTA_ONLY:
+        shift_ptr += first_term
+    else:
+        grad_query_ptr += split_row * HEAD_DIM
+        mass_ptr += first_row * num_modalities
+    if grad_gate_ptr is not None:
+        grad_gate_ptr += (split_row + first_row) * num_modalities
+    if grad_log_prior_ptr is not None:
+        grad_log_prior_ptr += (split_row + first_row) * num_modalities
+    if visible_ptr is not None:
+        visible_ptr += first_query.to(tl.int64) * num_modalities * 2
     # [BLOCK_Q, BLOCK_D]
     query = load_rows(
         query_ptr + head * query_stride_h, query_stride_q, first_query, query_stop, BLOCK_Q, HEAD_DIM, BLOCK_D, True
@@ -190,12 +198,13 @@ def _attention_backward_query_kernel(
 
     grad_query = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     grad_prior_sum = tl.zeros([BLOCK_Q], tl.float32)
-    for index in range(num_modalities):
+    for index in tl.range(num_modalities, disable_licm=True):
         modality = tl.cast(index, tl.int64)
         start, stop, full_start, full_stop, low, high = segment_range(
-            key_ranges_ptr + modality * key_ranges_stride_m, visible_ptr, offs_q, mask_q, modality, num_modalities
+            key_ranges_ptr + modality * key_ranges_stride_m, visible_ptr, rows, mask_q, modality, num_modalities
         )
-        modality_ptrs = terms_ptrs + modality * padded_rows
+        rows = tl.arange(0, BLOCK_Q) + hidden_zero(start)
+        modality_ptrs = row_terms_ptr + modality * padded_rows + rows
         offset = tl.load(modality_ptrs)
         shift = tl.load(modality_ptrs + plane)
         slope = tl.load(modality_ptrs + 2 * plane)
@@ -246,23 +255,21 @@ def _attention_backward_query_kernel(
                         PRECISION=PRECISION,
                     )
         if DELTA_ONLY:
-            tl.store(shift_ptr + offs_term + modality * padded_rows, -slope * grad_gate)
+            tl.store(shift_ptr + modality * padded_rows + rows, -slope * grad_gate)
         else:
-            offs_m = offs_row * num_modalities + modality
             if grad_gate_ptr is not None:
-                tl.store(grad_gate_ptr + offs_m, grad_gate, mask=mask_q)
+                tl.store(grad_gate_ptr + modality + offs_m, grad_gate, mask=mask_q)
             if grad_log_prior_ptr is not None:
-                mass = tl.load(mass_ptr + offs_m, mask=mask_mass, other=0.0)
+                mass = tl.load(mass_ptr + modality + offs_m, mask=mask_mass, other=0.0)
                 grad_log_prior = slope * grad_gate + shift * mass
                 grad_prior_sum += grad_log_prior
-                tl.store(grad_log_prior_ptr + offs_m, grad_log_prior, mask=mask_q)
+                tl.store(grad_log_prior_ptr + modality + offs_m, grad_log_prior, mask=mask_q)
     if grad_log_prior_ptr is not None:
         tl.debug_barrier()  # the rows below were stored by other threads of this program
-        for index in range(num_modalities):
-            offs_m = offs_row * num_modalities + index
-            mass = tl.load(mass_ptr + offs_m, mask=mask_q, other=0.0)
-            grad_log_prior = tl.load(grad_log_prior_ptr + offs_m, mask=mask_q, other=0.0)
-            tl.store(grad_log_prior_ptr + offs_m, grad_log_prior - mass * grad_prior_sum, mask=mask_q)
+        for index in tl.range(num_modalities, disable_licm=True):
+            mass = tl.load(mass_ptr + index + offs_m, mask=mask_q, other=0.0)
+            grad_log_prior = tl.load(grad_log_prior_ptr + index + offs_m, mask=mask_q, other=0.0)
+            tl.store(grad_log_prior_ptr + index + offs_m, grad_log_prior - mass * grad_prior_sum, mask=mask_q)
     if not DELTA_ONLY:
         store_rows(
             grad_query_ptr + head * HEAD_DIM,

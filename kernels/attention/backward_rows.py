@@ -47,12 +47,12 @@ def padded_row(cu_seqlens_q_ptr, sample, first_query):
 
 
 @triton.jit
-def _count_keys(range_ptr, visible_ptr, offs_q, seen, modality, num_modalities):
+def _count_keys(range_ptr, visible_ptr, rows, seen, modality, num_modalities):
     """[BLOCK_Q] how many keys of a segment each query sees; 0 where it is not ``seen``."""
     if visible_ptr is None:
         return tl.where(seen, tl.load(range_ptr + 1) - tl.load(range_ptr), 0)
     else:
-        low, high = load_visible(visible_ptr, offs_q, seen, modality, num_modalities)
+        low, high = load_visible(visible_ptr, rows, seen, modality, num_modalities)
         return high - low
 
 
@@ -102,7 +102,8 @@ def _attention_backward_rows_kernel(
     tile_start = first_query - tl.program_id(0) // num_heads % (TILE // BLOCK_Q) * BLOCK_Q
     if tile_start >= query_stop:
         return
-    offs_q = first_query + tl.arange(0, BLOCK_Q)
+    rows = tl.arange(0, BLOCK_Q)
+    offs_q = first_query + rows
     mask_q = offs_q < query_stop
     offs_q64 = offs_q.to(tl.int64)
     offs_row = offs_q64 * num_heads + head
@@ -113,6 +114,8 @@ def _attention_backward_rows_kernel(
         + padded_row(cu_seqlens_q_ptr, sample, first_query)
         + tl.arange(0, BLOCK_Q)
     )
+    if visible_ptr is not None:
+        visible_ptr += first_query.to(tl.int64) * num_modalities * 2
     grad_output_ptr += head * grad_output_stride_h
     key_ranges_ptr += sample.to(tl.int64) * key_ranges_stride_b + head * key_ranges_stride_h
     if grad_statistic_ptr is not None:
@@ -181,7 +184,7 @@ def _attention_backward_rows_kernel(
                 grad_mass_ptrs = grad_statistic_ptrs + modality * grad_statistic_stride_m
                 grad_mass_sum = grad_mass_sum * rescale + mass * tl.load(grad_mass_ptrs, mask=seen, other=0.0)
             range_ptr = key_ranges_ptr + modality * key_ranges_stride_m
-            keys += _count_keys(range_ptr, visible_ptr, offs_q, seen, modality, num_modalities)
+            keys += _count_keys(range_ptr, visible_ptr, rows, seen, modality, num_modalities)
         running_sum = tl.where(running_sum > 0.0, running_sum, 1.0)
         normaliser = lse.to(tl.float64) + tl.log2(running_sum) * LN_2
         delta += grad_mass_sum / running_sum
@@ -192,7 +195,7 @@ def _attention_backward_rows_kernel(
         if SOFTMAX != "joint":
             normaliser = lse_m.to(tl.float64)
             range_ptr = key_ranges_ptr + modality * key_ranges_stride_m
-            keys = _count_keys(range_ptr, visible_ptr, offs_q, seen, modality, num_modalities)
+            keys = _count_keys(range_ptr, visible_ptr, rows, seen, modality, num_modalities)
         # In float64: what is rounded here is a factor on every probability of the row.
         offset = -normaliser
         if log_prior_ptr is not None:

@@ -14,7 +14,7 @@ from fusedmm.kernels.launch import LaunchConfig
 _TABLE = {
     ("forward", 2): {
         "sm_80": {64: (128, 32, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
-        "sm_90": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
+        "sm_90": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
         "sm_100": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
         "gfx942": {64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)},
     },
@@ -92,9 +92,9 @@ _SPANS = {
         "gfx942": {64: (32, 16, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
     },
 }
-# (arch, BLOCK_D) of the order of the forward's products that needs them to be asynchronous: nearly every exp2
-# then has one in flight. At 256 the second set of scores would spill.
-_CARRY_SCORES = {("sm_90", 64), ("sm_90", 128)}
+# (arch, BLOCK_D) of the order of the forward's products that needs them to be asynchronous. From 128 on the second set
+# of scores would spill, and ptxas waits for the products before most of the exp2 that they could hide.
+_CARRY_SCORES = {("sm_90", 64)}
 # Queries, where not 32, of a tile that spans segments: its pairs have terms of their own, for which larger tiles spill
 # or lack sm_80's shared memory.
 _SPAN_QUERIES = {("sm_90", 64): 64, ("sm_100", 256): 16}

@@ -60,6 +60,7 @@ from fusedmm.kernels.attention.forward_mass import store_mass
 from fusedmm.kernels.attention.forward_spans import _attention_forward_spans_kernel
 from fusedmm.kernels.indexing import (
     TILE,
+    hidden_zero,
     load_prior,
     load_rows,
     load_work,
@@ -129,9 +130,12 @@ def _attention_forward_kernel(
         output_ptr += split_row * (num_modalities * HEAD_DIM if SOFTMAX == "partials" else HEAD_DIM)
         mass_ptr += split_row * num_modalities
         lse_ptr += split_row * num_modalities
-    offs_q = first_query + tl.arange(0, BLOCK_Q)
+    rows = tl.arange(0, BLOCK_Q)
+    offs_q = first_query + rows
     mask_q = offs_q < query_stop
-    offs_row = offs_q.to(tl.int64) * num_heads + head
+    first_row = first_query.to(tl.int64) * num_heads + head
+    mass_ptr += first_row * num_modalities
+    lse_ptr += first_row * num_modalities
     query_ptr += head * query_stride_h
     # [BLOCK_Q, BLOCK_D]
     query = load_rows(query_ptr, query_stride_q, first_query, query_stop, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
@@ -139,9 +143,12 @@ def _attention_forward_kernel(
     value_ptr += head // group_size * value_stride_h
     key_ranges_ptr += sample.to(tl.int64) * key_ranges_stride_b + head * key_ranges_stride_h
     scale2 = scale * LOG2_E
-    kept = 1.0 - dropout_p
     if log_prior_ptr is not None:
-        log_prior_ptr += head * log_prior_stride_h
+        log_prior_ptr += first_query.to(tl.int64) * log_prior_stride_q + head * log_prior_stride_h
+    if gate_ptr is not None:
+        gate_ptr += first_query.to(tl.int64) * gate_stride_q + head * gate_stride_h
+    if visible_ptr is not None:
+        visible_ptr += first_query.to(tl.int64) * num_modalities * 2
     seed = None
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -151,14 +158,15 @@ def _attention_forward_kernel(
     running_sum = tl.zeros([BLOCK_Q], tl.float32)
     if SOFTMAX == "per_modality":
         total = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    for index in range(num_modalities):
+    for index in tl.range(num_modalities, disable_licm=True):
         modality = tl.cast(index, tl.int64)
-        offs_m = offs_row * num_modalities + modality
         range_ptr = key_ranges_ptr + modality * key_ranges_stride_m
         start, stop, full_start, full_stop, low, high = segment_range(
-            range_ptr, visible_ptr, offs_q, mask_q, modality, num_modalities
+            range_ptr, visible_ptr, rows, mask_q, modality, num_modalities
         )
-        prior = load_prior(log_prior_ptr, modality * log_prior_stride_m, log_prior_stride_q, offs_q, mask_q)
+        rows = tl.arange(0, BLOCK_Q) + hidden_zero(start)
+        offs_m = rows * (num_heads * num_modalities)
+        prior = load_prior(log_prior_ptr, modality * log_prior_stride_m, log_prior_stride_q, rows, mask_q)
         if log_prior_ptr is not None:
             stop = tl.where(tl.max(prior, 0) > -float("inf"), stop, start)
         if split_rows is not None:
@@ -169,13 +177,13 @@ def _attention_forward_kernel(
             # Through memory, where the segment before left it: carried in a register, Triton's layouts of the loops'
             # row vectors conflict and every exp2 is done twice (697 instructions a 128 x 128 tile on sm_90, not 530).
             tl.debug_barrier()
-            segment_max = tl.load(lse_ptr + offs_m - 1, mask=mask_q & (index > 0), other=-float("inf"))
+            segment_max = tl.load(lse_ptr + (modality - 1) + offs_m, mask=mask_q & (index > 0), other=-float("inf"))
             running_max = segment_max
         if SOFTMAX != "joint":
             acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
             segment_max = tl.full([BLOCK_Q], -float("inf"), tl.float32)
         if gate_ptr is not None:
-            gate_ptrs = gate_ptr + offs_q.to(tl.int64) * gate_stride_q + head * gate_stride_h + modality * gate_stride_m
+            gate_ptrs = gate_ptr + modality * gate_stride_m + rows * gate_stride_q
         if stop > start:
             gate = None
             if SOFTMAX == "joint" and gate_ptr is not None:
@@ -218,15 +226,15 @@ def _attention_forward_kernel(
                         )
         if SOFTMAX == "joint":
             # The mass needs the final maximum and sum: keep this segment's in its place until then.
-            tl.store(mass_ptr + offs_m, segment_sum, mask=mask_q)
-            tl.store(lse_ptr + offs_m, segment_max, mask=mask_q)
+            tl.store(mass_ptr + modality + offs_m, segment_sum, mask=mask_q)
+            tl.store(lse_ptr + modality + offs_m, segment_max, mask=mask_q)
             running_sum = running_sum * tl.exp2(running_max - finite_shift(segment_max)) + segment_sum
             running_max = segment_max
         else:
             seen = segment_sum > 0.0
-            tl.store(mass_ptr + offs_m, tl.where(seen, 1.0, 0.0), mask=mask_q)
-            tl.store(lse_ptr + offs_m, natural_lse(segment_max, segment_sum), mask=mask_q)
-            weight = 1.0 / (tl.where(seen, segment_sum, 1.0) * kept)
+            tl.store(mass_ptr + modality + offs_m, tl.where(seen, 1.0, 0.0), mask=mask_q)
+            tl.store(lse_ptr + modality + offs_m, natural_lse(segment_max, segment_sum), mask=mask_q)
+            weight = 1.0 / (tl.where(seen, segment_sum, 1.0) * (1.0 - dropout_p))
             if SOFTMAX == "partials":
                 output_m_ptr = output_ptr + (head * num_modalities + modality) * HEAD_DIM
                 row_stride = num_heads * num_modalities * HEAD_DIM
@@ -239,7 +247,7 @@ def _attention_forward_kernel(
 
     if SOFTMAX == "joint":
         running_sum = tl.where(running_sum > 0.0, running_sum, 1.0)
-        total = acc * (1.0 / (running_sum * kept))[:, None]
+        total = acc * (1.0 / (running_sum * (1.0 - dropout_p)))[:, None]
     if SOFTMAX != "partials":
         if output_gate_ptr is not None:
             output_gate_ptr += head * output_gate_stride_h
@@ -268,7 +276,7 @@ def _attention_forward_kernel(
             scale2=scale2,
             first_query=first_query,
             query_stop=query_stop,
-            offs_row=offs_row,
+            mass_stride_q=num_heads * num_modalities,
             num_modalities=num_modalities,
             SPLIT=split_rows is not None,
             HEAD_DIM=HEAD_DIM,

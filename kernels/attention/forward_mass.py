@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from fusedmm.kernels.attention.forward_keys import softmax_step
-from fusedmm.kernels.indexing import load_prior, load_rows, segment_range, take_split
+from fusedmm.kernels.indexing import hidden_zero, load_prior, load_rows, segment_range, take_split
 from fusedmm.kernels.softmax import finite_shift, natural_lse
 
 FAINT = tl.constexpr(2.0**-64)  # a sum of probabilities below it may lack some that count, for exp2 ends at 2^-126
@@ -71,7 +71,7 @@ def store_mass(
     scale2,
     first_query,
     query_stop,
-    offs_row,
+    mass_stride_q,
     num_modalities,
     SPLIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -82,22 +82,22 @@ def store_mass(
     PRECISION: tl.constexpr,
 ):
     """Turn each segment's sum and maximum, in the places of mass and lse, into mass and lse."""
-    offs_q = first_query + tl.arange(0, BLOCK_Q)
-    mask_q = offs_q < query_stop
+    first_query += hidden_zero(first_query)
+    query_stride_q += hidden_zero(first_query) * 16
+    rows = tl.arange(0, BLOCK_Q)
+    mask_q = first_query + rows < query_stop
+    offs_m = rows * mass_stride_q
     tl.debug_barrier()  # the rows below were stored by other threads of this program
-    for index in range(num_modalities):
+    for index in tl.range(num_modalities, disable_licm=True):
         modality = tl.cast(index, tl.int64)
-        offs_m = offs_row * num_modalities + modality
-        segment_sum = tl.load(mass_ptr + offs_m, mask=mask_q, other=1.0)
-        segment_max = tl.load(lse_ptr + offs_m, mask=mask_q, other=-float("inf"))
+        segment_sum = tl.load(mass_ptr + modality + offs_m, mask=mask_q, other=1.0)
+        segment_max = tl.load(lse_ptr + modality + offs_m, mask=mask_q, other=-float("inf"))
         if tl.min(segment_sum, 0) < FAINT:
             range_ptr = key_ranges_ptr + modality * key_ranges_stride_m
-            start, stop, _, _, low, high = segment_range(
-                range_ptr, visible_ptr, offs_q, mask_q, modality, num_modalities
-            )
+            start, stop, _, _, low, high = segment_range(range_ptr, visible_ptr, rows, mask_q, modality, num_modalities)
             if SPLIT:
                 start, stop, _, _ = take_split(start, stop, start, stop, index, BLOCK_K)
-            prior = load_prior(log_prior_ptr, modality * log_prior_stride_m, log_prior_stride_q, offs_q, mask_q)
+            prior = load_prior(log_prior_ptr, modality * log_prior_stride_m, log_prior_stride_q, rows, mask_q)
             is_faint = mask_q & (segment_sum < FAINT) & (prior > -float("inf"))
             if visible_ptr is not None:
                 is_faint = is_faint & (high > low)
@@ -121,5 +121,5 @@ def store_mass(
                 segment_max = tl.where(is_faint, own_max, segment_max)
                 segment_sum = tl.where(is_faint, own_sum, segment_sum)
         mass = segment_sum * tl.exp2(segment_max - finite_shift(running_max)) / running_sum
-        tl.store(mass_ptr + offs_m, mass, mask=mask_q)
-        tl.store(lse_ptr + offs_m, natural_lse(segment_max, segment_sum), mask=mask_q)
+        tl.store(mass_ptr + modality + offs_m, mass, mask=mask_q)
+        tl.store(lse_ptr + modality + offs_m, natural_lse(segment_max, segment_sum), mask=mask_q)

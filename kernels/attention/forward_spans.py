@@ -115,15 +115,15 @@ def _attention_forward_spans_kernel(
     low = None
     high = None
     if visible_ptr is not None:
-        visible_ptrs = visible_ptr + first_query64 * num_modalities * 2 + (rows[:, None] * num_modalities + offs_m) * 2
+        visible_ptr += first_query64 * num_modalities * 2
+        visible_ptrs = visible_ptr + (rows[:, None] * num_modalities + offs_m) * 2
         low = tl.load(visible_ptrs, mask=mask, other=0)
         high = tl.load(visible_ptrs + 1, mask=mask, other=0)
         seen = mask & (high > low)
     prior = tl.zeros([BLOCK_Q, BLOCK_M], tl.float32)
     if log_prior_ptr is not None:
-        log_prior_ptr += head * log_prior_stride_h
-        prior_ptrs = log_prior_ptr + first_query64 * log_prior_stride_q
-        prior_ptrs += rows[:, None] * log_prior_stride_q + offs_m * log_prior_stride_m
+        log_prior_ptr += first_query64 * log_prior_stride_q + head * log_prior_stride_h
+        prior_ptrs = log_prior_ptr + rows[:, None] * log_prior_stride_q + offs_m * log_prior_stride_m
         prior = tl.load(prior_ptrs, mask=mask, other=-float("inf")) * LOG2_E
     column_start, column_stop, key_shift, columns = lay_out_keys(
         key_ranges_ptr, key_ranges_stride_m, tl.max(prior, 0) == -float("inf"), low, high, mask, num_modalities
@@ -210,7 +210,7 @@ def _attention_forward_spans_kernel(
             scale2=scale2,
             first_query=first_query,
             query_stop=query_stop,
-            offs_row=rows * num_heads,
+            mass_stride_q=num_heads * num_modalities,
             num_modalities=num_modalities,
             SPLIT=False,
             HEAD_DIM=HEAD_DIM,

@@ -57,9 +57,12 @@ def _attention_faint_kernel(
     query_stop = tl.load(cu_seqlens_q_ptr + sample + 1)
     if first_query >= query_stop:
         return
-    offs_q = first_query + tl.arange(0, BLOCK_Q)
-    mask_q = offs_q < query_stop
-    offs_row = (offs_q.to(tl.int64) * num_heads + head) * num_modalities
+    rows = tl.arange(0, BLOCK_Q)
+    mask_q = first_query + rows < query_stop
+    first_query64 = first_query.to(tl.int64)
+    lse_ptr += (first_query64 * num_heads + head) * num_modalities
+    mass_ptr += (first_query64 * num_heads + head) * num_modalities
+    offs_row = rows * (num_heads * num_modalities)
     offs_m = tl.arange(0, BLOCK_M)[None, :]
     mask = mask_q[:, None] & (offs_m < num_modalities)
     # [BLOCK_Q, BLOCK_M]
@@ -75,12 +78,14 @@ def _attention_faint_kernel(
     key_ptr += head // group_size * key_stride_h
     key_ranges_ptr += sample.to(tl.int64) * key_ranges_stride_b + head * key_ranges_stride_h
     if log_prior_ptr is not None:
-        log_prior_ptr += head * log_prior_stride_h
+        log_prior_ptr += first_query64 * log_prior_stride_q + head * log_prior_stride_h
+    if visible_ptr is not None:
+        visible_ptr += first_query64 * num_modalities * 2
     for index in range(num_modalities):
         modality = tl.cast(index, tl.int64)
         range_ptr = key_ranges_ptr + modality * key_ranges_stride_m
-        start, stop, _, _, low, high = segment_range(range_ptr, visible_ptr, offs_q, mask_q, modality, num_modalities)
-        prior = load_prior(log_prior_ptr, modality * log_prior_stride_m, log_prior_stride_q, offs_q, mask_q)
+        start, stop, _, _, low, high = segment_range(range_ptr, visible_ptr, rows, mask_q, modality, num_modalities)
+        prior = load_prior(log_prior_ptr, modality * log_prior_stride_m, log_prior_stride_q, rows, mask_q)
         is_faint = tl.load(lse_ptr + offs_row + modality, mask=mask_q, other=0.0) == -float("inf")
         is_faint = is_faint & (prior > -float("inf")) & (stop > start)
         if visible_ptr is not None:
