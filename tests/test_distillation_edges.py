@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedmm import LinearHead, Logits, TopKLogProbs, distillation_loss, distillation_scores
-from fusedmm.eager import waves
+from fusedmm.eager import distillation_small, waves
 from fusedmm.heads import Head, Teacher
 
 ROWS, DIM = 9, 8
@@ -215,3 +215,26 @@ def test_half_precision_logits_with_an_ignored_row(memory: str, dtype: torch.dty
     )
     assert bool((found[2] == 0).all())
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("std", [1.0, 30.0])
+@pytest.mark.parametrize("way", ["few", "waves"])
+def test_either_way_of_few_logits(
+    way: str, std: float, beta: float, alpha: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row's gradient keeps its digits, a saturated one's (std 30) too."""
+    if way == "waves":
+        monkeypatch.setattr(distillation_small, "SCALAR_ELEMENTS", 0)
+    labels, results = torch.arange(ROWS) % 5, []
+    for impl, dtype in (("reference", torch.float64), ("eager", torch.float32)):
+        leaves = [x.to(dtype).requires_grad_() for x in (draw(ROWS, 6), std * draw(5, 6, seed=1), draw(5, seed=2))]
+        teacher = LinearHead(draw(ROWS, 4, seed=3).to(dtype), (std * draw(5, 4, seed=4)).to(dtype))
+        loss = distillation_loss(
+            LinearHead(*leaves), teacher, labels, alpha=alpha, beta=beta, temperature=1.5, impl=impl
+        )
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    for exact, found in zip(*results, strict=True):
+        error, size = (torch.linalg.vector_norm(x, dim=-1) for x in (found - exact, exact))
+        assert float((error / (size + 1e-9)).max()) <= 1e-4

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusedmm.eager import distillation_small
 from fusedmm.eager.products import compute_dtype
 from fusedmm.eager.shard import Shard
 from fusedmm.eager.waves import (
@@ -81,11 +82,14 @@ def loss(
     Cost: with hidden sizes Ds and Dt ``2 N V (Ds + Dt)`` FLOPs for the logits and ``2 N V Ds`` for each of the two
         gradients; a wave's logits four times. Ignored rows cost nothing.
     """
+    counted = counted_rows(labels, objective.ignore_index)
+    if counted is None and distillation_small.suits(student, teacher, temperature, objective):
+        assert isinstance(student, LinearHead)
+        return distillation_small.loss(student, teacher, labels, objective, grad_rows, needs)
     source, shard, alpha = student.source, objective.shard, objective.alpha
     weight, bias = (student.weight, student.bias) if isinstance(student, LinearHead) else (None, None)
     student = real_classes(student, shard.count)
     teacher = teacher if isinstance(teacher, TopKLogProbs) else real_classes(teacher, shard.count)
-    counted = counted_rows(labels, objective.ignore_index)
     num_rows = source.shape[0] if counted is None else counted.shape[0]
     if num_rows == 0:
         gradient = HeadGradient(student, needs, source, is_partial=True)

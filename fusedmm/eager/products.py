@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 ONEDNN_FLOPS = 1 << 22
-ONEDNN_DEPTH = 32  # length of the sums below which it is no faster
+ONEDNN_DEPTH = 32  # length of the sums below which it is no faster, half of what it takes to pay for turning `a`
 # A weight is converted, and laid out anew by oneDNN, in blocks of so many elements: the copy of one at a time is held.
 BLOCK_ELEMENTS = 1 << 22
 
@@ -32,11 +32,16 @@ def class_blocks(weight: Tensor, logits: Tensor) -> Iterator[tuple[Tensor, Tenso
         yield weight[first : first + step], logits[:, first : first + step]
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0, *, add: bool = False) -> Tensor:
+def multiply(a: Tensor, b: Tensor, out: Tensor | None = None, scale: float = 1.0, *, add: bool = False) -> Tensor:
     """``out = scale * a @ b``, or ``out += scale * a @ b``: [n, k] by [k, m], all of one dtype."""
     if not _suits_onednn(a, b):
+        if out is None:
+            return torch.mm(a, b)
         return torch.addmm(out, a, b, beta=float(add), alpha=scale, out=out)
     # It wants the left operand in rows and gives rows; the right one it lays out anew in any case.
+    if out is None:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+        return product
     if out.stride(0) == 1 or (a.stride(1) != 1 and out.numel() < a.numel()):
         left, right, target = b.t(), a, out.t()
     else:
@@ -53,7 +58,7 @@ def _suits_onednn(a: Tensor, b: Tensor) -> bool:
     (rows, depth), columns = a.shape, b.shape[1]
     return (
         2 * rows * depth * columns >= ONEDNN_FLOPS
-        and depth >= ONEDNN_DEPTH
+        and depth >= (ONEDNN_DEPTH if a.stride(1) == 1 else 2 * ONEDNN_DEPTH)
         and a.dtype == torch.float32
         and a.device.type == "cpu"
         and torch.backends.mkl.is_available()

@@ -57,13 +57,14 @@ class Shard:
         return out, self.row_sum(out)
 
     def first_top(self, shifted: Tensor, out: Tensor) -> Tensor:
-        """[rows, 1] number of the first class with 0 in what `shift` returned, as a float; `out` is overwritten.
+        """[..., rows] minus the number of the first class with 0 in what `shift` returned, as a float; `out` is
+        overwritten.
 
         Two passes that vectorise, which argmax does not: after the factor only the zeros compare by their number.
         """
         last = -self.first - self.count
         numbers = torch.arange(-self.first, last, -1, dtype=shifted.dtype, device=shifted.device)
-        return self.max(torch.add(numbers, shifted, alpha=AFTER_SHIFT, out=out).amax(-1, keepdim=True)).neg_()
+        return self.max(torch.add(numbers, shifted, alpha=AFTER_SHIFT, out=out).amax(-1))
 
     def local_labels(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Labels [rows, 1] as indices into this rank's classes, and whether this rank has them (None: it has all); 0
@@ -77,6 +78,6 @@ class Shard:
         return torch.where(mine, local, 0), mine
 
     def at(self, x: Tensor, index: Tensor, mine: Tensor | None) -> Tensor:
-        """Values [rows, 1] of `x` [rows, count] at `local_labels`, on every rank."""
-        value = x.gather(1, index)
+        """Values [..., rows, 1] of `x` [..., rows, count] at `local_labels`, on every rank."""
+        value = x.gather(-1, index.expand(*x.shape[:-1], 1))
         return value if mine is None else self.sum(torch.where(mine, value, 0.0))

@@ -76,25 +76,26 @@ class Scratch:
     def __init__(self, source: Tensor, num_rows: int, num_classes: int, counts: tuple[int, ...]) -> None:
         """`counts`: how many tensors like a head's logits lie together in each piece."""
         self.classes, self.counts = num_classes, counts
-        size, dtype = wave_rows(num_rows, num_classes) * num_classes, compute_dtype(source)
-        sizes = [count * size for count in counts]
-        if sum(sizes) < num_rows * num_classes or num_classes <= FEW_CLASSES:  # one allocation, which malloc keeps
-            self.pieces = source.new_empty((sum(sizes),), dtype=dtype).split(sizes)
+        self.height = wave_rows(num_rows, num_classes)
+        size, total, dtype = self.height * num_classes, sum(counts), compute_dtype(source)
+        if num_classes <= FEW_CLASSES or total * size < num_rows * num_classes:  # one allocation, which malloc keeps
+            self.flat: tuple[Tensor, ...] = (source.new_empty((total * size,), dtype=dtype),)
         else:
-            self.pieces = tuple(source.new_empty((each,), dtype=dtype) for each in sizes)
+            self.flat = tuple(source.new_empty((count * size,), dtype=dtype) for count in counts)
 
-    def take(self, rows: Rows) -> list[Tensor]:
+    def take(self, rows: Rows) -> tuple[Tensor, ...]:
         """[count, rows, V] tensors, classes-major where they are few."""
-        height, classes = rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0], self.classes
-        shaped = []
-        for piece, count in zip(self.pieces, self.counts, strict=True):
-            if piece.shape[0] != count * height * classes:
-                piece = piece[: count * height * classes]
-            if classes <= FEW_CLASSES:
-                shaped.append(piece.view(classes, count, height).permute(1, 2, 0))
-            else:
-                shaped.append(piece.view(count, height, classes))
-        return shaped
+        height = rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0]
+        if len(self.flat) == 1:
+            return torch.split(self._shaped(self.flat[0], sum(self.counts), height), list(self.counts))
+        return tuple(self._shaped(flat, count, height) for flat, count in zip(self.flat, self.counts, strict=True))
+
+    def _shaped(self, flat: Tensor, count: int, height: int) -> Tensor:
+        if height != self.height:
+            flat = flat[: count * height * self.classes]
+        if self.classes <= FEW_CLASSES:
+            return flat.view(self.classes, count, height).permute(1, 2, 0)
+        return flat.view(count, height, self.classes)
 
 
 def real_classes(head: Head, num_classes: int) -> Head:

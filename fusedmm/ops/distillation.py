@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fusedmm.eager.distillation_scores import FIELDS, SECOND_PASS_FIELDS
 from fusedmm.heads import Head, LinearHead, Teacher, TopKLogProbs
+from fusedmm.ops.distillation_autograd import call
 from fusedmm.ops.distillation_inputs import FLOATS, Inputs, check_fraction, check_inputs
-from fusedmm.ops.distillation_op import problem_of
+from fusedmm.ops.distillation_op import LABELS, problem_of
 from fusedmm.reference import distillation as reference
 from fusedmm.shapes import check_device, check_dtype, check_shapes
 
@@ -112,7 +113,7 @@ def distillation_scores(
         return _named({name: field.detach().to(_result_dtype(inputs)) for name, field in fields.items()})
     with torch.no_grad():
         problem = problem_of(inputs, beta=0.0 if beta is None else beta, ignore_index=ignore_index)
-        rows = torch.ops.fusedmm.distillation_scores(*problem, second_pass).unbind(0)
+        rows = call("distillation_scores", *problem, second_pass).unbind(0)
     given: dict[str, Tensor] = dict(zip(FIELDS, rows, strict=True))
     if beta is not None and not second_pass:
         given["divergence"] = given["forward_kl"] if beta == 0.0 else given["reverse_kl"]
@@ -204,12 +205,12 @@ def distillation_loss(
     if normalizer is not None and reduction != "mean":
         raise ValueError(f'{op}: normalizer divides reduction="mean" only, got reduction={reduction!r}. Leave it out.')
     inputs = check_inputs(op, student, teacher, labels, temperature, impl)
-    _check_labels(op, inputs, ignore_index)
+    all_count = _check_labels(op, inputs, ignore_index)
     _check_weights(op, inputs, row_weight, normalizer)
     if row_weight is not None:  # a row of weight 0 is ignored: what it holds, NaN too, is not looked at
         counts = int(ignore_index == 0) if labels is None else labels
         inputs = replace(inputs, labels=torch.where(row_weight == 0, ignore_index, counts))
-    row_scale = _row_scale(inputs, row_weight, ignore_index, reduction, normalizer)
+    row_scale = _row_scale(inputs, row_weight, ignore_index, reduction, normalizer, all_count=all_count)
     teacher_wants = (
         torch.is_grad_enabled()
         and not isinstance(inputs.teacher, TopKLogProbs)
@@ -232,10 +233,12 @@ def distillation_loss(
         rows = rows * row_scale
         return (rows if reduction == "none" else rows.sum()).to(_result_dtype(inputs))
     problem = problem_of(inputs, beta=beta, alpha=alpha, label_smoothing=label_smoothing, ignore_index=ignore_index)
+    if all_count and row_weight is None and alpha == 1.0:  # then labels say nothing
+        problem[LABELS] = None
     needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in problem[:3]]
     if memory == "fast" and reduction != "none" and any(needs):
-        return cast(Tensor, torch.ops.fusedmm.distillation_fast(*problem, row_scale, *needs)[0])
-    rows = torch.ops.fusedmm.distillation_rows(*problem)[0]
+        return cast(Tensor, call("distillation_fast", *problem, row_scale, *needs)[0])
+    rows = call("distillation_rows", *problem)[0]
     return rows * row_scale if reduction == "none" else torch.dot(rows, row_scale)
 
 
@@ -263,49 +266,51 @@ def _check_weights(op: str, inputs: Inputs, row_weight: Tensor | None, normalize
 
 
 def _row_scale(
-    inputs: Inputs, row_weight: Tensor | None, ignore_index: int, reduction: str, normalizer: float | Tensor | None
+    inputs: Inputs,
+    row_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    *,
+    all_count: bool,
 ) -> Tensor:
     """[N] what the loss of every row is multiplied by; 0 where it is ignored."""
     num_rows, dtype = inputs.rows.shape[0], _result_dtype(inputs)
-    divisor: float | Tensor = 1.0
+    is_mean = reduction == "mean" and normalizer is None
+    if row_weight is None and all_count and not isinstance(normalizer, Tensor):
+        return inputs.rows.new_full(
+            (num_rows,), 1.0 / (max(num_rows, 1) if is_mean else normalizer or 1.0), dtype=dtype
+        )
+    weight = inputs.rows.new_ones((num_rows,), dtype=dtype) if row_weight is None else row_weight.to(dtype)
+    if inputs.labels is not None:
+        weight = torch.where(inputs.labels == ignore_index, 0.0, weight)
+    if is_mean:
+        total = weight.sum()
+        return weight / torch.where(total == 0, 1.0, total)
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.to(dtype).reshape(())
-        divisor = torch.where(normalizer == 0, torch.inf, normalizer)
-    elif normalizer is not None:
-        divisor = float(normalizer)
-    weight = inputs.rows.new_ones((num_rows,), dtype=dtype) if row_weight is None else row_weight.to(dtype)
-    if inputs.labels is not None and not _has_none(inputs.labels, ignore_index):
-        weight = torch.where(inputs.labels == ignore_index, 0.0, weight)
-    elif row_weight is None and reduction == "mean" and normalizer is None:
-        return weight / max(num_rows, 1)
-    if reduction == "mean" and normalizer is None:
-        total = weight.sum()
-        divisor = torch.where(total == 0, 1.0, total)
-    return weight / divisor
+        return weight / torch.where(normalizer == 0, torch.inf, normalizer)
+    return weight / (normalizer or 1.0)
 
 
-def _has_none(labels: Tensor, ignore_index: int) -> bool:
-    """Whether no label is `ignore_index`, where looking waits for nothing; False where that is not known."""
+def _check_labels(op: str, inputs: Inputs, ignore_index: int) -> bool:
+    """Refuse labels that are no class, where reading them waits for nothing: on a CPU. Returns whether it is known that
+    no row is ignored.
+    """
+    labels, classes = inputs.labels, inputs.shard.total
+    if labels is None:
+        return True
     if labels.device.type != "cpu" or torch.compiler.is_compiling() or labels.numel() == 0:
         return False
-    low, high = labels.aminmax()
-    return not low.item() <= ignore_index <= high.item()
-
-
-def _check_labels(op: str, inputs: Inputs, ignore_index: int) -> None:
-    """Refuse labels that are no class, where reading them waits for nothing: on a CPU."""
-    labels, classes = inputs.labels, inputs.shard.total
-    if labels is None or labels.device.type != "cpu" or torch.compiler.is_compiling() or labels.numel() == 0:
-        return
-    low, high = labels.aminmax()
-    if low.item() >= 0 and high.item() < classes:
-        return
-    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
-    if bool(wrong.any()):
-        raise ValueError(
-            f"{op}: labels must be 0 to {classes - 1} or ignore_index={ignore_index}, got {int(labels[wrong][0])}. "
-            "Give rows without a label ignore_index."
-        )
+    low, high = (bound.item() for bound in labels.aminmax())
+    if low < 0 or high >= classes:
+        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+        if bool(wrong.any()):
+            raise ValueError(
+                f"{op}: labels must be 0 to {classes - 1} or ignore_index={ignore_index}, got {int(labels[wrong][0])}. "
+                "Give rows without a label ignore_index."
+            )
+    return not low <= ignore_index <= high
 
 
 def _whole(inputs: Inputs) -> tuple[Head, Teacher, Tensor | None, Tensor]:

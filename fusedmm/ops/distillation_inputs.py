@@ -75,7 +75,7 @@ def check_inputs(
     sizes = check_shapes(op, shapes)
     _check_dtypes(op, student, teacher, labels, row_temperature)
     check_device(op, {argument: tensor for argument, (tensor, _) in shapes.items()})
-    if not isinstance(temperature, Tensor) and not (temperature > 0 and math.isfinite(temperature)):
+    if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
         raise ValueError(
             f"{op}: temperature must be positive and finite, got {temperature}. 1.0 leaves the logits as they are."
         )
@@ -177,11 +177,12 @@ def _check_dtypes(op: str, student: Head, teacher: Teacher, labels: Tensor | Non
             check_dtype(op, f"{role}.values", head.values, FLOATS, ".")
         else:
             check_dtype(op, f"{role}.hidden", head.hidden, FLOATS, ".")
-            dtype = str(head.hidden.dtype).removeprefix("torch.")
-            same = f" while {role}.hidden is {dtype}. Cast one of them, or run under torch.autocast."
-            check_dtype(op, f"{role}.weight", head.weight, (head.hidden.dtype,), same)
-            if head.bias is not None:
-                check_dtype(op, f"{role}.bias", head.bias, (head.hidden.dtype,), same)
+            dtype = head.hidden.dtype
+            for name, tensor in (("weight", head.weight), ("bias", head.bias)):
+                if tensor is not None and tensor.dtype != dtype:
+                    is_there = f" while {role}.hidden is {str(dtype).removeprefix('torch.')}"
+                    advice = f"{is_there}. Cast one of them, or run under torch.autocast."
+                    check_dtype(op, f"{role}.{name}", tensor, (dtype,), advice)
     if labels is not None:
         check_dtype(op, "labels", labels, (torch.int64,), ". Use labels.to(torch.int64).")
     if temperature is not None:

@@ -3,7 +3,7 @@ alone.
 
 All share one argument list, the "problem": the tensors of both heads, then numbers. ``impl`` ("triton" or "eager") is
 one of them, so that a call means the same on every device. Each has a fake for `torch.compile` and export; the two
-losses have a hand-written autograd function, which is skipped where nothing needs a gradient.
+losses have a hand-written autograd function, in `fusedmm.ops.distillation_autograd`.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+from torch.nn import Parameter
 
 from fusedmm.eager import distillation as eager
 from fusedmm.eager import distillation_scores as eager_scores
@@ -24,8 +24,8 @@ from fusedmm.ops.distillation_inputs import Inputs
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
-TENSORS = 9
-_library = torch.library.Library("fusedmm", "FRAGMENT")
+TENSORS, LABELS = 9, 7  # of a problem: how many lead it, and which of them are the labels
+library = torch.library.Library("fusedmm", "FRAGMENT")
 _PROBLEM = (
     "Tensor student, Tensor? student_weight, Tensor? student_bias, "
     "Tensor teacher, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_indices, "
@@ -34,10 +34,10 @@ _PROBLEM = (
     "int ignore_index, int total_classes, int first_class, int num_classes, str group, str impl"
 )
 _NEEDS = "bool needs_input, bool needs_weight, bool needs_bias"
-_library.define(f"distillation_scores({_PROBLEM}, bool second_pass) -> Tensor")
-_library.define(f"distillation_rows({_PROBLEM}) -> (Tensor, Tensor)")
-_library.define(f"distillation_fast({_PROBLEM}, Tensor grad_rows, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)")
-_library.define(
+library.define(f"distillation_scores({_PROBLEM}, bool second_pass) -> Tensor")
+library.define(f"distillation_rows({_PROBLEM}) -> (Tensor, Tensor)")
+library.define(f"distillation_fast({_PROBLEM}, Tensor grad_rows, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)")
+library.define(
     f"distillation_backward({_PROBLEM}, Tensor grad_rows, Tensor statistics, {_NEEDS}) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -203,123 +203,37 @@ def _fake_backward(*arguments: Any) -> Triple:
     return _fake_gradients(problem, tuple(needs))
 
 
-class _Fast(torch.autograd.Function):
-    """The gradient is taken in the forward; the backward multiplies it by the one number that comes from upstream."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            loss, *gradients = torch.ops.fusedmm.distillation_fast(*arguments)
-        ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(*gradients)
-        ctx.set_materialize_grads(False)
-        ctx.needs = arguments[-3:]
-        return loss, *gradients
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        count = len(ctx.needs_input_grad)
-        if grad_loss is None:
-            return (None,) * count
-        # On a CPU a number is read for nothing, and the upstream of a loss is mostly 1: that saves a pass over the
-        # largest tensors. Whoever changes such a gradient in place cannot run this backward again; autograd says so.
-        is_one = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
-        gradients = [
-            None if not needed else gradient if is_one else gradient * grad_loss
-            for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
-        ]
-        return (*gradients, *([None] * (count - 3)))
-
-
-class _Rows(torch.autograd.Function):
-    """Only O(N) is kept; the backward forms the logits again, for the student and, with the roles exchanged, for a
-    teacher that wants a gradient.
+def below_autograd(name: str, arguments: tuple[Any, ...]) -> Any:
+    """The registered operator, below autograd; past the dispatcher where nothing traces, records or transforms the
+    call, as that takes as long as a small problem.
     """
-
-    @staticmethod
-    def forward(ctx: Any, *problem: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            rows, statistics = torch.ops.fusedmm.distillation_rows(*problem)
-        ctx.save_for_backward(statistics, *problem[:TENSORS])
-        ctx.mark_non_differentiable(statistics)
-        ctx.set_materialize_grads(False)
-        ctx.numbers = problem[TENSORS:]
-        return rows, statistics
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        statistics, *tensors = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        gradients: list[Tensor | None] = [None] * 6
-        if grad_rows is not None:
-            problem = (*tensors, *ctx.numbers)
-            if any(needs[:3]):
-                gradients[:3] = _gradients(problem, grad_rows, statistics, needs[:3])
-            if any(needs[3:6]):
-                rows = grad_rows * problem[TENSORS + 4]
-                gradients[3:] = _gradients(_exchange(problem), rows, _exchange_statistics(statistics), needs[3:6])
-        return (*gradients, *([None] * (len(needs) - 6)))
+    with torch._C._AutoDispatchBelowAutograd():
+        if is_watched(arguments):
+            return getattr(torch.ops.fusedmm, name)(*arguments)
+        return _IMPLEMENTATIONS[name](*arguments)
 
 
-def _gradients(
-    problem: tuple[Any, ...], grad_rows: Tensor, statistics: Tensor, needs: tuple[bool, ...]
-) -> list[Tensor | None]:
-    """Of the problem's student; None where not needed."""
-    computed = torch.ops.fusedmm.distillation_backward(*problem, grad_rows, statistics, *needs)
-    return [gradient if needed else None for gradient, needed in zip(computed, needs, strict=True)]
-
-
-def _exchange(problem: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same divergence with student and teacher exchanged (beta becomes 1 - beta) and without the cross entropy,
-    which has no teacher.
-    """
-    tensors, numbers = problem[:TENSORS], list(problem[TENSORS:])
-    numbers[0], numbers[1], numbers[3], numbers[4] = numbers[1], numbers[0], 1.0 - numbers[3], 1.0
-    return (*tensors[3:6], *tensors[:3], *tensors[6:], *numbers)
-
-
-def _exchange_statistics(statistics: Tensor) -> Tensor:
-    """Saved statistics of the exchanged heads: the first 12 rows are pairs of student and teacher; ratios of the two
-    (rows 8, 9 and 15) change their sign.
-    """
-    if statistics.shape[0] == 0:
-        return statistics
-    pairs = statistics[:12].reshape(6, 2, -1).flip(1).reshape(12, -1)
-    exchanged = torch.cat([pairs, statistics[12:]])
-    exchanged[8:10].neg_()
-    exchanged[15].neg_()
-    return exchanged
-
-
-def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(tensor, Tensor) and tensor.requires_grad for tensor in arguments[:6]
+def is_watched(arguments: tuple[Any, ...]) -> bool:
+    """Whether a call must go through the dispatcher."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(type(x) is not Tensor and type(x) is not Parameter for x in arguments[:TENSORS] if x is not None)
     )
 
 
-def _autograd_fast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if _wants_gradient(arguments):
-        return _Fast.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fusedmm.distillation_fast(*arguments)  # type: ignore[no-any-return]
-
-
-def _autograd_rows(*arguments: Any) -> tuple[Tensor, Tensor]:
-    if _wants_gradient(arguments):
-        return _Rows.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fusedmm.distillation_rows(*arguments)  # type: ignore[no-any-return]
-
-
-for _name, _implementation, _fake in (
-    ("distillation_scores", _scores, _fake_scores),
-    ("distillation_rows", _rows, _fake_rows),
-    ("distillation_fast", _fast, _fake_fast),
-    ("distillation_backward", _backward, _fake_backward),
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "distillation_scores": _scores,
+    "distillation_rows": _rows,
+    "distillation_fast": _fast,
+    "distillation_backward": _backward,
+}
+for _name, _fake in (
+    ("distillation_scores", _fake_scores),
+    ("distillation_rows", _fake_rows),
+    ("distillation_fast", _fake_fast),
+    ("distillation_backward", _fake_backward),
 ):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fusedmm::{_name}", _fake, lib=_library)
-_library.impl("distillation_fast", _autograd_fast, "Autograd")
-_library.impl("distillation_rows", _autograd_rows, "Autograd")
+    library.impl(_name, _IMPLEMENTATIONS[_name], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fusedmm::{_name}", _fake, lib=library)

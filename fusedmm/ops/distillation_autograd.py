@@ -1,0 +1,144 @@
+"""The registered operators of distillation as autograd sees them.
+
+Where nothing needs a gradient the autograd functions are skipped, and where nothing watches the call, so is the
+dispatcher.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fusedmm.ops.distillation_op import TENSORS, below_autograd, is_watched, library
+
+
+class _Fast(torch.autograd.Function):
+    """The gradient is taken in the forward; the backward multiplies it by the one number that comes from upstream.
+
+    The student's tensors are arguments, all else, which has no gradient, is one: an argument costs a microsecond.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, weight: Tensor | None, bias: Tensor | None, others: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        loss, *gradients = below_autograd("distillation_fast", (student, weight, bias, *others))
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(*gradients)
+        ctx.set_materialize_grads(False)
+        ctx.needs = others[-3:]
+        return loss, *gradients
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 4
+        # On a CPU a number is read for nothing, and the upstream of a loss is mostly 1: that saves a pass over the
+        # largest tensors. Whoever changes such a gradient in place cannot run this backward again; autograd says so.
+        is_one = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
+        gradients = [
+            None if not needed else gradient if is_one else gradient * grad_loss
+            for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        ]
+        return (*gradients, None)
+
+
+class _Rows(torch.autograd.Function):
+    """Only O(N) is kept; the backward forms the logits again, for the student and, with the roles exchanged, for a
+    teacher that wants a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *problem: Any) -> tuple[Tensor, Tensor]:
+        rows, statistics = below_autograd("distillation_rows", problem)
+        ctx.save_for_backward(statistics, *problem[:TENSORS])
+        ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+        ctx.numbers = problem[TENSORS:]
+        return rows, statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        statistics, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        gradients: list[Tensor | None] = [None] * 6
+        if grad_rows is not None:
+            problem = (*tensors, *ctx.numbers)
+            if any(needs[:3]):
+                gradients[:3] = _gradients(problem, grad_rows, statistics, needs[:3])
+            if any(needs[3:6]):
+                rows = grad_rows * problem[TENSORS + 4]
+                gradients[3:] = _gradients(_exchange(problem), rows, _exchange_statistics(statistics), needs[3:6])
+        return (*gradients, *([None] * (len(needs) - 6)))
+
+
+def _gradients(
+    problem: tuple[Any, ...], grad_rows: Tensor, statistics: Tensor, needs: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Of the problem's student; None where not needed."""
+    computed = below_autograd("distillation_backward", (*problem, grad_rows, statistics, *needs))
+    return [gradient if needed else None for gradient, needed in zip(computed, needs, strict=True)]
+
+
+def _exchange(problem: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same divergence with student and teacher exchanged (beta becomes 1 - beta) and without the cross entropy,
+    which has no teacher.
+    """
+    tensors, numbers = problem[:TENSORS], list(problem[TENSORS:])
+    numbers[0], numbers[1], numbers[3], numbers[4] = numbers[1], numbers[0], 1.0 - numbers[3], 1.0
+    return (*tensors[3:6], *tensors[:3], *tensors[6:], *numbers)
+
+
+def _exchange_statistics(statistics: Tensor) -> Tensor:
+    """Saved statistics of the exchanged heads: the first 12 rows are pairs of student and teacher; ratios of the two
+    (rows 8, 9 and 15) change their sign.
+    """
+    if statistics.shape[0] == 0:
+        return statistics
+    pairs = statistics[:12].reshape(6, 2, -1).flip(1).reshape(12, -1)
+    exchanged = torch.cat([pairs, statistics[12:]])
+    exchanged[8:10].neg_()
+    exchanged[15].neg_()
+    return exchanged
+
+
+def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(tensor, Tensor) and tensor.requires_grad for tensor in arguments[:6]
+    )
+
+
+def _scores(*arguments: Any) -> Tensor:
+    return below_autograd("distillation_scores", arguments)  # type: ignore[no-any-return]
+
+
+def _fast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if _wants_gradient(arguments):
+        return _Fast.apply(*arguments[:3], arguments[3:])  # type: ignore[no-any-return, no-untyped-call]
+    return below_autograd("distillation_fast", arguments)  # type: ignore[no-any-return]
+
+
+def _rows(*arguments: Any) -> tuple[Tensor, Tensor]:
+    if _wants_gradient(arguments):
+        return _Rows.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+    return below_autograd("distillation_rows", arguments)  # type: ignore[no-any-return]
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """What ``torch.ops.fusedmm.<name>`` gives."""
+    if is_watched(arguments):
+        return getattr(torch.ops.fusedmm, name)(*arguments)
+    return _AUTOGRAD[name](*arguments)
+
+
+_AUTOGRAD: dict[str, Callable[..., Any]] = {
+    "distillation_scores": _scores,
+    "distillation_rows": _rows,
+    "distillation_fast": _fast,
+}
+library.impl("distillation_fast", _fast, "Autograd")
+library.impl("distillation_rows", _rows, "Autograd")
