@@ -36,6 +36,8 @@ from fusedmm.eager.attention_inputs import (
     Inputs,
     block_scores,
     drop,
+    is_held,
+    shares,
     ungrouped,
     visible_counts,
     without_unseen,
@@ -64,42 +66,34 @@ def forward(x: Inputs, softmax: str) -> tuple[Tensor, Tensor, Tensor]:
         if small is not None:
             return small
     x = without_unseen(given)
-    results, far = _attend(x, softmax, groups, None)
-    if far != _count_blind(given, x, groups)[: len(far)]:
-        results, _ = _attend(x, softmax, groups, _peaks(x, groups))
+    results, sums, total = _attend(x, softmax, groups, None)
+    if groups and not is_held(sums, total) and _count_far(sums, total) != _count_blind(given, x, groups, total):
+        results, _, _ = _attend(x, softmax, groups, _peaks(x, groups))
     return results
 
 
 def _attend(
     x: Inputs, softmax: str, groups: tuple[Group, ...], peaks: Tensor | None
-) -> tuple[tuple[Tensor, Tensor, Tensor], list[int]]:
-    """Results of `forward`, and how many [total_q, Hq, M] sums, and with a prior [total_q, Hq] rows, are beyond
-    `LARGEST`: more than see no key are too many, unless ``peaks`` [total_q, Hq, M] are given.
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor | None]:
+    """Results of `forward`, the sums of exponentials [total_q, Hq, M], of which ``peaks`` are taken off where given,
+    and with a prior their total [total_q, Hq, 1].
     """
     start = peaks
     if x.log_prior is not None:
         prior = x.log_prior * LOG2_E
         start = prior if peaks is None else peaks + prior
-    share = None
-    if softmax == "joint" and start is not None:  # relative to the largest; -inf, of which nothing can be taken, to 0
-        share = start.sub(start.amax(-1, keepdim=True).clamp_min_(torch.finfo(start.dtype).min)).exp2_()
+    share = shares(start) if softmax == "joint" and start is not None else None
     shift = None if peaks is None else torch.where(torch.isneginf(peaks), 0.0, -peaks)
     output, sums = _sweep(x, softmax, groups, shift, share)
-    lse = sums.log2()
-    far = [int((lse.abs() > LARGEST).sum())]
-    if softmax == "joint":
-        mass = sums if share is None else sums * share
-        total = mass.sum(-1, keepdim=True)
-        if share is not None:
-            far.append(int((total < LEAST).sum()))
-        mass = mass / total.clamp_min_(LEAST)
-    else:
-        mass = sums / sums.clamp_min(LEAST)
+    parts = sums if share is None else sums * share
+    total = parts.sum(-1, keepdim=True) if softmax == "joint" else parts
+    mass = parts / total.clamp_min(LEAST)
+    lse = sums.log()
     if start is not None:
-        lse.add_(start)
+        lse.add_(start, alpha=1 / LOG2_E)
     if softmax == "partials":
         output = output.unflatten(-1, (-1, x.query.shape[2]))
-    return (output, mass, lse.mul_(1 / LOG2_E)), far
+    return (output, mass, lse), sums, None if share is None else total
 
 
 def _sweep(
@@ -115,31 +109,45 @@ def _sweep(
     output = _buffer(x, shape, has_all_rows)
     sums = _buffer(x, (total_q, heads, modalities), has_all_rows)
     for group in groups:
-        keys, values = x.keys(group)
+        tokens = x.keys(group)
         for block in group.blocks:
-            query = x.rows(x.query, group, block)
-            start = None if shift is None else x.rows(shift, group, block)
-            weights, columns = block_scores(x, group, block, as_matrices(query), query.shape[:-1], keys, start)
-            weights.exp2_()
-            block_sums = group.reduce(columns, torch.sum, 0.0)
-            x.write(sums, group, block, block_sums)
-            is_weighed = softmax != "joint" or share is not None or x.gate is not None
-            if is_weighed:
-                factor = _factor(x, softmax, group, block, block_sums, share)
-                for part, scale in zip(columns, group.factors(factor), strict=True):
-                    part.mul_(scale)
-            if x.seed is not None:
-                drop(weights, x, group, block)
-            if softmax == "partials":
-                pieces = zip(weights.split(group.widths, -1), values.split(group.widths, 1), strict=True)
-                result = torch.cat([torch.bmm(w, v) for w, v in pieces], -1)
-            else:
-                result = torch.bmm(weights, values)
-                if not is_weighed:  # one factor for all modalities: the output has fewer numbers than the weights
-                    total = block_sums.sum(-1, keepdim=True).clamp_min_(LEAST)
-                    result.view(*query.shape).div_(total)
-            x.write(output, group, block, result)
+            _forward_block(x, softmax, group, block, tokens, shift, share, (output, sums))
     return output, sums
+
+
+def _forward_block(
+    x: Inputs,
+    softmax: str,
+    group: Group,
+    block: Block,
+    tokens: tuple[Tensor, Tensor],
+    shift: Tensor | None,
+    share: Tensor | None,
+    buffers: tuple[Tensor, Tensor],
+) -> None:
+    """Write a block's output and sums. The weights are gone before those of the next block, which get their memory."""
+    (keys, values), (output, sums) = tokens, buffers
+    query = x.rows(x.query, group, block)
+    start = None if shift is None else x.rows(shift, group, block)
+    weights, columns = block_scores(x, group, block, as_matrices(query), query.shape[:-1], keys, start)
+    weights.exp2_()
+    block_sums = group.reduce(columns, torch.sum, 0.0)
+    x.write(sums, group, block, block_sums)
+    is_weighed = softmax != "joint" or share is not None or x.gate is not None
+    if is_weighed:
+        factor = _factor(x, softmax, group, block, block_sums, share)
+        for part, scale in zip(columns, group.factors(factor), strict=True):
+            part.mul_(scale)
+    if x.seed is not None:
+        drop(weights, x, group, block)
+    if softmax == "partials":
+        pieces = zip(weights.split(group.widths, -1), values.split(group.widths, 1), strict=True)
+        result = torch.cat([torch.bmm(w, v) for w, v in pieces], -1)
+    else:
+        result = torch.bmm(weights, values)
+    if not is_weighed:  # one factor for all modalities: the output has fewer numbers than the weights
+        result.view(query.shape).div_(block_sums.sum(-1, keepdim=True).clamp_min_(LEAST))
+    x.write(output, group, block, result)
 
 
 def _factor(x: Inputs, softmax: str, group: Group, block: Block, sums: Tensor, share: Tensor | None) -> Tensor:
@@ -166,14 +174,24 @@ def _peaks(x: Inputs, groups: tuple[Group, ...]) -> Tensor:
     return peaks
 
 
-def _count_blind(given: Inputs, x: Inputs, groups: tuple[Group, ...]) -> list[int]:
-    """How many of [total_q, Hq, M] and [total_q, Hq] see no key; ``x`` is `without_unseen` of what was ``given``."""
+def _count_far(sums: Tensor, total: Tensor | None) -> tuple[int, int]:
+    """How many sums, and totals where given, are beyond `LARGEST`."""
+    far = int((sums.log2().abs_() > LARGEST).sum())
+    return far, 0 if total is None else int((total < LEAST).sum())
+
+
+def _count_blind(given: Inputs, x: Inputs, groups: tuple[Group, ...], total: Tensor | None) -> tuple[int, int]:
+    """How many of [total_q, Hq, M], and of [total_q, Hq] where totals are counted, see no key; ``x`` is
+    `without_unseen` of what was ``given``.
+    """
     if x.visible is None and x.active is None:
         total_q, heads = x.query.shape[:2]
-        segments = total_q * x.num_modalities - sum(group.count_segments for group in groups)
-        return [heads * segments, heads * (total_q - sum(group.count_q for group in groups))]
-    is_blind = visible_counts(given) == 0
-    return [int(is_blind.sum()), int(is_blind.all(-1).sum())]
+        segments = heads * (total_q * x.num_modalities - sum(group.count_segments for group in groups))
+        rows = heads * (total_q - sum(group.count_q for group in groups))
+    else:
+        is_blind = visible_counts(given) == 0
+        segments, rows = int(is_blind.sum()), int(is_blind.all(-1).sum())
+    return segments, 0 if total is None else rows
 
 
 def backward(

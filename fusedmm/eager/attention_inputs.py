@@ -105,6 +105,18 @@ def visible_counts(x: Inputs) -> Tensor:
     return counts if x.active is None else counts * x.active[sample]
 
 
+def shares(start: Tensor) -> Tensor:
+    """``exp2(start)`` [..., M] relative to the largest of a row; a row of -inf gives 0."""
+    lowest = torch.finfo(start.dtype).min  # for -inf, of which nothing can be subtracted
+    return start.sub(start.amax(-1, keepdim=True).clamp_min_(lowest)).exp2_()
+
+
+def is_held(sums: Tensor, total: Tensor | None) -> bool:
+    """Whether no sum of exponentials, and no total of a row, is beyond `LARGEST`; NaN and 0 count as if they were."""
+    low, high = sums.aminmax()
+    return bool(low.item() >= LEAST and high.item() <= 1 / LEAST and (total is None or total.amin().item() >= LEAST))
+
+
 def block_scores(
     x: Inputs,
     group: Group,

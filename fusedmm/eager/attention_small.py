@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusedmm.eager.attention_groups import Group
-from fusedmm.eager.attention_inputs import LEAST, LOG2_E, Inputs
+from fusedmm.eager.attention_inputs import LOG2_E, Inputs, is_held, shares
 from fusedmm.eager.attention_rows import product
 
 
@@ -40,11 +40,10 @@ def forward(x: Inputs, group: Group) -> tuple[Tensor, Tensor, Tensor] | None:
     sums = _packed(columns.sum(-1))
     mass, share = sums, None
     if x.log_prior is not None:
-        prior = x.log_prior * LOG2_E
-        share = prior.sub(prior.amax(-1, keepdim=True).clamp_min_(torch.finfo(prior.dtype).min)).exp2_()
+        share = shares(x.log_prior * LOG2_E)
         mass = sums * share
     total = mass.sum(-1, keepdim=True)
-    if not (_is_held(sums) and total.amin().item() >= LEAST):
+    if not is_held(sums, total):
         return None
     factor = total.reciprocal() if share is None else share / total
     if x.gate is not None:
@@ -63,7 +62,7 @@ def backward(
     query, key, value, gradient = (_matrices(t, group) for t in (x.query, x.key, x.value, grad_output))
     weights, columns = _exponentials(x, group, query, key)
     sums = _packed(columns.sum(-1))
-    if not _is_held(sums):
+    if not is_held(sums, None):
         return None
     factor = mass / sums
     products = torch.bmm(gradient, value.mT).mul_(weights)
@@ -92,12 +91,6 @@ def _exponentials(x: Inputs, group: Group, query: Tensor, key: Tensor) -> tuple[
     weights = query.new_empty((query.shape[0], query.shape[1], key.shape[1]))
     weights.baddbmm_(query, key.mT, beta=0, alpha=x.scale * LOG2_E).exp2_()
     return weights, weights.view(x.query.shape[1], len(group.samples), query.shape[1], x.num_modalities, -1)
-
-
-def _is_held(sums: Tensor) -> bool:
-    """Whether no sum of exponentials is beyond LEAST; NaN counts as one that is."""
-    low, high = sums.aminmax()
-    return bool(low.item() >= LEAST and high.item() <= 1 / LEAST)
 
 
 def _blocked(packed: Tensor, group: Group) -> Tensor:
