@@ -1,19 +1,26 @@
 """The accuracy promise, measured against float64: bfloat16 heads at logit std 3, 10 and 30, and a nearly converged
 student; and what bfloat16 logits do.
 
-``python tests/test_distillation_accuracy.py`` prints the table of docs/distillation.md.
+``python tests/test_distillation_accuracy.py`` writes the table of docs/distillation.md, and a test holds it to what the
+present code gives.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from fusedmm import LinearHead, Logits, distillation_loss, distillation_scores
-from fusedmm.ops.distillation_waves import ROUNDED_SUMS
+from fusedmm.ops.distillation_waves import ROUNDED_SUMS, fast_rows, lean_sizes
 
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "distillation.md"
+BEGIN, END = "<!-- accuracy:begin -->\n", "<!-- accuracy:end -->"
 ROWS, CLASSES, DIM = 256, 4096, 128
+LARGE = 8192, 128256, 4096  # rows, classes and width whose waves are emulated
+WAVES = {"fast": -(-LARGE[0] // fast_rows(*LARGE[:2])), "lean": -(-LARGE[0] // lean_sizes(*LARGE)[0])}
 BETAS = {"forward KL": 0.0, "JSD(0.5)": 0.5, "reverse KL": 1.0}
 GAP = 1e-3  # nats between a nearly converged student and its teacher
 PROMISE = 0.01  # relative norm of the error of a gradient
@@ -74,22 +81,20 @@ def bfloat16_logits(student: LinearHead, teacher: LinearHead, beta: float) -> Gr
     return grad @ student.weight.float(), grad.T @ student.hidden.float()
 
 
-def fast_on_a_gpu(student: LinearHead, teacher: LinearHead, beta: float) -> Gradients:
-    """Roundings of the fast path with bfloat16 matmuls: float32 logits, their gradient rounded once, dX and dW rounded,
-    dW after each of ROUNDED_SUMS waves.
+def on_a_gpu(memory: str, student: LinearHead, teacher: LinearHead, beta: float) -> Gradients:
+    """Roundings of the Triton path with bfloat16 matmuls: float32 logits, dZ and dX rounded once, dW after each of the
+    waves that the `LARGE` problem has.
     """
     logits = [head.hidden.float() @ head.weight.float().T for head in (student, teacher)]
     z = logits[0].requires_grad_()
-    (grad,) = torch.autograd.grad(distillation_from_logits(z, logits[1], beta), z)
-    grad = grad.bfloat16().float()
+    loss = distillation_loss(Logits(z), Logits(logits[1]), beta=beta, impl="eager")
+    grad = torch.autograd.grad(loss, z)[0].bfloat16().float()
+    waves = WAVES[memory]
+    assert waves <= ROUNDED_SUMS  # else the sum is float32
     total = torch.zeros_like(student.weight)
-    for wave_grad, wave_hidden in zip(grad.chunk(ROUNDED_SUMS), student.hidden.chunk(ROUNDED_SUMS), strict=True):
+    for wave_grad, wave_hidden in zip(grad.chunk(waves), student.hidden.chunk(waves), strict=True):
         total = (total.float() + wave_grad.T @ wave_hidden.float()).bfloat16()
     return (grad @ student.weight.float()).bfloat16(), total
-
-
-def distillation_from_logits(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    return distillation_loss(Logits(student), Logits(teacher), beta=beta, impl="eager")
 
 
 def ours(memory: str) -> Callable[[LinearHead, LinearHead, float], Gradients]:
@@ -105,7 +110,8 @@ def ours(memory: str) -> Callable[[LinearHead, LinearHead, float], Gradients]:
 METHODS: dict[str, Callable[[LinearHead, LinearHead, float], Gradients]] = {
     "eager, fast": ours("fast"),
     "eager, lean": ours("lean"),
-    "roundings of the GPU path": fast_on_a_gpu,
+    "roundings of Triton, fast": partial(on_a_gpu, "fast"),
+    "roundings of Triton, lean": partial(on_a_gpu, "lean"),
     "bfloat16 logits (peers)": bfloat16_logits,
 }
 
@@ -117,11 +123,17 @@ def errors(method: str, student: LinearHead, teacher: LinearHead, beta: float) -
     return error_hidden, error_weight
 
 
-@pytest.mark.parametrize("beta", BETAS.values(), ids=BETAS.keys())
+@pytest.mark.parametrize(("label", "beta"), BETAS.items(), ids=BETAS.keys())
 @pytest.mark.parametrize(("name", "student", "teacher"), list(cases()), ids=[name for name, _, _ in cases()])
-def test_gradients_are_within_the_promise(name: str, student: LinearHead, teacher: LinearHead, beta: float) -> None:
-    for method in ("eager, fast", "eager, lean", "roundings of the GPU path"):
-        assert max(errors(method, student, teacher, beta)) <= PROMISE, method
+def test_gradients_are_within_the_promise(
+    name: str, student: LinearHead, teacher: LinearHead, label: str, beta: float
+) -> None:
+    """And are what the table in the docs says, up to what another CPU's matmuls may change."""
+    (row,) = [line for line in DOCS.read_text().splitlines() if line.startswith(f"| {name} | {label} |")]
+    for method, cell in zip(METHODS, row.split("|")[3:-1], strict=True):
+        error = max(errors(method, student, teacher, beta))
+        assert abs(100 * error - float(cell.strip(" %"))) <= 0.02 + 5 * error, method
+        assert error <= PROMISE or "peers" in method, method
 
 
 def test_bfloat16_logits_break_the_promise() -> None:
@@ -159,14 +171,20 @@ def test_scores_of_a_nearly_converged_student(impl: str, device: torch.device) -
         assert (a - b).norm() <= PROMISE * b.norm(), name
 
 
-def main() -> None:
-    """Print the table: worst of dX and dW."""
-    print("| case | divergence | " + " | ".join(METHODS) + " |")
-    print("|---" * (2 + len(METHODS)) + "|")
+def table() -> str:
+    """Worse of dX and dW, in Markdown."""
+    lines = ["| case | divergence | " + " | ".join(METHODS) + " |", "|---" * (2 + len(METHODS)) + "|"]
     for name, student, teacher in cases():
         for label, beta in BETAS.items():
             cells = [f"{100 * max(errors(method, student, teacher, beta)):.2f} %" for method in METHODS]
-            print(f"| {name} | {label} | " + " | ".join(cells) + " |")
+            lines.append(f"| {name} | {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write the table into the docs."""
+    before, rest = DOCS.read_text().split(BEGIN)
+    DOCS.write_text(before + BEGIN + table() + END + rest.split(END)[1])
 
 
 if __name__ == "__main__":

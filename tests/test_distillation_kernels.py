@@ -10,6 +10,7 @@ from fusedmm import LinearHead, TopKLogProbs, distillation_loss, distillation_sc
 from fusedmm.kernels.distillation.config import ROW_GROUP, tile_config, vocabulary_splits
 from fusedmm.kernels.distillation.state import SIZE_SCORES
 from fusedmm.kernels.launch import ARCHITECTURES
+from fusedmm.ops import distillation_waves
 
 # What a warning of numpy about a row of NaN would turn into, only in the interpreter.
 ignore_numpy = pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
@@ -118,6 +119,36 @@ def test_top_k_classes_wherever_they_lie(dtype: torch.dtype, device: torch.devic
         for value, truth in zip(*gradients, strict=True):
             allowed = 2e-3 if dtype == torch.float16 else 2e-5
             assert torch.linalg.vector_norm(value - truth) <= allowed * torch.linalg.vector_norm(truth)
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize(("reduction", "upstream", "size"), [("mean", 1024.0, 1.0), ("sum", 1.0, 100.0)])
+def test_float16_weight_gradients_over_waves(
+    reduction: str, upstream: float, size: float, memory: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded after each wave, without the smallest lost (a loss scaled for float16, its mean over rows taken) and
+    without overflow before the end (sums in the thousands).
+    """
+    monkeypatch.setattr(distillation_waves, "FAST_ELEMENTS", 1)
+    monkeypatch.setattr(distillation_waves, "RANGE_INPUT_BYTES", 1)
+    monkeypatch.setattr(distillation_waves, "RANGE_ELEMENTS", 1)
+    student = head(300, 140, 8, device, torch.float16, seed=0)
+    student = LinearHead(student.hidden * size, student.weight / size, student.bias)
+    teacher = head(300, 140, 8, device, torch.float16, seed=1)
+    gradients = []
+    for each, other, impl in (
+        (student, teacher, "triton"),
+        (as_float64(student), as_float64(teacher), "reference"),
+    ):
+        assert each.bias is not None
+        leaves = [x.detach().requires_grad_() for x in (each.hidden, each.weight, each.bias)]
+        loss = distillation_loss(LinearHead(*leaves), other, reduction=reduction, memory=memory, impl=impl)
+        scaled = upstream if memory == "lean" else 1.0  # fast has the gradient before it knows the upstream one
+        gradients.append([grad / scaled for grad in torch.autograd.grad(loss * scaled, leaves)])
+    if reduction == "sum":
+        assert gradients[1][1].abs().max() > 1000
+    for found, truth in zip(*gradients, strict=True):
+        assert torch.linalg.vector_norm(found - truth) <= 2e-3 * torch.linalg.vector_norm(truth)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
