@@ -32,14 +32,13 @@ HELD = (
     "attention/few-latents",
     "distillation/kl",
     "distillation/jsd",
-)
-CASES = (
-    *HELD,
-    "attention/dense-plain",
-    "attention/tiny",
     "distillation/cross-entropy",
     "distillation/small-v",
+    "distillation/scores",
+    "distillation/scores-small-v",
 )
+CASES = (*HELD, "attention/dense-plain", "attention/tiny")
+RUNS = [(name, mode) for name in CASES for mode in ("forward", "both") if mode == "forward" or "scores" not in name]
 
 
 @pytest.fixture(autouse=True)
@@ -78,8 +77,7 @@ def committed_ratio(name: str, mode: str) -> float:
 
 
 @pytest.mark.speed
-@pytest.mark.parametrize("mode", ["forward", "both"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "mode"), RUNS)
 def test_not_slower_than_the_best_composition_or_than_committed(name: str, mode: str) -> None:
     case = builders("cpu")[name]()
     allowed = RUN_NOISE * GOAL if name in HELD else max(GOAL, NOISE * committed_ratio(name, mode))

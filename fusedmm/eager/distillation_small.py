@@ -77,7 +77,8 @@ def loss(
     if grad is None:
         return rows, (empty, empty, empty)
     if log_p.amax().item() > SATURATED:
-        grad.sub_((log_p > SATURATED) * grad.sum(-1, keepdim=True))
+        top = log_p.sub_(SATURATED).relu_().ceil_()  # 1 at a class that saturates its row, else 0
+        grad.addcmul_(top, grad.sum(-1, keepdim=True), value=-1.0)
     hidden, weight, dtype = student.hidden, student.weight, grad.dtype
     grad_input = _cast(multiply(grad, _cast(weight, dtype)), hidden.dtype) if needs[0] else empty
     grad_weight = _cast(multiply(grad.t(), _cast(hidden, dtype)), hidden.dtype) if needs[1] else empty
@@ -119,21 +120,22 @@ def _divergence(log_p: Tensor, log_t: Tensor, beta: float, factor: Tensor | None
     """
     if beta == 0.0:
         t = _powers(log_t)
-        rows = torch.linalg.vecdot(t, log_t.sub_(log_p))
+        rows = log_t.sub_(log_p).mul_(t).sum(-1)
         if factor is None:
             return rows, None
-        return rows, torch._log_softmax_backward_data(t.mul_(-factor), log_p, -1, log_p.dtype)
+        return rows, torch._log_softmax_backward_data(t.mul_(-factor), log_p, -1, log_p.dtype, out=log_t)
     p = _powers(log_p)
     if beta == 1.0:
         ratio = torch.sub(log_p, log_t, out=log_t)
-        rows = torch.linalg.vecdot(p, ratio)
+        rows = (p * ratio).sum(-1)
         return rows, None if factor is None else torch._softmax_backward_data(ratio.mul_(factor), p, -1, p.dtype)
     t = _powers(log_t)
     odds = log_t.sub_(log_p).add_(math.log(beta / (1 - beta)))
     log_share = F.softplus(odds)
+    of_teacher = odds.sub_(log_share).mul_(t).sum(-1)
+    of_student = torch.mul(p, log_share, out=t).sum(-1)
     entropy = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)
-    of_student = torch.linalg.vecdot(p, log_share)
-    rows = torch.linalg.vecdot(t, odds.sub_(log_share)).mul_(beta).sub_(of_student, alpha=1 - beta).add_(entropy)
+    rows = of_teacher.mul_(beta).sub_(of_student, alpha=1 - beta).add_(entropy)
     if factor is None:
         return rows, None
     return rows, torch._softmax_backward_data(log_share.mul_(factor * (beta - 1)), p, -1, p.dtype)
