@@ -34,9 +34,8 @@ LOG2_E = 1 / LN_2
 EXP2_LIMIT = 120.0  # of a log-ratio: its probability no longer counts long before, and no power overflows
 SATURATED = 1.125  # size of a softmax whose top class has 8/9: beyond, 1 - p loses more than three bits
 
-WaveGradient = tuple[
-    Tensor, Tensor
-]  # of a wave's logits [rows, V], and what each row is yet to be multiplied by [rows, 1]
+# Of a wave's logits [rows, V], and what each row is yet to be multiplied by [rows, 1].
+WaveGradient = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def loss(
         [N] loss in the compute dtype, 0 where a row is ignored, and three gradients, empty where not needed.
 
     Cost: with hidden sizes Ds and Dt ``2 N V (Ds + Dt)`` FLOPs for the logits and ``2 N V Ds`` for each of the two
-        gradients; a wave's logits four times. Ignored rows cost nothing.
+        gradients; a wave's logits five times. Ignored rows cost nothing.
     """
     counted = counted_rows(labels, objective.ignore_index)
     if counted is None and distillation_small.suits(student, teacher, temperature, objective):
@@ -91,13 +90,12 @@ def loss(
     student = real_classes(student, shard.count)
     teacher = teacher if isinstance(teacher, TopKLogProbs) else real_classes(teacher, shard.count)
     num_rows = source.shape[0] if counted is None else counted.shape[0]
+    gradient = HeadGradient(student, needs, source, is_partial=counted is not None)
     if num_rows == 0:
-        gradient = HeadGradient(student, needs, source, is_partial=True)
         return source.new_zeros((source.shape[0],), dtype=compute_dtype(source)), gradient.result(weight, bias)
     is_pair = alpha != 0.0 and not isinstance(teacher, TopKLogProbs)
     spare = 0 if not is_pair else 1 if objective.beta in (0.0, 1.0) else 2
     scratch = Scratch(source, num_rows, shard.count, (1 + is_pair, spare))
-    gradient = HeadGradient(student, needs, source, is_partial=counted is not None)
     parts = []
     for rows in waves(source.shape[0], shard.count, counted):
         wave_temperature = objective.temperature if temperature is None else temperature[rows, None]

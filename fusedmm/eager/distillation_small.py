@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedmm.eager.products import compute_dtype, multiply
+from fusedmm.eager.products import cast, compute_dtype, multiply
 from fusedmm.eager.shard import Shard
 from fusedmm.eager.waves import FEW_CLASSES, FINITE_MINIMUM, WHOLE_ELEMENTS
 from fusedmm.heads import LinearHead, Teacher
@@ -80,22 +80,17 @@ def loss(
         top = log_p.sub_(SATURATED).relu_().ceil_()  # 1 at a class that saturates its row, else 0
         grad.addcmul_(top, grad.sum(-1, keepdim=True), value=-1.0)
     hidden, weight, dtype = student.hidden, student.weight, grad.dtype
-    grad_input = _cast(multiply(grad, _cast(weight, dtype)), hidden.dtype) if needs[0] else empty
-    grad_weight = _cast(multiply(grad.t(), _cast(hidden, dtype)), hidden.dtype) if needs[1] else empty
-    grad_bias = _cast(grad.sum(0), hidden.dtype) if needs[2] else empty
+    grad_input = cast(multiply(grad, cast(weight, dtype)), hidden.dtype) if needs[0] else empty
+    grad_weight = cast(multiply(grad.t(), cast(hidden, dtype)), hidden.dtype) if needs[1] else empty
+    grad_bias = cast(grad.sum(0), hidden.dtype) if needs[2] else empty
     return rows, (grad_input, grad_weight, grad_bias)
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Without a call where there is nothing to do."""
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _log_probabilities(head: LinearHead, temperature: float) -> Tensor:
     dtype = compute_dtype(head.hidden)
-    logits = multiply(_cast(head.hidden, dtype), _cast(head.weight, dtype).t())
+    logits = multiply(cast(head.hidden, dtype), cast(head.weight, dtype).t())
     if head.bias is not None:
-        logits.add_(_cast(head.bias, dtype).clamp_min(FINITE_MINIMUM))
+        logits.add_(cast(head.bias, dtype).clamp_min(FINITE_MINIMUM))
     if temperature != 1.0:
         logits.div_(temperature)
     return torch.log_softmax(logits, -1)

@@ -21,6 +21,11 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype, without a call where it has it."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def class_blocks(weight: Tensor, logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """A weight [V, D] and what has its classes as columns [rows, V], block by block of the classes."""
     classes = weight.shape[0]

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fusedmm.eager.products import BLOCK_ELEMENTS, class_blocks, compute_dtype, multiply
+from fusedmm.eager.products import BLOCK_ELEMENTS, cast, class_blocks, compute_dtype, multiply
 from fusedmm.heads import Head, LinearHead
 
 WAVE_ELEMENTS = 1 << 20
@@ -108,7 +108,7 @@ def real_classes(head: Head, num_classes: int) -> Head:
     if weight.shape[0] != num_classes:
         weight, bias = weight[:num_classes], None if bias is None else bias[:num_classes]
     if not weight.is_cuda and weight.numel() <= BLOCK_ELEMENTS:
-        weight = weight.to(compute_dtype(weight))
+        weight = cast(weight, compute_dtype(weight))
     return head if weight is head.weight else replace(head, weight=weight, bias=bias)
 
 
@@ -123,9 +123,9 @@ def _logits(hidden: Tensor, weight: Tensor, out: Tensor, scale: float) -> Tensor
     if hidden.is_cuda and hidden.dtype == weight.dtype != out.dtype:
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
         return out if scale == 1.0 else out.mul_(scale)
-    hidden = hidden.to(out.dtype)
+    hidden = cast(hidden, out.dtype)
     for part, logits in class_blocks(weight, out):
-        multiply(hidden, part.to(out.dtype).t(), logits, scale)
+        multiply(hidden, cast(part, out.dtype).t(), logits, scale)
     return out
 
 
@@ -137,7 +137,7 @@ def wave_logits(head: Head, rows: Rows, scale: float | Tensor, out: Tensor) -> T
     if isinstance(head, LinearHead):
         z = _logits(of_wave(head.hidden, rows), head.weight, out, inner)
         if head.bias is not None:
-            z.add_(head.bias.to(z.dtype).clamp_min(FINITE_MINIMUM), alpha=inner)
+            z.add_(cast(head.bias, z.dtype).clamp_min(FINITE_MINIMUM), alpha=inner)
     else:
         z = out.copy_(of_wave(head.values, rows)).clamp_min_(FINITE_MINIMUM)
     if head.softcap is not None:
