@@ -24,6 +24,7 @@ from fusedmm.kernels.launch import ARCHITECTURES, KernelSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 MIX_SHOWN = 12
+LEAST_REGISTERS = 8  # a lane; the smallest kernels have 18
 SHARE_NOISE = 0.02  # a share of peak may be lower by this before it counts as worse
 
 
@@ -211,8 +212,10 @@ def write_rows(file: Path, rows: Sequence[Row]) -> None:
 
 
 def faults(row: Row) -> list[str]:
-    """What no kernel may have: spills in its main loop, more shared memory or registers than the chip."""
+    """What no kernel may have: spills in its main loop, more shared memory or registers than the chip, no code."""
     found = []
+    if row.registers < LEAST_REGISTERS:
+        found.append(f"{row.registers} registers: nothing but a trap, as Triton writes where tensor memory runs out")
     if row.main_spills:
         found.append(f"{row.main_spills} spills in the main loop")
     if row.shared > SHARED_BYTES[row.arch]:

@@ -68,13 +68,13 @@ _TABLE = {
 # few tiles, and more programs on a multiprocessor hide more of what each of their small products waits for.
 _SPANS = {
     ("forward", 2): {
-        "sm_80": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+        "sm_80": {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
         "sm_90": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
-        "sm_100": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+        "sm_100": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 2)},
         "gfx942": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (64, 16, 4, 1)},
     },
     ("query", 2): {
-        "sm_80": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)},
+        "sm_80": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)},
         "sm_90": {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
         "sm_100": {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
         "gfx942": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)},
@@ -167,8 +167,8 @@ def _attention_spans_config(
     block_d = head_block(head_dim)
     block_q, block_k, num_warps, num_stages = _SPANS[which, dtype.itemsize][arch][max(64, block_d)]
     block_m = 16 if num_modalities <= 16 else 32
-    if block_m == 32:  # or their terms spill
-        block_k = min(block_k, 32)
+    if block_m == 32:  # wider terms: they would spill, or want more tensor memory than sm_100 has
+        block_k = min(block_k, 16 if arch == "sm_100" and block_d == 256 else 32)
         num_warps = 8 if (which, block_d) == ("query", 128) and arch != "gfx942" else num_warps
     blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_M": block_m, "BLOCK_D": block_d}
     return LaunchConfig(blocks=blocks, num_warps=num_warps, num_stages=num_stages)
