@@ -203,3 +203,15 @@ def test_a_gradient_changed_in_place_cannot_be_asked_for_again() -> None:
     torch.autograd.grad(loss, hidden, retain_graph=True)[0].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss, hidden)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_on_the_gpu_of_their_tensors() -> None:
+    """Also where another one is current."""
+    values = torch.randn(2, 33, 50)
+    here, there = (
+        distillation_scores(Logits(values[0].to(device)), Logits(values[1].to(device)), impl="triton")
+        for device in ("cuda:0", "cuda:1")
+    )
+    assert torch.equal(here.forward_kl.cpu(), there.forward_kl.cpu())

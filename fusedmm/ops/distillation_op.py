@@ -7,6 +7,7 @@ losses have a hand-written autograd function, in `fusedmm.ops.distillation_autog
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -98,11 +99,13 @@ def _split(arguments: tuple[Any, ...], extra: int) -> tuple[tuple[Any, ...], tup
 
 
 def _exact(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """The implementation with autocast off: heads are cast before the operator, and no product inside rounds again."""
+    """The implementation with autocast off, for heads are cast before the operator and no product inside rounds again;
+    on the GPU of its tensors, where Triton would launch on the current one."""
 
     @wraps(implementation)
     def run(*arguments: Any) -> Any:
-        with without_autocast(arguments[0]):
+        source = arguments[0]
+        with without_autocast(source), torch.cuda.device_of(source) if source.is_cuda else nullcontext():
             return implementation(*arguments)
 
     return run
