@@ -15,7 +15,6 @@ class ShapeError(ValueError):
 
 
 Dim = str | int
-Bindings = dict[str, tuple[int, str]]
 
 
 def check_shapes(
@@ -35,26 +34,28 @@ def check_shapes(
     Raises:
         ShapeError: naming the argument, what it has and what was expected.
     """
-    bound: Bindings = {name: (size, "the layout") for name, size in (known or {}).items()}
+    sizes = dict(known or {})
+    owners: dict[str, str] = {}
     for argument, (tensor, dims) in shapes.items():
         if tensor is None:
             continue
-        if tensor.ndim != len(dims):
+        shape = tensor.shape
+        if len(shape) != len(dims):
             raise ShapeError(
-                f"{op}: {argument} must have {len(dims)} dimensions {_named(dims)}, got shape {list(tensor.shape)}."
+                f"{op}: {argument} must have {len(dims)} dimensions {_named(dims)}, got shape {list(shape)}."
             )
-        for dim, size in zip(dims, tensor.shape, strict=True):
+        for dim, size in zip(dims, shape, strict=True):
             if isinstance(dim, int):
                 if size != dim:
-                    raise ShapeError(f"{op}: {argument} must have shape {_named(dims)}, got {list(tensor.shape)}.")
-                continue
-            before, owner = bound.setdefault(dim, (size, argument))
-            if before != size:
+                    raise ShapeError(f"{op}: {argument} must have shape {_named(dims)}, got {list(shape)}.")
+            elif dim not in sizes:
+                sizes[dim], owners[dim] = size, argument
+            elif sizes[dim] != size:
                 raise ShapeError(
-                    f"{op}: {argument} has {dim}={size}, but {owner} has {dim}={before}; expected {argument} of "
-                    f"shape {_named(dims)}."
+                    f"{op}: {argument} has {dim}={size}, but {owners.get(dim, 'the layout')} has {dim}={sizes[dim]}; "
+                    f"expected {argument} of shape {_named(dims)}."
                 )
-    return {name: size for name, (size, _) in bound.items()}
+    return sizes
 
 
 def _named(dims: Sequence[Dim]) -> str:
