@@ -10,9 +10,9 @@ differs by modality, stay with `backward_query`, and so do splits, which share o
 
 Counted as in `forward_spans`, without visible ranges, tiles of 32 keys here:
 
-    8 modalities of 5 keys:        2 tiles for 8,      640 instructions for 1816
-    25 modalities of 5 keys:       4 tiles for 25,     1476 for 5675
-    8 modalities of 1 to 64 keys:  8.6 tiles for 11.8  2750 for 2685
+    8 modalities of 5 keys:        2 tiles for 8,       800 instructions for 1816
+    25 modalities of 5 keys:       4 tiles for 25,      1784 for 5675
+    8 modalities of 1 to 64 keys:  8.6 tiles for 11.8,  3440 for 2685
 
 Cost: Hq (6 D + 18 BLOCK_M) (pairs) FLOPs: three parts of offset, two each of slope, shift and p R. Precision as in
 `backward_query`; 16-bit inputs have slope, shift and the sums within 2^-16. Bitwise reproducible.
