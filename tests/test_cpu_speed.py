@@ -23,6 +23,7 @@ RUN_NOISE = 1.05  # of one run against another: jagged-market-day forward, 1.07 
 ROUNDS = 7
 TRIES = 3
 HELD = (
+    "attention/dense-prior",
     "attention/dense-gated",
     "attention/jagged-market-day",
     "attention/jagged-call",

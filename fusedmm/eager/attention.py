@@ -145,9 +145,9 @@ def _forward_block(
         result = torch.cat([torch.bmm(w, v) for w, v in pieces], -1)
     else:
         result = torch.bmm(weights, values)
-    if not is_weighed:  # one factor for all modalities: the output has fewer numbers than the weights
-        result.view(query.shape).div_(block_sums.sum(-1, keepdim=True).clamp_min_(LEAST))
-    x.write(output, group, block, result)
+    # One factor for all modalities divides the output, which has fewer numbers than the weights.
+    total = None if is_weighed else block_sums.sum(-1, keepdim=True).clamp_min_(LEAST)
+    x.write(output, group, block, result, total)
 
 
 def _factor(x: Inputs, softmax: str, group: Group, block: Block, sums: Tensor, share: Tensor | None) -> Tensor:

@@ -49,9 +49,9 @@ class Inputs(NamedTuple):
         """[*shape, X] of [total_q, Hq, X], in the accumulation dtype (see `fusedmm.eager.attention_rows`)."""
         return read_rows(packed, group, block, self.key.shape[1], self.compute_dtype)
 
-    def write(self, buffer: Tensor, group: Group, block: Block, result: Tensor) -> None:
-        """A block's rows to [total_q, Hq, X]."""
-        write_rows(buffer, group, block, self.key.shape[1], result)
+    def write(self, buffer: Tensor, group: Group, block: Block, result: Tensor, divisor: Tensor | None = None) -> None:
+        """A block's rows to [total_q, Hq, X], divided by [*shape, 1] where given."""
+        write_rows(buffer, group, block, self.key.shape[1], result, divisor)
 
 
 def ungrouped(x: Inputs) -> Inputs:
@@ -130,7 +130,7 @@ def block_scores(
     as views [*shape, modality, width], one a run of widths. What is in ``start`` [*shape, M] is added.
     """
     scores = query.new_empty((*query.shape[:2], group.size_k))
-    columns = group.columns(scores.view(*shape, group.size_k))
+    columns = group.columns(scores if len(shape) == 2 else scores.view(*shape, group.size_k))
     hidden = _hidden(x, group, block)
     if hidden is not None:
         scores.view(x.key.shape[1], len(group.samples), -1, block.size, group.size_k).copy_(hidden)

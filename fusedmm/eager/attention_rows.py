@@ -65,12 +65,19 @@ def as_matrices(rows: Tensor) -> Tensor:
     return rows if rows.ndim == 3 else rows.flatten(2, 3).flatten(0, 1)
 
 
-def write_rows(buffer: Tensor, group: Group, block: Block, kv_heads: int, result: Tensor) -> None:
-    """Write a block's contiguous rows, in either shape, to those of a [total_q, Hq, X] buffer."""
+def write_rows(
+    buffer: Tensor, group: Group, block: Block, kv_heads: int, result: Tensor, divisor: Tensor | None = None
+) -> None:
+    """Write a block's contiguous rows, in either shape, to those of a [total_q, Hq, X] buffer, divided by [*shape, 1]
+    where given.
+    """
     if isinstance(block.rows, slice):
         target = _blocked(_taken(buffer, block.rows), group, kv_heads)
-        target.copy_(result.view(target.shape))
+        rows = result if result.ndim == target.ndim else result.view(target.shape)
+        target.copy_(rows) if divisor is None else torch.div(rows, divisor, out=target)
         return
+    if divisor is not None:
+        result = result.view(*divisor.shape[:-1], -1) / divisor
     shape = kv_heads, len(group.samples), -1, block.size, result.shape[-1]
     rows = result.view(shape).permute(1, 3, 0, 2, 4).reshape(-1, *buffer.shape[1:])
     if block.padding is None:
