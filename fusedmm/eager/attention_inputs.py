@@ -114,7 +114,8 @@ def shares(start: Tensor) -> Tensor:
 def is_held(sums: Tensor, total: Tensor | None) -> bool:
     """Whether no sum of exponentials, and no total of a row, is beyond `LARGEST`; NaN and 0 count as if they were."""
     low, high = sums.aminmax()
-    return bool(low.item() >= LEAST and high.item() <= 1 / LEAST and (total is None or total.amin().item() >= LEAST))
+    is_in_range = low.item() >= LEAST and high.item() <= 1 / LEAST
+    return bool(is_in_range and (total is None or total.aminmax()[0].item() >= LEAST))
 
 
 def block_scores(

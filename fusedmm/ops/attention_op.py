@@ -87,7 +87,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Ou
     arguments = query, key, value, *problem
     if torch.compiler.is_compiling() or _is_watched(arguments):
         return cast(Outputs, torch.ops.fusedmm.attention_forward.default(*arguments))
-    return _autograd_forward(*arguments)
+    if _needs_gradient(arguments):
+        return _differentiable(arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward(*arguments)
 
 
 def _is_watched(arguments: Sequence[Any]) -> bool:
@@ -240,10 +243,18 @@ class _Attention(torch.autograd.Function):
         return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None
 
 
+def _needs_gradient(arguments: Sequence[Any]) -> bool:
+    """Whether query, key, value, log_prior, gate or output_gate does."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:6])
+
+
+def _differentiable(arguments: Sequence[Any]) -> Outputs:
+    return cast(Outputs, _Attention.apply(*arguments[:6], arguments[6:]))  # type: ignore[no-untyped-call]
+
+
 def _autograd_forward(*arguments: Any) -> Outputs:
-    differentiable = arguments[:6]  # query, key, value, log_prior, gate, output_gate
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        return cast(Outputs, _Attention.apply(*differentiable, arguments[6:]))  # type: ignore[no-untyped-call]
+    if _needs_gradient(arguments):
+        return _differentiable(arguments)
     return cast(Outputs, _below_autograd(torch.ops.fusedmm.attention_forward.default, _forward, arguments))
 
 
