@@ -22,6 +22,7 @@ Of a forward's 1.75 ms for 512 queries of 256 keys, 4 heads of 64, on one thread
 where the result is 0).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -67,9 +68,18 @@ def forward(x: Inputs, softmax: str) -> tuple[Tensor, Tensor, Tensor]:
             return small
     x = without_unseen(given)
     results, sums, total = _attend(x, softmax, groups, None)
-    if groups and not is_held(sums, total) and _count_far(sums, total) != _count_blind(given, x, groups, total):
-        results, _, _ = _attend(x, softmax, groups, _peaks(x, groups))
-    return results
+    is_weighed = softmax != "joint" or total is not None or x.gate is not None
+    is_finite = is_weighed or math.isfinite(results[0].sum())  # values overflow in products with exponentials alone
+    is_near = not groups or is_held(sums, total) or _count_far(sums, total) == _count_blind(given, x, groups, total)
+    if is_finite and is_near:
+        return results
+    beyond = _rows_beyond(results[0], sums, total, visible_counts(given) == 0)
+    again, _, _ = _attend(x, softmax, groups, _peaks(x, groups))
+    output, mass, lse = (
+        torch.where(beyond.view(*beyond.shape, *[1] * (old.ndim - 2)), new, old)
+        for old, new in zip(results, again, strict=True)
+    )
+    return output, mass, lse
 
 
 def _attend(
@@ -175,9 +185,17 @@ def _peaks(x: Inputs, groups: tuple[Group, ...]) -> Tensor:
 
 
 def _count_far(sums: Tensor, total: Tensor | None) -> tuple[int, int]:
-    """How many sums, and totals where given, are beyond `LARGEST`."""
-    far = int((sums.log2().abs_() > LARGEST).sum())
-    return far, 0 if total is None else int((total < LEAST).sum())
+    """How many sums, and totals where given, are beyond `LARGEST`, or NaN: one that sees no key makes up for none."""
+    near = int((sums.log2().abs_() <= LARGEST).sum())
+    return sums.numel() - near, 0 if total is None else total.numel() - int((total >= LEAST).sum())
+
+
+def _rows_beyond(output: Tensor, sums: Tensor, total: Tensor | None, is_blind: Tensor) -> Tensor:
+    """[total_q, Hq] True where peaks are to be taken off, by row, so that none depends on another: NaN stays where it
+    is. ``is_blind`` [total_q, Hq, M] where no key is seen.
+    """
+    beyond = (~(sums.log2().abs_() <= LARGEST) & ~is_blind).any(-1) | ~output.isfinite().flatten(2).all(-1)
+    return beyond if total is None else beyond | (~(total >= LEAST)[..., 0] & ~is_blind.all(-1))
 
 
 def _count_blind(given: Inputs, x: Inputs, groups: tuple[Group, ...], total: Tensor | None) -> tuple[int, int]:

@@ -9,6 +9,8 @@ EPYC). The formulas are the same; the backward too starts from E = exp2(s), sinc
 What exponentials without a peak taken off do not hold, and every other problem, is left to `fusedmm.eager.attention`.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -68,6 +70,8 @@ def backward(
     products = torch.bmm(gradient, value.mT).mul_(weights)
     parts = products.view(columns.shape)
     grad_gate = _packed(parts.sum(-1)).mul_(factor)
+    if not math.isfinite(grad_gate.sum()):  # E * R overflows where P * R need not
+        return None
     gated, gated_factor = (grad_gate, factor) if x.gate is None else (grad_gate * x.gate, factor * x.gate)
     delta = gated.sum(-1, keepdim=True)
     if grad_mass is not None:

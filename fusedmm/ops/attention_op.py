@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
@@ -185,6 +186,24 @@ def _backward(
                 **problem.launch_arguments(),
             )
         return cast(Gradients, tuple(query.new_empty((0,)) if g is None else g for g in gradients))
+    results = grad_output, grad_mass, grad_lse, output, mass, lse
+    with without_autocast(query):
+        return _eager_backward(problem, *results, (needs_log_prior, needs_gate), query, key, value)
+
+
+def _eager_backward(
+    problem: Problem,
+    grad_output: Tensor,
+    grad_mass: Tensor | None,
+    grad_lse: Tensor | None,
+    output: Tensor,
+    mass: Tensor,
+    lse: Tensor,
+    needs: tuple[bool, bool],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+) -> Gradients:
     inputs = problem.eager_inputs(query, key, value)
     modal = *problem[:3], problem.active, problem.visible, problem.seed, grad_mass, grad_lse
     groups = inputs.groups()
@@ -194,7 +213,7 @@ def _backward(
     if problem.output_gate is None and eager_small.fits(inputs, problem.softmax, groups):
         small = eager_small.backward(inputs, groups[0], grad_output, grad_mass, mass)
         if small is not None:
-            return *small[:3], *_wanted(small[3:], mass, (needs_log_prior, needs_gate)), query.new_empty((0,))
+            return *small[:3], *_wanted(small[3:], mass, needs), query.new_empty((0,))
     grad = grad_output.to(inputs.compute_dtype)
     inner = grad * output.to(grad.dtype)  # the sigmoid moves from one factor to the other: also the ungated product
     grad_output_gate = query.new_empty((0,))
@@ -202,10 +221,9 @@ def _backward(
         opened = torch.sigmoid(problem.output_gate.to(grad.dtype))
         grad_output_gate = (inner * (1 - opened)).to(query.dtype)
         grad = grad * opened
-    with without_autocast(query):
-        exact = eager.backward(inputs, problem.softmax, grad, grad_mass, grad_lse, inner.sum(-1), mass, lse)
+    exact = eager.backward(inputs, problem.softmax, grad, grad_mass, grad_lse, inner.sum(-1), mass, lse)
     grad_query, grad_key, grad_value = (gradient.to(query.dtype) for gradient in exact[:3])
-    grad_log_prior, grad_gate = _wanted(exact[3:], mass, (needs_log_prior, needs_gate))
+    grad_log_prior, grad_gate = _wanted(exact[3:], mass, needs)
     return grad_query, grad_key, grad_value, grad_log_prior, grad_gate, grad_output_gate
 
 
@@ -222,10 +240,11 @@ class _Attention(torch.autograd.Function):
         *differentiable, ctx.others = arguments
         operator = torch.ops.fusedmm.attention_forward.default
         output, mass, lse = _below_autograd(operator, _forward, (*differentiable, *ctx.others))
-        ctx.save_for_backward(*differentiable, output, mass, lse)
+        problem = Problem(*differentiable[3:], *ctx.others)
+        # active is saved for what saving notices: a change in place before the backward
+        ctx.save_for_backward(*differentiable, output, mass, lse, problem.active)
         ctx.set_materialize_grads(False)
-        is_partials = Problem(*differentiable[3:], *ctx.others).softmax == "partials"
-        ctx.mark_non_differentiable(mass if is_partials else lse)
+        ctx.mark_non_differentiable(mass if problem.softmax == "partials" else lse)
         return output, mass, lse
 
     @staticmethod
@@ -233,7 +252,7 @@ class _Attention(torch.autograd.Function):
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_mass: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        *differentiable, output, mass, lse = ctx.saved_tensors
+        *differentiable, output, mass, lse, _ = ctx.saved_tensors
         needs = ctx.needs_input_grad[:6]
         if grad_output is None:
             grad_output = torch.zeros_like(output)
@@ -244,7 +263,11 @@ class _Attention(torch.autograd.Function):
 
 
 def _needs_gradient(arguments: Sequence[Any]) -> bool:
-    """Whether query, key, value, log_prior, gate or output_gate does."""
+    """Whether query, key, value, log_prior, gate or output_gate does, or may: the autograd function refuses forward
+    mode, where its absence would lose tangents.
+    """
+    if forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:6])
 
 

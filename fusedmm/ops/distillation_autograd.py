@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from fusedmm.ops.distillation_op import TENSORS, below_autograd, is_watched, library
@@ -107,6 +108,8 @@ def _exchange_statistics(statistics: Tensor) -> Tensor:
 
 
 def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
+    if forward_ad._current_level >= 0:  # refused by the autograd functions; without them tangents would be lost
+        return True
     return torch.is_grad_enabled() and any(
         isinstance(tensor, Tensor) and tensor.requires_grad for tensor in arguments[:6]
     )

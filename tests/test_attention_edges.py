@@ -1,0 +1,103 @@
+"""Eager attention at the edges of what it may assume: numbers that are nearly too large, NaN beside them, what a user
+changes between forward and backward, and autograd's less common modes.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedmm
+from fusedmm.testing import AttentionExample, attention_example, check_attention
+
+LENGTHS = {
+    "one block": ([7] * 3, [[9, 9]] * 3),
+    "a large sample": ([40], [[30, 50]]),
+    "ragged": ([8, 3, 5], [[6, 2], [0, 7], [9, 0]]),
+}
+
+
+def attend(*args, **kwargs):
+    return fusedmm.gated_multimodal_attention(*args, impl="eager", **kwargs)
+
+
+def leaves(layout: fusedmm.ModalityLayout, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    counts = layout.total_q, layout.total_k, layout.total_k
+    return [torch.randn(count, 2, 16, generator=generator).requires_grad_() for count in counts]
+
+
+def layout_of(shape: str) -> fusedmm.ModalityLayout:
+    return fusedmm.ModalityLayout.from_lengths(*map(torch.tensor, LENGTHS[shape]))
+
+
+@pytest.mark.parametrize("features", [(), ("log_prior",), ("gate",)])
+@pytest.mark.parametrize("shape", LENGTHS)
+def test_large_values_do_not_overflow_before_they_are_weighed(shape: str, features: tuple[str, ...]) -> None:
+    """Exponentials without their peak are up to 2**60: times 1e30 they overflow where probabilities do not."""
+    example = attention_example(3, *LENGTHS[shape], heads=2, kv_heads=2, features=features)
+    sizes = {"query": 8.0, "value": 1e30}
+    tensors = {name: x * sizes.get(name, 1.0) for name, x in example.tensors.items()}
+    large: AttentionExample = dataclasses.replace(example, tensors=tensors)
+    assert check_attention(large, attend) == []
+
+
+def test_nan_in_one_row_does_not_hide_that_another_needs_its_peak() -> None:
+    """A row of NaN that sees nothing of a modality is as good as blind: it must not make up for one that is too far."""
+    layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([2]), torch.tensor([[6, 5]]))
+    query, key, value = (x.detach() for x in leaves(layout))
+    query[0] = torch.nan
+    query[1, 0] *= 3000
+    query[1, 1] = 0
+    times = {"query_time": torch.tensor([0, 5]), "key_time": torch.tensor([0] * 6 + [3] * 5)}
+    result = attend(query, key, value, layout, **times)
+    expected = fusedmm.gated_multimodal_attention(query, key, value, layout, impl="reference", **times)
+    torch.testing.assert_close(result.output[1], expected.output[1])
+
+
+@pytest.mark.parametrize("shape", LENGTHS)
+def test_a_backward_under_autocast_rounds_nothing(shape: str) -> None:
+    layout = layout_of(shape)
+    inputs = leaves(layout)
+    expected = torch.autograd.grad(attend(*inputs, layout).output.square().sum(), inputs)
+    loss = attend(*inputs, layout).output.square().sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = torch.autograd.grad(loss, inputs)
+    for x, y in zip(got, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "log_prior", "gate", "output_gate", "active"])
+def test_an_input_changed_in_place_before_the_backward_is_noticed(name: str) -> None:
+    layout = layout_of("one block")
+    query, key, value = leaves(layout)
+    inputs = {
+        "query": query * 1,
+        "key": key * 1,
+        "value": value * 1,
+        "log_prior": torch.zeros(21, 2, 2),
+        "gate": torch.ones(21, 2, 2),
+        "output_gate": torch.ones(21, 2, 16),
+        "active": torch.ones(3, 2, dtype=torch.bool),
+    }
+    loss = attend(layout=layout, **inputs).output.sum()
+    with torch.no_grad():
+        inputs[name][0] = 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # of PyTorch's own rules for forward mode
+def test_forward_mode_is_refused_where_it_would_lose_tangents() -> None:
+    layout = layout_of("one block")
+    query, key, value = (x.detach() for x in leaves(layout))
+    head = fusedmm.LinearHead(query[:, 0], key[:, 0])
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(query, torch.ones_like(query))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            attend(dual, key, value, layout)
+        for memory in ("fast", "lean"):
+            with pytest.raises(NotImplementedError, match="jvp"):
+                fusedmm.distillation_loss(fusedmm.LinearHead(dual[:, 0], key[:, 0]), head, memory=memory)
+        assert attend(query, key, value, layout).output.shape == query.shape
