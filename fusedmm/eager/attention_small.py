@@ -1,8 +1,8 @@
 """Joint attention of a few samples of one shape that are a single block, in as few operators as there can be.
 
-For 4 samples of 16 queries and 64 keys the products take 60 us of a forward, and what `fusedmm.eager.attention` does
-around them to fit every problem 190: here 110, and 600 us instead of 860 with all gradients (one thread of an AMD
-EPYC). The formulas are the same; the backward too starts from E = exp2(s), since P = E * mass[m] / sum_m E::
+A call for 4 samples of 16 queries and 64 keys takes 0.19 ms, 0.06 of them in products, where the operators that
+`fusedmm.eager.attention` needs to fit every problem make it 0.25; with all gradients 0.65 and 0.86 (one thread of an
+AMD EPYC). The formulas are the same; the backward too starts from E = exp2(s), since P = E * mass[m] / sum_m E::
 
     dz = E * (factor[m] * gate[m] * R + factor[m] * offset[m])        factor = mass / sums, R = dO @ v^T
 
