@@ -39,23 +39,22 @@ def tile_config(arch: str, num_classes: int, has_matmul: bool, is_float32: bool,
     return _config(128, 128, 64, slabs=8, num_warps=8, num_stages=3)
 
 
-def one_head_config(
-    arch: str, num_classes: int, has_matmul: bool, is_float32: bool, kind: Pass = "loss"
-) -> LaunchConfig:
-    """Tiles of a pass over the logits of one head; halved for scores, whose state has half as many numbers again."""
-    is_narrow = kind == "scores"
+def one_head_config(arch: str, num_classes: int, has_matmul: bool, is_float32: bool, kind: Pass) -> LaunchConfig:
+    """Tiles of a pass over the logits of one head. Narrow but for the gradient: a sweep of 128 x 128 tiles that spills
+    nothing takes minutes to compile.
+    """
     if not has_matmul:
         block_v = min(1024, max(16, triton.next_power_of_2(num_classes)))
         return _config(ROW_TILE // block_v, block_v, 16, slabs=1, num_warps=8, num_stages=2, group=1 << 20)
     if is_float32:
-        return _config(32, 16 if is_narrow else 32, 32, slabs=1, num_warps=4, num_stages=2)
+        return _config(32, 32 if kind == "gradient" else 16, 32, slabs=1, num_warps=4, num_stages=2)
     if arch == "sm_80":
         return _config(64, 64, 64, slabs=2, num_warps=4, num_stages=3)
     if arch == "gfx942":
         return _config(64, 64, 64, slabs=2, num_warps=4, num_stages=2)
-    if is_narrow:
-        return _config(128, 64, 64, slabs=2, num_warps=8, num_stages=4)
-    return _config(128, 128, 64, slabs=4, num_warps=8, num_stages=3)
+    if kind == "gradient":
+        return _config(128, 128, 64, slabs=4, num_warps=8, num_stages=3)
+    return _config(128, 64, 64, slabs=2, num_warps=8, num_stages=4)
 
 
 def _config(

@@ -169,7 +169,7 @@ def _top_specs(arch: str) -> Iterator[KernelSpec]:
         yield _spec(
             _top_gradient_kernel,
             f"distillation_top_gradient[{label}]",
-            one_head_config(arch, *sizes),
+            one_head_config(arch, *sizes, "gradient"),
             arch,
             element,
             absent,

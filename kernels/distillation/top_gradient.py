@@ -149,9 +149,8 @@ def top_gradient_logits(
     num_rows, width = out.shape
     if num_rows == 0:
         return out
-    config = one_head_config(
-        device_arch(student.source.device), width, student.weight is not None, student.source.dtype == torch.float32
-    )
+    arch, is_float32 = device_arch(student.source.device), student.source.dtype == torch.float32
+    config = one_head_config(arch, width, student.weight is not None, is_float32, "gradient")
     tiles = triton.cdiv(num_rows, config.blocks["BLOCK_N"]) * triton.cdiv(width, config.blocks["BLOCK_V"])
     _top_gradient_kernel[(tiles,)](
         **student.arguments("student"),
