@@ -7,10 +7,10 @@ gives the logits of student and teacher over the K classes and the rest as one b
 and what concerns the student alone, over all classes: rest and top-k merged.
 
 FLOPs: 2 N V Ds, where a teacher's head of the same size would double them; floor: their time, of which 128 x 64 tiles
-reach 40 % by the model of sm_90's machine code: shared memory bounds them (config.py says why they are not wider). Bytes: the weight once for
-every group of row blocks, as statistics.py, and 16 N K of top-k classes and logits; never a row of the weight gathered,
-which would be 2 N K Ds. A tile's extra passes are as many as the most of its classes that one row has, 1 to 3 of K = 64
-in a vocabulary of 10^5. float32, the teacher's bucket float64; bitwise reproducible.
+reach 40 % by the model of sm_90's machine code: shared memory bounds them (config.py says why they are not wider).
+Bytes: the weight once for every group of row blocks, as statistics.py, and 16 N K of top-k classes and logits; never a
+row of the weight gathered, which would be 2 N K Ds. A tile's extra passes are as many as the most of its classes that
+one row has, 1 to 3 of K = 64 in a vocabulary of 10^5. float32, the teacher's bucket float64; bitwise reproducible.
 """
 
 import torch
