@@ -190,7 +190,9 @@ def attention_backward(
                 if total is not None and part is not None:
                     total.copy_(part.sum(0))
     mean_keys = total_k // max(batch if spans else batch * num_modalities, 1)
-    key_value_config = _attention_backward_key_value_config(head_dim, query.dtype, arch, mean_keys, spans=spans)
+    key_value_config = _attention_backward_key_value_config(
+        head_dim, query.dtype, arch, mean_keys, spans=spans, dropout=seed is not None
+    )
     block_k = key_value_config.blocks["BLOCK_K"]
     key_value = {
         **shared,

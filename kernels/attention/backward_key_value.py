@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fusedmm.kernels.attention.backward_rows import padded_row
-from fusedmm.kernels.indexing import keep_mask, load_rows, load_visible, load_work, store_rows
+from fusedmm.kernels.indexing import hidden_zero, keep_mask, load_rows, load_visible, load_work, store_rows
 from fusedmm.kernels.softmax import LOG2_E
 
 SCAN = tl.constexpr(512)  # queries looked at in one step when searching for those that see a key tile
@@ -127,14 +127,14 @@ def _attention_backward_key_value_kernel(
     )
     grad_key = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     grad_value = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    for member in range(group_size):
+    for member in tl.range(group_size, disable_licm=True):
         head = key_head * group_size + member
         is_active = tl.load(key_ranges_ptr + member * key_ranges_stride_h + 1) > tl.load(
             key_ranges_ptr + member * key_ranges_stride_h
         )
         member_stop = tl.where(is_active, walk_stop, walk_start)
         terms_ptr = row_terms_ptr + head * num_modalities * padded_rows
-        for first_query in tl.range(walk_start, member_stop, BLOCK_Q, disable_licm=BLOCK_D > 64):
+        for first_query in tl.range(walk_start, member_stop, BLOCK_Q, disable_licm=True):
             terms_ptrs = terms_ptr + (first_query - query_start) + tl.arange(0, BLOCK_Q)
             offset = tl.load(terms_ptrs)
             shift = tl.load(terms_ptrs + plane)
@@ -189,6 +189,9 @@ def _attention_backward_key_value_kernel(
             if visible_ptr is not None:
                 grad_scores = tl.where(sees, grad_scores, 0.0)  # 0 * NaN, should the value of an invisible key be NaN
             grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision=PRECISION)
+    # Once more: carried through the loops they would spill.
+    segment, first_key, key_head = load_work(key_tiles_ptr, num_key_heads + hidden_zero(num_key_heads), BLOCK_K)
+    key_stop = tl.load(cu_seqlens_k_ptr + segment + 1)
     row_stride = num_key_heads * HEAD_DIM
     store_rows(
         grad_key_ptr + key_head * HEAD_DIM,

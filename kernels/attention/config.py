@@ -20,7 +20,7 @@ _TABLE = {
     },
     ("key_value", 2): {
         "sm_80": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)},
-        "sm_90": {64: (64, 64, 4, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 2)},
+        "sm_90": {64: (64, 64, 4, 3), 128: (32, 128, 8, 2), 256: (32, 32, 8, 2)},
         "sm_100": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
         "gfx942": {64: (32, 64, 4, 1), 128: (32, 64, 4, 1), 256: (16, 64, 8, 1)},
     },
@@ -134,15 +134,17 @@ def spans_segments(softmax: str, num_modalities: int, mean_segment: int) -> bool
 
 
 def _attention_backward_key_value_config(
-    head_dim: int, dtype: torch.dtype, arch: str, mean_keys: int, *, spans: bool
+    head_dim: int, dtype: torch.dtype, arch: str, mean_keys: int, *, spans: bool, dropout: bool
 ) -> LaunchConfig:
     """Tiles of the backward for keys and values, where a segment, or with ``spans`` a sample, has ``mean_keys`` keys
-    on average."""
+    on average. With ``dropout``, whose counters need registers and take most of the time, tiles have fewer queries."""
     block_d = head_block(head_dim)
     block_q, block_k, num_warps, num_stages = _TABLE["key_value", dtype.itemsize][arch][max(64, block_d)]
     if spans:
         block_q = min(block_q, _SPAN_QUERIES.get((arch, max(64, block_d)), 32))
         block_k = min(block_k, 64 if block_d <= 128 else 32)
+    if dropout:
+        block_q = min(block_q, 32)
     if mean_keys <= SHORT_SEGMENT:
         block_k = min(block_k, SHORT_SEGMENT)
         num_warps = 4 if dtype.itemsize == 2 and block_d <= 128 else num_warps

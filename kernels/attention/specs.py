@@ -151,10 +151,14 @@ def _joint_specs(
     yield _spec(_attention_forward_kernel, f"attention_forward{label}", forward, SOFTMAX="joint", **common)
     for length, mean_segment in SEGMENTS.items():
         if length == "long" or variant == "gated":
-            key_value = _attention_backward_key_value_config(head_dim, dtype, arch, mean_segment, spans=False)
+            key_value = _attention_backward_key_value_config(
+                head_dim, dtype, arch, mean_segment, spans=False, dropout="seed_ptr" in present
+            )
             name = f"attention_backward_key_value[joint,{variant},{length},d{head_dim},{DTYPES[dtype]}]"
             yield _spec(_attention_backward_key_value_kernel, name, key_value, HAS_GATE="gate_ptr" in present, **common)
-    spans = _attention_backward_key_value_config(head_dim, dtype, arch, SEGMENTS["long"], spans=True)
+    spans = _attention_backward_key_value_config(
+        head_dim, dtype, arch, SEGMENTS["long"], spans=True, dropout="seed_ptr" in present
+    )
     name = f"attention_backward_key_value_spans{label}"
     yield _spec(_attention_backward_key_value_spans_kernel, name, spans, HAS_GATE="gate_ptr" in present, **common)
     if variant in ("plain", "gated"):  # times and dropout change nothing in it
