@@ -191,7 +191,7 @@ def attention_backward(
                     total.copy_(part.sum(0))
     mean_keys = total_k // max(batch if spans else batch * num_modalities, 1)
     key_value_config = _attention_backward_key_value_config(
-        head_dim, query.dtype, arch, mean_keys, spans=spans, dropout=seed is not None
+        head_dim, query.dtype, arch, mean_keys, spans=spans, visible=visible is not None, dropout=seed is not None
     )
     block_k = key_value_config.blocks["BLOCK_K"]
     key_value = {

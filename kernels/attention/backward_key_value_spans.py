@@ -25,7 +25,7 @@ import triton.language as tl
 
 from fusedmm.kernels.attention.backward_key_value import SCAN, _queries_that_see
 from fusedmm.kernels.attention.backward_rows import padded_row
-from fusedmm.kernels.indexing import keep_mask, load_rows, store_rows
+from fusedmm.kernels.indexing import hidden_zero, keep_mask, load_rows, store_rows
 from fusedmm.kernels.softmax import LOG2_E
 
 
@@ -116,14 +116,13 @@ def _attention_backward_key_value_spans_kernel(
                 )
                 walk_start = tl.minimum(walk_start, first)
                 walk_stop = tl.maximum(walk_stop, last)
-    modality = modality.to(tl.int64)
     # [BLOCK_K] each: the terms of a key's modality, and its range as the first head of the group sees it
-    terms_ptrs = row_terms_ptr + padded_row(cu_seqlens_q_ptr, sample, query_start) + modality * padded_rows
+    terms_ptrs = row_terms_ptr + padded_row(cu_seqlens_q_ptr, sample, query_start) + modality.to(tl.int64) * padded_rows
     range_ptrs = (
         key_ranges_ptr
         + sample.to(tl.int64) * key_ranges_stride_b
         + key_head * group_size * key_ranges_stride_h
-        + modality * key_ranges_stride_m
+        + modality.to(tl.int64) * key_ranges_stride_m
     )
     is_read = offs_k < first_key  # by any head of the group
     for member in range(group_size):
@@ -138,13 +137,13 @@ def _attention_backward_key_value_spans_kernel(
     value = tl.load(value_ptrs, mask=mask, other=0.0)
     grad_key = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     grad_value = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    for member in range(group_size):
+    for member in tl.range(group_size, disable_licm=True):
         head = key_head * group_size + member
         head_ptrs = range_ptrs + member * key_ranges_stride_h
         is_active = tl.load(head_ptrs + 1) > tl.load(head_ptrs)
         member_ptrs = terms_ptrs + head * num_modalities * padded_rows
         member_stop = tl.where(tl.max(is_active.to(tl.int32), 0) > 0, walk_stop, walk_start)
-        for first_query in tl.range(walk_start, member_stop, BLOCK_Q):
+        for first_query in tl.range(walk_start, member_stop, BLOCK_Q, disable_licm=True):
             # [BLOCK_K, BLOCK_Q], as all that is not a query's row
             pair_ptrs = member_ptrs[:, None] + (first_query - query_start) + tl.arange(0, BLOCK_Q)[None, :]
             # [BLOCK_Q, BLOCK_D]
@@ -173,7 +172,8 @@ def _attention_backward_key_value_spans_kernel(
             offs_q = first_query + tl.arange(0, BLOCK_Q)
             sees = is_active[:, None]
             if visible_ptr is not None:
-                visible_ptrs = visible_ptr + (offs_q.to(tl.int64)[None, :] * num_modalities + modality[:, None]) * 2
+                visible_ptrs = visible_ptr + tl.cast(first_query, tl.int64) * num_modalities * 2
+                visible_ptrs += (tl.arange(0, BLOCK_Q)[None, :] * num_modalities + modality[:, None]) * 2
                 mask_q = (offs_q < query_stop)[None, :]
                 sees = sees & (offs_k[:, None] >= tl.load(visible_ptrs, mask=mask_q, other=0))
                 sees = sees & (offs_k[:, None] < tl.load(visible_ptrs + 1, mask=mask_q, other=0))
@@ -192,6 +192,8 @@ def _attention_backward_key_value_spans_kernel(
             grad_scores = probs * (grad_probs * tl.load(pair_ptrs + 2 * plane) + tl.load(pair_ptrs + plane))
             grad_scores = tl.where(sees, grad_scores, 0.0)  # 0 * NaN, should what a head does not see be NaN
             grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision=PRECISION)
+    # Once more: carried through the loops it would spill.
+    key_head = (tl.program_id(0) % (num_key_heads + hidden_zero(num_key_heads))).to(tl.int64)
     row_stride = num_key_heads * HEAD_DIM
     store_rows(
         grad_key_ptr + key_head * HEAD_DIM,

@@ -134,7 +134,7 @@ def spans_segments(softmax: str, num_modalities: int, mean_segment: int) -> bool
 
 
 def _attention_backward_key_value_config(
-    head_dim: int, dtype: torch.dtype, arch: str, mean_keys: int, *, spans: bool, dropout: bool
+    head_dim: int, dtype: torch.dtype, arch: str, mean_keys: int, *, spans: bool, visible: bool, dropout: bool
 ) -> LaunchConfig:
     """Tiles of the backward for keys and values, where a segment, or with ``spans`` a sample, has ``mean_keys`` keys
     on average. With ``dropout``, whose counters need registers and take most of the time, tiles have fewer queries."""
@@ -143,7 +143,8 @@ def _attention_backward_key_value_config(
     if spans:
         block_q = min(block_q, _SPAN_QUERIES.get((arch, max(64, block_d)), 32))
         block_k = min(block_k, 64 if block_d <= 128 else 32)
-    if dropout:
+        num_stages = 1 if (visible or dropout) and block_d <= 64 else min(num_stages, 2)
+    if dropout or (spans and visible):
         block_q = min(block_q, 32)
     if mean_keys <= SHORT_SEGMENT:
         block_k = min(block_k, SHORT_SEGMENT)

@@ -149,16 +149,15 @@ def _joint_specs(
     common: dict[str, Any] = {"dtype": dtype, "arch": arch, "present": present, "HEAD_DIM": head_dim}
     forward = _attention_forward_config(head_dim, dtype, arch, MANY)
     yield _spec(_attention_forward_kernel, f"attention_forward{label}", forward, SOFTMAX="joint", **common)
+    options = {"visible": "visible_ptr" in present, "dropout": "seed_ptr" in present}
     for length, mean_segment in SEGMENTS.items():
         if length == "long" or variant == "gated":
             key_value = _attention_backward_key_value_config(
-                head_dim, dtype, arch, mean_segment, spans=False, dropout="seed_ptr" in present
+                head_dim, dtype, arch, mean_segment, spans=False, **options
             )
             name = f"attention_backward_key_value[joint,{variant},{length},d{head_dim},{DTYPES[dtype]}]"
             yield _spec(_attention_backward_key_value_kernel, name, key_value, HAS_GATE="gate_ptr" in present, **common)
-    spans = _attention_backward_key_value_config(
-        head_dim, dtype, arch, SEGMENTS["long"], spans=True, dropout="seed_ptr" in present
-    )
+    spans = _attention_backward_key_value_config(head_dim, dtype, arch, SEGMENTS["long"], spans=True, **options)
     name = f"attention_backward_key_value_spans{label}"
     yield _spec(_attention_backward_key_value_spans_kernel, name, spans, HAS_GATE="gate_ptr" in present, **common)
     if variant in ("plain", "gated"):  # times and dropout change nothing in it
