@@ -134,7 +134,9 @@ def _attention_backward_key_value_kernel(
         )
         member_stop = tl.where(is_active, walk_stop, walk_start)
         terms_ptr = row_terms_ptr + head * num_modalities * padded_rows
-        for first_query in tl.range(walk_start, member_stop, BLOCK_Q, disable_licm=True):
+        for first_query in tl.range(
+            walk_start, member_stop, BLOCK_Q, disable_licm=query_ptr.dtype.element_ty != tl.float32
+        ):
             terms_ptrs = terms_ptr + (first_query - query_start) + tl.arange(0, BLOCK_Q)
             offset = tl.load(terms_ptrs)
             shift = tl.load(terms_ptrs + plane)

@@ -143,7 +143,9 @@ def _attention_backward_key_value_spans_kernel(
         is_active = tl.load(head_ptrs + 1) > tl.load(head_ptrs)
         member_ptrs = terms_ptrs + head * num_modalities * padded_rows
         member_stop = tl.where(tl.max(is_active.to(tl.int32), 0) > 0, walk_stop, walk_start)
-        for first_query in tl.range(walk_start, member_stop, BLOCK_Q, disable_licm=True):
+        for first_query in tl.range(
+            walk_start, member_stop, BLOCK_Q, disable_licm=query_ptr.dtype.element_ty != tl.float32
+        ):
             # [BLOCK_K, BLOCK_Q], as all that is not a query's row
             pair_ptrs = member_ptrs[:, None] + (first_query - query_start) + tl.arange(0, BLOCK_Q)[None, :]
             # [BLOCK_Q, BLOCK_D]
