@@ -74,7 +74,7 @@ def _walk_keys(
     skipped = 0
     if skip_start is not None:
         skipped = skip_stop - skip_start
-    for step in tl.range(start, stop - skipped, BLOCK_K, disable_licm=BLOCK_D > 64):
+    for step in tl.range(start, stop - skipped, BLOCK_K, disable_licm=BLOCK_D > 64 and query.dtype != tl.float32):
         first_key = step
         if skip_start is not None:
             first_key = tl.where(step < skip_start, step, step + skipped)

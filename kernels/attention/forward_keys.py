@@ -91,7 +91,7 @@ def attend_keys(
         key = load_rows(key_ptr, key_stride_k, start, key_stop, BLOCK_K, HEAD_DIM, BLOCK_D, PARTIAL)
         # [BLOCK_Q, BLOCK_K]
         scores = tl.dot(query, key.T, input_precision=PRECISION)
-    for step in tl.range(start, last, BLOCK_K, disable_licm=BLOCK_D > 64):
+    for step in tl.range(start, last, BLOCK_K, disable_licm=BLOCK_D > 64 and query.dtype != tl.float32):
         first_key = step
         if skip_start is not None:
             first_key = tl.where(step < skip_start, step, step + skipped)
