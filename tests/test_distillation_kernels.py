@@ -50,7 +50,7 @@ def test_slabs_of_a_tile(temperature: float, device: torch.device) -> None:
 
 def test_groups_of_row_blocks(device: torch.device) -> None:
     """More row blocks than run together, and not a multiple of them."""
-    config = tile_config("sm_90", 70, True, True, "scores")
+    config = tile_config("sm_90", 70, has_matmul=True, is_float32=True, kind="scores")
     rows = (ROW_GROUP + 2) * config.blocks["BLOCK_N"] - 5
     student = head(rows, 70, 8, device, torch.float32, seed=0)
     teacher = head(rows, 70, 8, device, torch.float32, seed=1)
@@ -155,7 +155,7 @@ def test_float16_weight_gradients_over_waves(
 @pytest.mark.parametrize("rows", [1, 1024, 8192])
 def test_splits_fill_the_device_and_stay_small(rows: int, arch: str) -> None:
     """A program for most multiprocessors, with states that stay beside the 16 MiB allowed for scores."""
-    config = tile_config(arch, 128256, True, False, "scores")
+    config = tile_config(arch, 128256, has_matmul=True, is_float32=False, kind="scores")
     splits = vocabulary_splits(arch, rows, 128256, config)
     assert 1 <= splits <= 128256 // config.blocks["BLOCK_V"]
     assert 4 * SIZE_SCORES.value * splits * rows <= 15 << 20

@@ -1,7 +1,8 @@
 """Tile sizes of the distillation kernels: pure functions of sizes and architecture.
 
 With a weight, two float32 accumulators of [128, 128] take 128 registers of a thread at 8 warps, which leaves room for
-the statistics of a row; a tile of 64 classes would ask L2 for half as much again. Without one, a tile is a stretch of
+the sums of a tile; the states of rows wait in global memory, which L1 caches (11 KB). A tile of 64 classes would ask
+L2 for half as much again, and steps of 64 dimensions for twice the barriers. Without a weight, a tile is a stretch of
 rows of 4096 elements that need no matmul. Splits of the vocabulary give every multiprocessor a program.
 """
 
@@ -19,24 +20,38 @@ MIN_SPLIT = 64  # classes: a state of 22 numbers stays small beside them
 ROW_GROUP = 16  # row blocks that run together: 25 MB of hidden states of 6144 dimensions, half of H200's L2
 
 
-def tile_config(arch: str, num_classes: int, has_matmul: bool, is_float32: bool, kind: Pass) -> LaunchConfig:
-    """Tiles of one pass over the logits; smaller where it keeps so many numbers that larger ones spill."""
+def has_descriptors(arch: str, *, has_matmul: bool, is_float32: bool, is_aligned: bool) -> bool:
+    """Whether matrices are copied to shared memory by tensor descriptors (TMA), which take no registers."""
+    return arch in ("sm_90", "sm_100") and has_matmul and is_aligned and not is_float32
+
+
+def tile_config(
+    arch: str,
+    columns: int,
+    *,
+    has_matmul: bool,
+    is_float32: bool,
+    kind: Pass,
+    is_shared: bool = False,
+    is_aligned: bool = True,
+) -> LaunchConfig:
+    """Tiles of one pass over `columns` logits of a row; smaller where larger ones spill."""
     is_narrow = kind in ("scores", "mixture", "mixture_gradient")
     if not has_matmul:
-        block_v = min(1024, max(16, triton.next_power_of_2(num_classes)))
+        block_v = min(1024, max(16, triton.next_power_of_2(columns)))
         rows = (ROW_TILE // 2 if is_narrow else ROW_TILE) // block_v
         return _config(rows, block_v, 16, slabs=1, num_warps=8, num_stages=2, group=1 << 20)
     if is_float32:
         return _config(32, 16 if is_narrow else 32, 32, slabs=1, num_warps=4, num_stages=2)
-    if arch == "sm_80":
-        if kind == "scores":  # two rows a thread, not four: 22 numbers of each
-            return _config(32, 64, 64, slabs=4, num_warps=4, num_stages=3)
-        return _config(64, 64, 64, slabs=8 if kind == "mixture" else 4, num_warps=4, num_stages=3)
+    if has_descriptors(arch, has_matmul=has_matmul, is_float32=is_float32, is_aligned=is_aligned):
+        return _config(128, 128, 128, slabs=8, num_warps=8, num_stages=2 if is_shared else 3)
+    if not is_aligned:  # loads of 2 bytes, each with an address of its own
+        return _config(32, 64, 64, slabs=8 if kind == "mixture" else 4, num_warps=4, num_stages=2)
     if arch == "gfx942":
         return _config(64, 64, 64, slabs=4, num_warps=4, num_stages=2)
-    if kind == "mixture" or (kind == "scores" and arch == "sm_100"):  # 128 classes spill more on sm_100
-        return _config(128, 64, 64, slabs=4, num_warps=8, num_stages=4)
-    return _config(128, 128, 64, slabs=8, num_warps=8, num_stages=3)
+    if kind == "scores":  # two rows a thread, not four: 22 numbers of each
+        return _config(32, 64, 64, slabs=4, num_warps=4, num_stages=3)
+    return _config(64, 64, 64, slabs=8 if kind == "mixture" else 4, num_warps=4, num_stages=3)
 
 
 def one_head_config(arch: str, num_classes: int, has_matmul: bool, is_float32: bool, kind: Pass) -> LaunchConfig:

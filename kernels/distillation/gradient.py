@@ -20,14 +20,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmm.kernels.distillation.config import Pass, tile_config
+from fusedmm.kernels.distillation.config import Pass
 from fusedmm.kernels.distillation.mixture import mixture_ratio
 from fusedmm.kernels.distillation.tiles import (
     FORBIDDEN,
     HeadTensors,
+    launch_heads,
     logit_slabs,
     program_tile,
-    shares_weight,
 )
 from fusedmm.kernels.launch import device_arch
 from fusedmm.kernels.softmax import LN_2
@@ -77,7 +77,8 @@ def _gradient_kernel(
     row_block, column_block = program_tile(
         tl.cdiv(num_rows, BLOCK_N), tl.cdiv(last_column - first_column, BLOCK_V), GROUP_N
     )
-    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = row_block * BLOCK_N
+    rows = first_n.to(tl.int64) + tl.arange(0, BLOCK_N)
     mask_n = rows < num_rows
     offs_n = tl.minimum(rows, num_rows - 1)
     inverse = tl.full([BLOCK_N], 1.0, tl.float32) * inverse_temperature
@@ -89,7 +90,7 @@ def _gradient_kernel(
         student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
         teacher_ptr, teacher_weight_ptr, teacher_bias_ptr,
         teacher_stride_n, teacher_weight_stride_v, teacher_size_d, teacher_softcap,
-        offs_n, first_column + first_tile, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D, SLABS,
+        first_n, num_rows, first_column + first_tile, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D, SLABS,
     )  # fmt: skip
     row_stride = tl.full([], 1, tl.int64) * num_rows
     saved_ptrs = saved_ptr + offs_n
@@ -180,16 +181,13 @@ def gradient_logits(
     """
     arch = device_arch(student.source.device)
     num_rows, width = out.shape
-    has_matmul = student.weight is not None or teacher.weight is not None
-    is_float32 = torch.float32 in (student.source.dtype, teacher.source.dtype)
     kind: Pass = "mixture_gradient" if 0.0 < beta < 1.0 else "gradient"
-    config = tile_config(arch, width, has_matmul, is_float32, kind)
+    config, heads = launch_heads(student, teacher, arch=arch, kind=kind, num_classes=num_classes, columns=width)
     if num_rows == 0:
         return out
     tiles = triton.cdiv(num_rows, config.blocks["BLOCK_N"]) * triton.cdiv(width, config.blocks["BLOCK_V"])
     _gradient_kernel[(tiles,)](
-        **student.arguments("student"),
-        **teacher.arguments("teacher"),
+        **heads,
         labels_ptr=labels,
         row_temperature_ptr=row_temperature,
         saved_ptr=saved,
@@ -208,7 +206,6 @@ def gradient_logits(
         first_column=columns.start,
         last_column=columns.stop,
         KIND=0 if beta == 0.0 else 1 if beta == 1.0 else 2,
-        IS_SHARED=shares_weight(student, teacher),
         **config.launch_options(),
     )
     return out

@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmm.kernels.distillation.config import tile_config, vocabulary_splits
-from fusedmm.kernels.distillation.tiles import HeadTensors, after, logit_slabs, program_tile, shares_weight
+from fusedmm.kernels.distillation.config import vocabulary_splits
+from fusedmm.kernels.distillation.tiles import HeadTensors, launch_heads, logit_slabs, program_tile
 from fusedmm.kernels.launch import device_arch
 
 SUMS = 3  # mean log-ratio of the student, of the teacher, total variation
@@ -83,7 +83,8 @@ def _mixture_kernel(
     GROUP_N: tl.constexpr,
 ):
     row_block, split = program_tile(tl.cdiv(num_rows, BLOCK_N), num_splits, GROUP_N)
-    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = row_block * BLOCK_N
+    rows = first_n.to(tl.int64) + tl.arange(0, BLOCK_N)
     mask_n = rows < num_rows
     offs_n = tl.minimum(rows, num_rows - 1)
     inverse = tl.full([BLOCK_N], 1.0, tl.float32) * inverse_temperature
@@ -108,17 +109,18 @@ def _mixture_kernel(
             student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
             teacher_ptr, teacher_weight_ptr, teacher_bias_ptr,
             teacher_stride_n, teacher_weight_stride_v, teacher_size_d, teacher_softcap,
-            offs_n, first_v, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D, SLABS,
+            first_n, num_rows, first_v, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D, SLABS,
         )  # fmt: skip
         for i in tl.static_range(SLABS):
-            s = after(students[i], student_mean) * inverse[:, None]
-            t = teachers[i] * inverse[:, None]
-            p = tl.exp2((s - student_shift[:, None]) - student_log[:, None])
-            q = tl.exp2((t - teacher_shift[:, None]) - teacher_log[:, None])
-            ratio = (t - s) - gap[:, None]
-            student_mean += tl.sum(p * mixture_ratio(ratio, student_top, odds), 1)
-            teacher_mean += tl.sum(q * mixture_ratio(-ratio, teacher_top, 1.0 / odds), 1)
-            variation += 0.5 * tl.sum(tl.abs(p - q), 1)
+            if num_classes - first_v > i * (BLOCK_V // SLABS):  # a branch for every slab, see `tile_state`
+                s = students[i] * inverse[:, None]
+                t = teachers[i] * inverse[:, None]
+                p = tl.exp2((s - student_shift[:, None]) - student_log[:, None])
+                q = tl.exp2((t - teacher_shift[:, None]) - teacher_log[:, None])
+                ratio = (t - s) - gap[:, None]
+                student_mean += tl.sum(p * mixture_ratio(ratio, student_top, odds), 1)
+                teacher_mean += tl.sum(q * mixture_ratio(-ratio, teacher_top, 1.0 / odds), 1)
+                variation += 0.5 * tl.sum(tl.abs(p - q), 1)
     sums_ptrs = sums_ptr + split * SUMS_SIZE * row_stride + rows
     tl.store(sums_ptrs, student_mean, mask=mask_n)
     tl.store(sums_ptrs + row_stride, teacher_mean, mask=mask_n)
@@ -143,16 +145,15 @@ def mixture_sums(
     """
     arch = device_arch(student.source.device)
     num_rows = student.source.shape[0]
-    has_matmul = student.weight is not None or teacher.weight is not None
-    is_float32 = torch.float32 in (student.source.dtype, teacher.source.dtype)
-    config = tile_config(arch, num_classes, has_matmul, is_float32, "mixture")
+    config, heads = launch_heads(
+        student, teacher, arch=arch, kind="mixture", num_classes=num_classes, columns=num_classes
+    )
     splits = vocabulary_splits(arch, num_rows, num_classes, config)
     sums = saved.new_empty((splits, SUMS, num_rows))
     if num_rows == 0:
         return sums.sum(0)
     _mixture_kernel[(triton.cdiv(num_rows, config.blocks["BLOCK_N"]) * splits,)](
-        **student.arguments("student"),
-        **teacher.arguments("teacher"),
+        **heads,
         row_temperature_ptr=row_temperature,
         saved_ptr=saved,
         sums_ptr=sums,
@@ -162,7 +163,6 @@ def mixture_sums(
         num_classes=num_classes,
         tiles_per_split=triton.cdiv(triton.cdiv(num_classes, config.blocks["BLOCK_V"]), splits),
         num_splits=splits,
-        IS_SHARED=shares_weight(student, teacher),
         **config.launch_options(),
     )
     return sums.sum(0)

@@ -6,13 +6,12 @@ every combination is listed, but every option is.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fusedmm.kernels.distillation.config import Pass, one_head_config, row_threads, tile_config
+from fusedmm.kernels.distillation.config import Pass, has_descriptors, one_head_config, row_threads, tile_config
 from fusedmm.kernels.distillation.gradient import _gradient_kernel
 from fusedmm.kernels.distillation.mixture import _mixture_kernel
-from fusedmm.kernels.distillation.state import SIZE_LOSS, SIZE_SCORES
 from fusedmm.kernels.distillation.statistics import _merge_statistics_kernel, _statistics_kernel
 from fusedmm.kernels.distillation.top_gradient import _top_gradient_kernel
 from fusedmm.kernels.distillation.top_state import TOP_SIZE_LOSS, TOP_SIZE_SCORES
@@ -34,6 +33,7 @@ INPUTS = (
     "teacher_bias_ptr",
 )
 WEIGHTS = ("student_weight_ptr", "teacher_weight_ptr")
+MATRICES = ("student_ptr", "teacher_ptr", *WEIGHTS)
 OPTIONAL = (
     "student_bias_ptr",
     "teacher_bias_ptr",
@@ -70,13 +70,15 @@ STRIDES = frozenset(
 )
 
 
-def _argument_type(name: str, element: str) -> str:
+def _argument_type(name: str, element: str, box: Mapping[str, int] | None) -> str:
     if name == "labels_ptr":
         return "*i64"
     if name == "classes_ptr":
         return "*i32"
     if name == "grad_logits_ptr":
         return "*bf16" if element == "fp32" else f"*{element}"
+    if name in MATRICES and box is not None:
+        return f"tensordesc<{element}[{box['BLOCK_V' if name in WEIGHTS else 'BLOCK_N']},{box['BLOCK_D']}]>"
     if name in INPUTS:
         return f"*{element}"
     if name.endswith("_ptr"):
@@ -85,14 +87,23 @@ def _argument_type(name: str, element: str) -> str:
 
 
 def _spec(
-    kernel: Any, name: str, config: LaunchConfig, arch: str, element: str, absent: frozenset[str], **constexprs: Any
+    kernel: Any,
+    name: str,
+    config: LaunchConfig,
+    arch: str,
+    element: str,
+    absent: frozenset[str],
+    *,
+    box: Mapping[str, int] | None = None,
+    is_aligned: bool = True,
+    **constexprs: Any,
 ) -> KernelSpec:
     parameters = inspect.signature(kernel.fn).parameters
     values = {key: value for key, value in constexprs.items() if key in parameters} | {
         key: None for key in parameters if key in absent
     }
     fixed = {*values, *config.blocks}
-    signature = {argument: _argument_type(argument, element) for argument in parameters if argument not in fixed}
+    signature = {argument: _argument_type(argument, element, box) for argument in parameters if argument not in fixed}
     return KernelSpec(
         name=name,
         kernel=kernel,
@@ -100,7 +111,7 @@ def _spec(
         constexprs=values,
         config=config,
         arch=arch,
-        divisible_by_16=tuple(argument for argument in signature if argument in STRIDES),
+        divisible_by_16=tuple(argument for argument in signature if argument in STRIDES and is_aligned),
         main_loop_flops=0
         if "student_weight_ptr" in absent
         else 2 * config.blocks["BLOCK_N"] * config.blocks["BLOCK_V"] * config.blocks["BLOCK_D"],
@@ -115,14 +126,17 @@ def kernel_specs(arch: str) -> Iterator[KernelSpec]:
         ("heads", "fp16", "plain", ()),
         ("heads", "fp32", "plain", ()),
         ("shared", "bf16", "labels", LABELS),
+        ("unaligned", "bf16", "everything", OPTIONAL),
     ):
         absent = frozenset(OPTIONAL) - set(present)
-        sizes = (CLASSES["large"], True, element == "fp32")
-        yield from _specs(f"{kind},{label},{element}", sizes, arch, element, absent, kind == "shared")
-    for size, classes in CLASSES.items():
+        traits = {"has_matmul": True, "is_float32": element == "fp32", "is_aligned": kind != "unaligned"}
+        columns = CLASSES["large"]
+        yield from _specs(f"{kind},{label},{element}", columns, arch, element, absent, traits, kind == "shared")
+    traits = {"has_matmul": False, "is_float32": True, "is_aligned": True}
+    for size, columns in CLASSES.items():
         for label, present in (("labels", LABELS), ("everything", OPTIONAL)):
             absent = frozenset((*OPTIONAL, *WEIGHTS)) - set(present)
-            yield from _specs(f"logits,{size},{label}", (classes, False, True), arch, "fp32", absent, False)
+            yield from _specs(f"logits,{size},{label}", columns, arch, "fp32", absent, traits, False)
     for is_scores, unit in ((True, True), (True, False), (False, True), (False, False)):
         yield _spec(
             _merge_statistics_kernel,
@@ -133,7 +147,6 @@ def kernel_specs(arch: str) -> Iterator[KernelSpec]:
             frozenset((*WEIGHTS, "row_temperature_ptr") if unit else WEIGHTS),
             IS_SCORES=is_scores,
             IS_UNIT=unit,
-            SIZE=(SIZE_SCORES if is_scores else SIZE_LOSS).value,
         )
     yield from _top_specs(arch)
 
@@ -192,41 +205,43 @@ def _top_specs(arch: str) -> Iterator[KernelSpec]:
 
 
 def _specs(
-    label: str, sizes: tuple[int, bool, bool], arch: str, element: str, absent: frozenset[str], shared: bool
+    label: str,
+    columns: int,
+    arch: str,
+    element: str,
+    absent: frozenset[str],
+    traits: Mapping[str, bool],
+    is_shared: bool,
 ) -> Iterator[KernelSpec]:
-    """The kernels over tiles of logits in one variant; `sizes` as `tile_config` takes them."""
-    unit = "row_temperature_ptr" in absent
+    """The kernels over tiles of logits in one variant; `columns` and `traits` as `tile_config` takes them."""
+
+    def spec(kernel: Any, name: str, kind: Pass, **constexprs: Any) -> KernelSpec:
+        config = tile_config(arch, columns, kind=kind, is_shared=is_shared, **traits)
+        name = f"distillation_{name}{label}]"
+        return _spec(
+            kernel,
+            name,
+            config,
+            arch,
+            element,
+            absent,
+            box=config.blocks if has_descriptors(arch, **traits) else None,
+            is_aligned=traits["is_aligned"],
+            IS_SHARED=is_shared,
+            **constexprs,
+        )
+
     kinds: tuple[Pass, ...] = ("scores", "loss")
     for kind in kinds:
-        yield _spec(
+        yield spec(
             _statistics_kernel,
-            f"distillation_statistics[{kind},{label}]",
-            tile_config(arch, *sizes, kind),
-            arch,
-            element,
-            absent,
+            f"statistics[{kind},",
+            kind,
             LANES=row_threads(arch),
             IS_SCORES=kind == "scores",
-            IS_UNIT=unit,
-            IS_SHARED=shared,
+            IS_UNIT="row_temperature_ptr" in absent,
         )
-    yield _spec(
-        _mixture_kernel,
-        f"distillation_mixture[{label}]",
-        tile_config(arch, *sizes, "mixture"),
-        arch,
-        element,
-        absent,
-        IS_SHARED=shared,
-    )
+    yield spec(_mixture_kernel, "mixture[", "mixture")
     for index, name in enumerate(("forward_kl", "reverse_kl", "mixture")):
-        yield _spec(
-            _gradient_kernel,
-            f"distillation_gradient[{name},{label}]",
-            tile_config(arch, *sizes, "mixture_gradient" if name == "mixture" else "gradient"),
-            arch,
-            element,
-            absent,
-            KIND=index,
-            IS_SHARED=shared,
-        )
+        kind = "mixture_gradient" if name == "mixture" else "gradient"
+        yield spec(_gradient_kernel, f"gradient[{name},", kind, KIND=index)

@@ -15,15 +15,16 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmm.kernels.distillation.config import row_threads, tile_config, vocabulary_splits
+from fusedmm.kernels.distillation.config import row_threads, vocabulary_splits
 from fusedmm.kernels.distillation.state import (
     SIZE_LOSS,
     SIZE_SCORES,
     empty_state,
     merge_states,
+    state_size,
     tile_state,
 )
-from fusedmm.kernels.distillation.tiles import FORBIDDEN, HeadTensors, logit_slabs, program_tile, shares_weight, slabs
+from fusedmm.kernels.distillation.tiles import FORBIDDEN, HeadTensors, launch_heads, logit_slabs, program_tile
 from fusedmm.kernels.launch import device_arch
 from fusedmm.kernels.softmax import LN_2
 
@@ -68,50 +69,78 @@ def _statistics_kernel(
     GROUP_N: tl.constexpr,
 ):
     row_block, split = program_tile(tl.cdiv(num_rows, BLOCK_N), num_splits, GROUP_N)
-    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = rows < num_rows
-    offs_n = tl.minimum(rows, num_rows - 1)
-    inverse = tl.full([BLOCK_N], 1.0, tl.float32) * inverse_temperature
-    if row_temperature_ptr is not None:
-        inverse = 1.0 / tl.load(row_temperature_ptr + offs_n)
-    labels = tl.full([BLOCK_N], -1, tl.int32)
-    if labels_ptr is not None:
-        labels = tl.load(labels_ptr + offs_n) - first_class
-        labels = tl.where((labels >= 0) & (labels < num_classes), labels, -1).to(tl.int32)  # -1: another rank's
+    block_n = row_block * BLOCK_N
     first = split * tiles_per_split * BLOCK_V
-    row_stride = tl.full([], 1, tl.int64) * num_rows
-    state = empty_state(BLOCK_N, IS_SCORES)
-    size: tl.constexpr = len(state)
+    state_ptrs, mask_n = _state_ptrs(state_ptr, split, block_n, num_rows, BLOCK_N, IS_SCORES)
+    _store_state(empty_state(BLOCK_N, IS_SCORES), state_ptrs, mask_n)
     for first_v in range(first, tl.minimum(first + tiles_per_split * BLOCK_V, num_classes), BLOCK_V):
+        # The compiler cannot see that this adds 0, so it forms addresses of rows when a tile needs them, in place of
+        # keeping them in registers beside the logits.
+        first_n = block_n + tl.minimum(first_v, 0)
         students, teachers = logit_slabs(
             student_ptr, student_weight_ptr, student_bias_ptr,
             student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
             teacher_ptr, teacher_weight_ptr, teacher_bias_ptr,
             teacher_stride_n, teacher_weight_stride_v, teacher_size_d, teacher_softcap,
-            offs_n, first_v, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D, 1,
+            first_n, num_rows, first_v, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D, SLABS,
         )  # fmt: skip
+        inverse, labels = _row_inputs(
+            row_temperature_ptr, labels_ptr, first_n, num_rows, inverse_temperature, first_class, num_classes, BLOCK_N
+        )
         tile = tile_state(
-            slabs(students[0], SLABS), slabs(teachers[0], SLABS), inverse, labels - first_v, num_classes - first_v,
+            students, teachers, inverse, labels - first_v, num_classes - first_v,
             first_class + first_v,
             IS_SCORES, IS_UNIT, labels_ptr is not None, LANES,
         )  # fmt: skip
-        state = merge_states(state, tile, inverse, IS_SCORES)
-    _store_state(state, state_ptr + split * size * row_stride + rows, row_stride, mask_n)
+        tl.debug_barrier()  # a row's numbers are stored by one thread and loaded by all that share it
+        state_ptrs, mask_n = _state_ptrs(state_ptr, split, first_n, num_rows, BLOCK_N, IS_SCORES)
+        state = _load_state(state_ptrs, mask_n, state_size(IS_SCORES))
+        tl.debug_barrier()
+        _store_state(merge_states(state, tile, inverse, IS_SCORES), state_ptrs, mask_n)
 
 
 @triton.jit
-def _store_state(state, state_ptrs, row_stride, mask_n):
+def _row_inputs(
+    row_temperature_ptr, labels_ptr, first_n, num_rows, inverse_temperature, first_class, num_classes,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """1 / temperature and label of rows [BLOCK_N], labels counted from this rank's first class, -1 for another's."""
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_rows - first_n
+    inverse = tl.full([BLOCK_N], 1.0, tl.float32) * inverse_temperature
+    if row_temperature_ptr is not None:
+        inverse = 1.0 / tl.load(row_temperature_ptr + first_n.to(tl.int64) + offs_n, mask=mask_n, other=1.0)
+    labels = tl.full([BLOCK_N], -1, tl.int32)
+    if labels_ptr is not None:
+        labels = tl.load(labels_ptr + first_n.to(tl.int64) + offs_n, mask=mask_n, other=-1) - first_class
+        labels = tl.where((labels >= 0) & (labels < num_classes), labels, -1).to(tl.int32)
+    return inverse, labels
+
+
+@triton.jit
+def _state_ptrs(state_ptr, split, first_n, num_rows, BLOCK_N: tl.constexpr, IS_SCORES: tl.constexpr):
+    """Where the states of rows [BLOCK_N] start, and which exist: a row's numbers lie together, so that their offsets
+    are known to the compiler.
+    """
+    size: tl.constexpr = state_size(IS_SCORES)
+    offs_n = tl.arange(0, BLOCK_N)
+    first_row = tl.cast(split, tl.int64) * num_rows + first_n
+    return state_ptr + first_row * size + offs_n * size, offs_n < num_rows - first_n
+
+
+@triton.jit
+def _store_state(state, state_ptrs, mask_n):
     for i in tl.static_range(len(state)):
-        tl.store(state_ptrs + i * row_stride, state[i], mask=mask_n)
+        tl.store(state_ptrs + i, state[i], mask=mask_n)
 
 
 @triton.jit
-def _load_state(state_ptrs, row_stride, mask_n, SIZE: tl.constexpr):
+def _load_state(state_ptrs, mask_n, SIZE: tl.constexpr):
     first = (tl.load(state_ptrs, mask=mask_n, other=0.0),)
     if SIZE == 1:
         return first
     else:
-        return first + _load_state(state_ptrs + row_stride, row_stride, mask_n, SIZE - 1)
+        return first + _load_state(state_ptrs + 1, mask_n, SIZE - 1)
 
 
 @triton.jit
@@ -129,10 +158,10 @@ def _merge_statistics_kernel(
     ignore_index,
     IS_SCORES: tl.constexpr,
     IS_UNIT: tl.constexpr,
-    SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = tl.program_id(0) * BLOCK_N
+    rows = first_n.to(tl.int64) + tl.arange(0, BLOCK_N)
     mask_n = rows < num_rows
     inverse = tl.full([BLOCK_N], 1.0, tl.float32) * inverse_temperature
     if row_temperature_ptr is not None:
@@ -140,8 +169,9 @@ def _merge_statistics_kernel(
     row_stride = tl.full([], 1, tl.int64) * num_rows
     state = empty_state(BLOCK_N, IS_SCORES)
     for split in range(num_splits):
-        state_ptrs = state_ptr + split * SIZE * row_stride + rows
-        state = merge_states(state, _load_state(state_ptrs, row_stride, mask_n, SIZE), inverse, IS_SCORES)
+        state_ptrs, _ = _state_ptrs(state_ptr, split, first_n, num_rows, BLOCK_N, IS_SCORES)
+        part = _load_state(state_ptrs, mask_n, state_size(IS_SCORES))
+        state = merge_states(state, part, inverse, IS_SCORES)
     counts = tl.full([BLOCK_N], 1, tl.int1)
     if labels_ptr is not None:
         counts = tl.load(labels_ptr + rows, mask=mask_n, other=0) != ignore_index
@@ -245,23 +275,26 @@ def statistics(
     for_scores: bool,
     split_classes: int | None = None,
 ) -> torch.Tensor:
-    """States [splits, SIZE, N] float32 of this rank's classes; as many splits as `split_classes` classes would have, so
+    """States [splits, N, size] float32 of this rank's classes; as many splits as `split_classes` classes would have, so
     that ranks with unequal shards agree.
     """
     arch = device_arch(student.source.device)
     num_rows = student.source.shape[0]
-    has_matmul = student.weight is not None or teacher.weight is not None
-    is_float32 = torch.float32 in (student.source.dtype, teacher.source.dtype)
-    config = tile_config(arch, num_classes, has_matmul, is_float32, "scores" if for_scores else "loss")
-    splits = vocabulary_splits(arch, num_rows, num_classes if split_classes is None else split_classes, config)
-    state = student.source.new_empty(
-        (splits, (SIZE_SCORES if for_scores else SIZE_LOSS).value, num_rows), dtype=torch.float32
+    config, heads = launch_heads(
+        student,
+        teacher,
+        arch=arch,
+        kind="scores" if for_scores else "loss",
+        num_classes=num_classes,
+        columns=num_classes,
     )
+    splits = vocabulary_splits(arch, num_rows, num_classes if split_classes is None else split_classes, config)
+    size = (SIZE_SCORES if for_scores else SIZE_LOSS).value
+    state = student.source.new_empty((splits, num_rows, size), dtype=torch.float32)
     if num_rows == 0:
         return state
     _statistics_kernel[(triton.cdiv(num_rows, config.blocks["BLOCK_N"]) * splits,)](
-        **student.arguments("student"),
-        **teacher.arguments("teacher"),
+        **heads,
         labels_ptr=labels,
         row_temperature_ptr=row_temperature,
         state_ptr=state,
@@ -273,7 +306,6 @@ def statistics(
         num_splits=splits,
         IS_SCORES=for_scores,
         IS_UNIT=row_temperature is None and temperature == 1.0,
-        IS_SHARED=shares_weight(student, teacher),
         LANES=row_threads(arch),
         **config.launch_options(),
     )
@@ -294,7 +326,7 @@ def merge_statistics(
     """Saved statistics [SAVED, N], and scores [FIELDS, N] (the last two are 0) or losses [LOSSES, N], from the states
     of all splits and ranks; 0 where a row is ignored.
     """
-    splits, size, num_rows = state.shape
+    splits, num_rows, _ = state.shape
     saved = state.new_empty((SAVED, num_rows))
     fields = state.new_zeros((FIELDS if for_scores else LOSSES, num_rows))
     if num_rows == 0:
@@ -314,7 +346,6 @@ def merge_statistics(
         ignore_index=ignore_index,
         IS_SCORES=for_scores,
         IS_UNIT=row_temperature is None and temperature == 1.0,
-        SIZE=size,
         BLOCK_N=block_n,
         num_warps=1,
     )

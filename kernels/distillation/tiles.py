@@ -1,19 +1,27 @@
 """Tiles of logits of two heads: from a matmul with the vocabulary's weight, or from logits that exist.
 
 A tile is [BLOCK_N, BLOCK_V] float32 in base 2, ``log2(e) * z``: the matmul accumulates in float32 (float32 inputs are
-multiplied exactly, without TF32), then bias and soft-cap, and nothing is rounded in between. A logit of -inf counts as
-`FORBIDDEN`, -1e30 in base e: finite, so that ``0 * FORBIDDEN`` is 0. Classes beyond the last lie lower still.
+multiplied exactly, without TF32) from the bias on, then the soft-cap, and nothing is rounded in between. A logit of
+-inf counts as `FORBIDDEN`, -1e30 in base e: finite, so that ``0 * FORBIDDEN`` is 0. Classes beyond the last lie lower
+still. On Hopper and later TMA copies the 16-bit matrices of a matmul, so that their addresses take no registers beside
+two tiles of logits.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fusedmm.kernels.distillation.config import Pass, has_descriptors, tile_config
+from fusedmm.kernels.launch import LaunchConfig
 from fusedmm.kernels.softmax import LOG2_E
 
 FORBIDDEN = tl.constexpr(-1.4426950408889634e30)
+LOWEST = tl.constexpr(-1e30)  # the same in base e
+MISSING = tl.constexpr(-2e30)  # of a class beyond the last, in base e
 
 
 class HeadTensors(NamedTuple):
@@ -31,11 +39,14 @@ class HeadTensors(NamedTuple):
     bias: torch.Tensor | None
     softcap: float | None
 
-    def arguments(self, role: str) -> dict[str, object]:
-        """Launch arguments under the names ``<role>_ptr``, ``<role>_weight_ptr`` and so on."""
-        source = self.source if self.source.stride(-1) == 1 else self.source.contiguous()
-        weight = self.weight if self.weight is None or self.weight.stride(-1) == 1 else self.weight.contiguous()
-        return {
+    def arguments(self, role: str, num_classes: int = 0, box: Mapping[str, int] | None = None) -> dict[str, object]:
+        """Launch arguments under the names ``<role>_ptr``, ``<role>_weight_ptr`` and so on.
+
+        With the tile sizes of a `box` the matrices of a head with a weight are tensor descriptors, which give 0 beyond
+        the last row and beyond `num_classes`.
+        """
+        source, weight = _dense(self.source), None if self.weight is None else _dense(self.weight)
+        arguments: dict[str, object] = {
             f"{role}_ptr": source,
             f"{role}_weight_ptr": weight,
             f"{role}_bias_ptr": None if self.bias is None else self.bias.contiguous(),
@@ -44,6 +55,24 @@ class HeadTensors(NamedTuple):
             f"{role}_size_d": 0 if weight is None else weight.shape[1],
             f"{role}_softcap": self.softcap,
         }
+        if box is not None and weight is not None:
+            arguments[f"{role}_ptr"] = TensorDescriptor.from_tensor(source, [box["BLOCK_N"], box["BLOCK_D"]])
+            arguments[f"{role}_weight_ptr"] = TensorDescriptor.from_tensor(
+                weight[:num_classes], [box["BLOCK_V"], box["BLOCK_D"]]
+            )
+        return arguments
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether tensor descriptors can serve: rows that do not overlap start at multiples of 16 bytes."""
+        return self.weight is None or all(
+            x.data_ptr() % 16 == 0 and x.stride(0) >= x.shape[1] and x.stride(0) * x.element_size() % 16 == 0
+            for x in (_dense(self.source), _dense(self.weight))
+        )
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def shares_weight(student: HeadTensors, teacher: HeadTensors) -> bool:
@@ -54,6 +83,28 @@ def shares_weight(student: HeadTensors, teacher: HeadTensors) -> bool:
     return a is b or (
         a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
     )
+
+
+def launch_heads(
+    student: HeadTensors, teacher: HeadTensors, *, arch: str, kind: Pass, num_classes: int, columns: int
+) -> tuple[LaunchConfig, dict[str, object]]:
+    """Tiles of a pass over `columns` of the `num_classes` classes of both heads, and the launch arguments that say
+    where their logits come from.
+    """
+    heads = (student, teacher)
+    traits = {
+        "has_matmul": any(head.weight is not None for head in heads),
+        "is_float32": any(head.source.dtype == torch.float32 for head in heads),
+        "is_aligned": all(head.is_aligned for head in heads),
+    }
+    is_shared = shares_weight(student, teacher)
+    config = tile_config(arch, columns, kind=kind, is_shared=is_shared, **traits)
+    box = config.blocks if has_descriptors(arch, **traits) else None
+    return config, {
+        **student.arguments("student", num_classes, box),
+        **teacher.arguments("teacher", num_classes, box),
+        "IS_SHARED": is_shared,
+    }
 
 
 @triton.jit
@@ -77,32 +128,111 @@ def logit_slabs(
     student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
     teacher_ptr, teacher_weight_ptr, teacher_bias_ptr,
     teacher_stride_n, teacher_weight_stride_v, teacher_size_d, teacher_softcap,
-    offs_n, first_v, num_classes,
+    first_n, num_rows, first_v, num_classes,
     IS_SHARED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SLABS: tl.constexpr,
 ):  # fmt: skip
     """Slabs of the tiles of student and teacher: tuples of [BLOCK_N, BLOCK_V // SLABS].
 
-    Rows `offs_n` must exist; classes from `first_v` may lie beyond `num_classes`.
+    Rows from `first_n` may lie beyond `num_rows`, and hold anything; classes from `first_v` beyond `num_classes`.
     """
-    offs_v = first_v + tl.arange(0, BLOCK_V)
     if IS_SHARED:
         student, teacher = _shared_matmul(
-            student_ptr, teacher_ptr, student_weight_ptr, student_stride_n, teacher_stride_n, student_weight_stride_v,
-            student_size_d, offs_n, offs_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
+            student_ptr, student_bias_ptr, teacher_ptr, teacher_bias_ptr, student_weight_ptr,
+            student_stride_n, teacher_stride_n, student_weight_stride_v, student_size_d,
+            first_n, num_rows, first_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
+        students = _finish(slabs(student, SLABS), student_softcap, num_classes - first_v)
     else:
-        student = head_tile(
-            student_ptr, student_weight_ptr, student_stride_n, student_weight_stride_v, student_size_d,
-            offs_n, offs_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
+        student = _pair_tile(
+            student_ptr, student_weight_ptr, student_bias_ptr, student_stride_n, student_weight_stride_v,
+            student_size_d, first_n, num_rows, first_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
-        teacher = head_tile(
-            teacher_ptr, teacher_weight_ptr, teacher_stride_n, teacher_weight_stride_v, teacher_size_d,
-            offs_n, offs_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
+        students = _finish(slabs(student, SLABS), student_softcap, num_classes - first_v)
+        teacher = _pair_tile(
+            teacher_ptr, teacher_weight_ptr, teacher_bias_ptr, teacher_stride_n, teacher_weight_stride_v,
+            teacher_size_d, first_n, num_rows, first_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
-    return (
-        _finish_slabs(slabs(student, SLABS), student_bias_ptr, student_softcap, first_v, num_classes),
-        _finish_slabs(slabs(teacher, SLABS), teacher_bias_ptr, teacher_softcap, first_v, num_classes),
-    )
+    return students, _finish(slabs(teacher, SLABS), teacher_softcap, num_classes - first_v)
+
+
+@triton.jit
+def _rows_of(source, stride, first, count, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What `_load_rows` needs of a matrix: its descriptor, or pointers [BLOCK, BLOCK_D] to rows that exist."""
+    if isinstance(source, tl.tensor_descriptor):
+        return source
+    else:
+        rows = tl.minimum(first + tl.arange(0, BLOCK), count - 1).to(tl.int64)
+        return source + rows[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def _load_rows(source, first, first_d, size_d, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D] of a matrix from column `first_d`; columns from `size_d` on are 0."""
+    if isinstance(source, tl.tensor_descriptor):
+        return source.load([first, first_d])
+    else:
+        return tl.load(source + first_d, mask=(first_d + tl.arange(0, BLOCK_D) < size_d)[None, :], other=0.0)
+
+
+@triton.jit
+def _bias_tile(bias_ptr, first_n, first_v, num_classes, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """[BLOCK_N, BLOCK_V] float32 for logits to be added to: the bias, or 0, and `MISSING` where no class is.
+
+    Matmuls start from it, because registers are free then: after them each column's bias and mask would take one.
+    The rows differ in a 0 that the compiler cannot see: where it copies one accumulator's register to that of another
+    row, ptxas waits for each product before it starts the next (C7514).
+    """
+    offs_v = first_v + tl.arange(0, BLOCK_V)
+    mask_v = offs_v < num_classes
+    bias = tl.zeros([BLOCK_V], tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+        bias = tl.maximum(bias, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    zero = tl.minimum(first_n + tl.arange(0, BLOCK_N), 0).to(tl.float32)
+    return tl.where(mask_v, bias, MISSING)[None, :] + zero[:, None]
+
+
+@triton.jit
+def _pair_tile(
+    source_ptr, weight_ptr, bias_ptr, stride_n, weight_stride_v, size_d, first_n, num_rows, first_v, num_classes,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_N, BLOCK_V] logits of one head, float32."""
+    acc = _bias_tile(bias_ptr, first_n, first_v, num_classes, BLOCK_N, BLOCK_V)
+    if weight_ptr is None:
+        mask = (first_v + tl.arange(0, BLOCK_V) < num_classes)[None, :]
+        sources = _rows_of(source_ptr, stride_n, first_n, num_rows, BLOCK_N, BLOCK_V)
+        z = acc + tl.load(sources + first_v, mask=mask, other=0.0).to(tl.float32)
+        return tl.where(mask, tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL), MISSING)
+    else:
+        sources = _rows_of(source_ptr, stride_n, first_n, num_rows, BLOCK_N, BLOCK_D)
+        weights = _rows_of(weight_ptr, weight_stride_v, first_v, num_classes, BLOCK_V, BLOCK_D)
+        for first_d in range(0, size_d, BLOCK_D):
+            source = _load_rows(sources, first_n, first_d, size_d, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            weight = _load_rows(weights, first_v, first_d, size_d, BLOCK_D)  # [BLOCK_V, BLOCK_D]
+            acc = tl.dot(source, weight.T, acc, input_precision="ieee")
+        return acc
+
+
+@triton.jit
+def _shared_matmul(
+    student_ptr, student_bias_ptr, teacher_ptr, teacher_bias_ptr, weight_ptr,
+    student_stride_n, teacher_stride_n, weight_stride_v, size_d,
+    first_n, num_rows, first_v, num_classes, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Both matmuls in one sweep over a weight that the heads share."""
+    students = _rows_of(student_ptr, student_stride_n, first_n, num_rows, BLOCK_N, BLOCK_D)
+    teachers = _rows_of(teacher_ptr, teacher_stride_n, first_n, num_rows, BLOCK_N, BLOCK_D)
+    weights = _rows_of(weight_ptr, weight_stride_v, first_v, num_classes, BLOCK_V, BLOCK_D)
+    student_acc = _bias_tile(student_bias_ptr, first_n, first_v, num_classes, BLOCK_N, BLOCK_V)
+    teacher_acc = _bias_tile(teacher_bias_ptr, first_n, first_v, num_classes, BLOCK_N, BLOCK_V)
+    for first_d in range(0, size_d, BLOCK_D):
+        weight = _load_rows(weights, first_v, first_d, size_d, BLOCK_D).T  # [BLOCK_D, BLOCK_V]
+        student = _load_rows(students, first_n, first_d, size_d, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        teacher = _load_rows(teachers, first_n, first_d, size_d, BLOCK_D)
+        student_acc = tl.dot(student, weight, student_acc, input_precision="ieee")
+        teacher_acc = tl.dot(teacher, weight, teacher_acc, input_precision="ieee")
+    return student_acc, teacher_acc
 
 
 @triton.jit
@@ -142,34 +272,6 @@ def head_tile(
 
 
 @triton.jit
-def _shared_matmul(
-    student_ptr, teacher_ptr, weight_ptr, student_stride_n, teacher_stride_n, weight_stride_v,
-    size_d, offs_n, offs_v, num_classes, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Both matmuls in one sweep over a weight that the heads share."""
-    offs_d = tl.arange(0, BLOCK_D)
-    safe_v = tl.minimum(offs_v, num_classes - 1).to(tl.int64)
-    student_ptrs = student_ptr + offs_n.to(tl.int64)[:, None] * student_stride_n + offs_d[None, :]
-    teacher_ptrs = teacher_ptr + offs_n.to(tl.int64)[:, None] * teacher_stride_n + offs_d[None, :]
-    weight_ptrs = weight_ptr + safe_v[None, :] * weight_stride_v + offs_d[:, None]
-    student_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    teacher_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    for first in range(0, size_d, BLOCK_D):
-        mask_d = first + offs_d < size_d
-        weight = tl.load(weight_ptrs, mask=mask_d[:, None], other=0.0)  # [BLOCK_D, BLOCK_V]
-        student_acc = tl.dot(
-            tl.load(student_ptrs, mask=mask_d[None, :], other=0.0), weight, student_acc, input_precision="ieee"
-        )
-        teacher_acc = tl.dot(
-            tl.load(teacher_ptrs, mask=mask_d[None, :], other=0.0), weight, teacher_acc, input_precision="ieee"
-        )
-        student_ptrs += BLOCK_D
-        teacher_ptrs += BLOCK_D
-        weight_ptrs += BLOCK_D
-    return student_acc, teacher_acc
-
-
-@triton.jit
 def slabs(x, SLABS: tl.constexpr):
     """Tuple of `SLABS` neighbouring parts of a tile's columns: registers are only renamed, and what is computed from
     one part is gone before the next.
@@ -192,17 +294,6 @@ def after(x, row):
 
 
 @triton.jit
-def _finish_slabs(parts, bias_ptr, softcap, first_v, num_classes):
-    """`finish` of every slab."""
-    width: tl.constexpr = parts[0].shape[1]
-    first = (finish(parts[0], bias_ptr, softcap, first_v + tl.arange(0, width), num_classes),)
-    if len(parts) == 1:
-        return first
-    else:
-        return first + _finish_slabs(parts[1:], bias_ptr, softcap, first_v + width, num_classes)
-
-
-@triton.jit
 def finish(z, bias_ptr, softcap, offs_v, num_classes):
     """Bias, soft-cap, base 2 and the classes that do not exist; a NaN stays one."""
     mask_v = offs_v < num_classes
@@ -212,3 +303,17 @@ def finish(z, bias_ptr, softcap, offs_v, num_classes):
         z = softcap * (2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0)
     z = tl.maximum(z * LOG2_E, FORBIDDEN, propagate_nan=tl.PropagateNan.ALL)
     return z + tl.where(mask_v, 0.0, 2.0 * FORBIDDEN)[None, :]
+
+
+@triton.jit
+def _finish(parts, softcap, num_classes):
+    """Soft-cap and base 2 of every slab; a NaN stays one, and what is `MISSING` too."""
+    z = parts[0]
+    if softcap is not None:  # noqa: SIM102 (the inner one is a branch for every slab, see `tile_state`)
+        if num_classes > 0:
+            z = tl.where(z == MISSING, z, softcap * (2.0 * tl.sigmoid(z * (2.0 / softcap)) - 1.0))
+    first = (tl.maximum(z, MISSING, propagate_nan=tl.PropagateNan.ALL) * LOG2_E,)
+    if len(parts) == 1:
+        return first
+    else:
+        return first + _finish(parts[1:], softcap, num_classes - z.shape[1])
