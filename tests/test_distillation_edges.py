@@ -238,3 +238,22 @@ def test_either_way_of_few_logits(
     for exact, found in zip(*results, strict=True):
         error, size = (torch.linalg.vector_norm(x, dim=-1) for x in (found - exact, exact))
         assert float((error / (size + 1e-9)).max()) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("impl", "temperature"),
+    [("reference", 0.5), ("eager", 0.5), ("eager", 1.0), ("eager", 2.0), ("triton", 1.0), ("triton", 2.0)],
+)
+def test_a_rest_of_forbidden_classes_is_as_unlikely_as_they_are(
+    impl: str, temperature: float, device: torch.device
+) -> None:
+    """All that a top-k teacher leaves out has -inf: 1e30 / temperature times the mass it leaves."""
+    values = draw(3, 7)
+    values[:, [2, 5]] = -torch.inf
+    indices = torch.tensor([[0, 1, 3, 4, 6]]).expand(3, -1)
+    teacher = TopKLogProbs(indices.to(device), torch.full((3, 5), 0.15, device=device).log())
+    student = Logits(values.to(device))
+    loss = distillation_loss(student, teacher, temperature=temperature, impl=impl)
+    assert float(loss) == pytest.approx(0.25e30 * temperature, rel=1e-5)
+    scores = distillation_scores(student, teacher, temperature=temperature, impl=impl)
+    assert scores.forward_kl.tolist() == pytest.approx([0.25e30 / temperature] * 3, rel=1e-5)

@@ -250,7 +250,7 @@ def with_bucket(z: Tensor, teacher: TopKLogProbs, shard: Shard) -> tuple[Tensor,
     """
     indices, top = teacher.indices, z.gather(1, teacher.indices)
     log_probs = teacher.log_probs.double().clamp_min(FINITE_MINIMUM)
-    others = z.scatter_(1, indices, FINITE_MINIMUM)
+    others = z.scatter_(1, indices, -math.inf)  # below what -inf counts as, which a temperature divides
     if indices.shape[1] == z.shape[1]:
         return top, (log_probs * LOG2_E).to(z.dtype), others
     largest = others.amax(-1, keepdim=True)
