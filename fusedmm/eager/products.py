@@ -45,18 +45,25 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None, scale: float = 1.0
         return torch.addmm(out, a, b, beta=float(add), alpha=scale, out=out)
     # It wants the left operand in rows and gives rows; the right one it lays out anew in any case.
     if out is None:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-        return product
+        return _linear(a, b.t())
     if out.stride(0) == 1 or (a.stride(1) != 1 and out.numel() < a.numel()):
         left, right, target = b.t(), a, out.t()
     else:
         left, right, target = a, b.t(), out
-    product = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    product = _linear(left, right)
     if add:
         target.add_(product, alpha=scale)
     else:
         torch.mul(product, scale, out=target)
     return out
+
+
+def _linear(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right.t()`` by oneDNN, which takes a loop a thousand times slower where the right one has gaps."""
+    if not (right.is_contiguous() or right.t().is_contiguous()):
+        right = right.contiguous()
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    return product
 
 
 def _suits_onednn(a: Tensor, b: Tensor) -> bool:
