@@ -137,14 +137,14 @@ def _attention_backward_key_value_config(
     head_dim: int, dtype: torch.dtype, arch: str, mean_keys: int, *, spans: bool, visible: bool, dropout: bool
 ) -> LaunchConfig:
     """Tiles of the backward for keys and values, where a segment, or with ``spans`` a sample, has ``mean_keys`` keys
-    on average. With ``dropout``, whose counters need registers and take most of the time, tiles have fewer queries."""
+    on average. Dropout, whose counters need registers and take most of the time, gets fewer queries a tile."""
     block_d = head_block(head_dim)
     block_q, block_k, num_warps, num_stages = _TABLE["key_value", dtype.itemsize][arch][max(64, block_d)]
     if spans:
         block_q = min(block_q, _SPAN_QUERIES.get((arch, max(64, block_d)), 32))
         block_k = min(block_k, 64 if block_d <= 128 else 32)
-        num_stages = 1 if (visible or dropout) and block_d <= 64 else min(num_stages, 2)
-    if dropout or (spans and visible):
+        num_stages = 1 if (visible or dropout) and block_d <= 64 and arch == "sm_90" else min(num_stages, 2)
+    if (dropout and block_d <= 64) or (spans and visible):
         block_q = min(block_q, 32)
     if mean_keys <= SHORT_SEGMENT:
         block_k = min(block_k, SHORT_SEGMENT)
