@@ -257,3 +257,12 @@ def test_a_rest_of_forbidden_classes_is_as_unlikely_as_they_are(
     assert float(loss) == pytest.approx(0.25e30 * temperature, rel=1e-5)
     scores = distillation_scores(student, teacher, temperature=temperature, impl=impl)
     assert scores.forward_kl.tolist() == pytest.approx([0.25e30 / temperature] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_of_equal_classes_a_top_k_teacher_means_the_first_it_names(impl: str, device: torch.device) -> None:
+    values = torch.zeros(3, 12)
+    values[[0, 1, 2], [5, 2, 9]] = 4.0
+    teacher = TopKLogProbs(torch.tensor([[5, 2, 9]] * 3).to(device), torch.tensor([[-1.0, -1.0, -2.0]] * 3).to(device))
+    scores = distillation_scores(Logits(values.to(device)), teacher, impl=impl)
+    assert scores.agreement.tolist() == [1.0, 0.0, 0.0]

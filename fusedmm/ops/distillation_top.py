@@ -26,6 +26,7 @@ class TopRows:
         student: head as kernels take it.
         classes: [N, K] int32, ascending in each row.
         log_probs: [N, K] of these classes.
+        likeliest: [N] the teacher's most likely class; of equals the one that it names first.
         labels: [N], or None.
         temperature: [N] float32, or None for the objective's.
         objective: the rest.
@@ -34,6 +35,7 @@ class TopRows:
     student: "HeadTensors"
     classes: Tensor
     log_probs: Tensor
+    likeliest: Tensor
     labels: Tensor | None
     temperature: Tensor | None
     objective: Objective
@@ -50,7 +52,8 @@ class TopRows:
         """A problem from what a user gives: top-k classes in any order."""
         classes, order = teacher.indices.sort(-1)
         log_probs = teacher.log_probs.gather(1, order)
-        return cls(student, classes.to(torch.int32), log_probs, labels, temperature, objective)
+        likeliest = teacher.indices.gather(1, teacher.log_probs.argmax(-1, keepdim=True))[:, 0]
+        return cls(student, classes.to(torch.int32), log_probs, likeliest, labels, temperature, objective)
 
     def cut(self, rows: slice) -> "TopRows":
         """Rows of these."""
@@ -59,6 +62,7 @@ class TopRows:
             student=self.student._replace(source=self.student.source[rows]),
             classes=self.classes[rows],
             log_probs=self.log_probs[rows],
+            likeliest=self.likeliest[rows],
             labels=None if self.labels is None else self.labels[rows],
             temperature=None if self.temperature is None else self.temperature[rows],
         )
@@ -77,12 +81,11 @@ class TopRows:
         gradient = replace(buckets, objective=replace(buckets.objective, beta=0.0))
         squares = gradient.unit_gradient(gradient.losses()[1]).square()
         squares[:, count:] *= alone[7, :, None]  # the bucket's gradient lies on its classes by their shares
-        best = self.classes.gather(1, self.log_probs.argmax(-1, keepdim=True))[:, 0]
         for name, value in (
             ("student_entropy", alone[0]),
             ("student_confidence", alone[1]),
             ("teacher_confidence", alone[2]),
-            ("agreement", alone[3] == best),
+            ("agreement", alone[3] == self.likeliest),
             ("grad_norm", squares.sum(-1).sqrt()),
             ("student_nll", alone[4]),
             ("el2n", alone[5]),
