@@ -46,7 +46,7 @@ def tile_config(
     if has_descriptors(arch, has_matmul=has_matmul, is_float32=is_float32, is_aligned=is_aligned):
         return _config(128, 128, 128, slabs=8, num_warps=8, num_stages=2 if is_shared else 3)
     if not is_aligned:  # loads of 2 bytes, each with an address of its own
-        return _config(32, 64, 64, slabs=8 if kind == "mixture" else 4, num_warps=4, num_stages=2)
+        return _config(32, 64, 32, slabs=8 if kind == "mixture" else 4, num_warps=4, num_stages=2)
     if arch == "gfx942":
         return _config(64, 64, 64, slabs=4, num_warps=4, num_stages=2)
     if kind == "scores":  # two rows a thread, not four: 22 numbers of each
