@@ -129,6 +129,7 @@ def run_rank(rank: int, store: str) -> None:
     check_sharded_weight_is_gathered(rank)
     check_rows_selected_over_ranks(rank, group)
     check_score_log_is_shared(rank, group)
+    dist.barrier()  # no rank leaves while another still talks to it
     dist.destroy_process_group()
 
 
