@@ -101,3 +101,14 @@ def test_forward_mode_is_refused_where_it_would_lose_tangents() -> None:
             with pytest.raises(NotImplementedError, match="jvp"):
                 fusedmm.distillation_loss(fusedmm.LinearHead(dual[:, 0], key[:, 0]), head, memory=memory)
         assert attend(query, key, value, layout).output.shape == query.shape
+
+
+def test_gradients_have_the_strides_that_their_fakes_promise() -> None:
+    """Whatever those of the inputs and of the gradient from upstream."""
+    layout = layout_of("ragged")
+    inputs = [x.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0).requires_grad_() for x in leaves(layout)]
+    opening = inputs[0].detach().requires_grad_()
+    output = attend(*inputs, layout, output_gate=opening).output
+    assert output.is_contiguous()
+    gradients = torch.autograd.grad(output, [*inputs, opening], torch.ones_like(opening))
+    assert all(gradient.is_contiguous() for gradient in gradients)

@@ -219,7 +219,7 @@ def _eager_backward(
     grad_output_gate = query.new_empty((0,))
     if problem.output_gate is not None:
         opened = torch.sigmoid(problem.output_gate.to(grad.dtype))
-        grad_output_gate = (inner * (1 - opened)).to(query.dtype)
+        grad_output_gate = (inner * (1 - opened)).to(query.dtype).contiguous()
         grad = grad * opened
     exact = eager.backward(inputs, problem.softmax, grad, grad_mass, grad_lse, inner.sum(-1), mass, lse)
     grad_query, grad_key, grad_value = (gradient.to(query.dtype) for gradient in exact[:3])
