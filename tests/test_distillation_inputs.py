@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedmm import LinearHead, Logits, distillation_loss, distillation_scores
+from fusedmm import LinearHead, Logits, TopKLogProbs, distillation_loss, distillation_scores
 
 IMPLEMENTATIONS = ("eager", "triton")
 
@@ -113,3 +113,12 @@ def test_scores_of_an_ignored_row_are_0_whatever_it_holds(impl: str, device: tor
     for name, field in distillation_scores(student, teacher, labels, impl=impl)._asdict().items():
         assert field is None or field[1] == 0, name
         assert field is None or torch.isfinite(field).all(), name
+
+
+def test_what_a_newcomer_gets_wrong_is_named() -> None:
+    student, teacher = heads()
+    with pytest.raises(TypeError, match=r"student.weight must be a tensor, got Linear. Use LinearHead\(hidden, linear"):
+        distillation_loss(LinearHead(student.hidden, torch.nn.Linear(16, 5)), teacher)
+    top = torch.randn(4, 5).log_softmax(-1).topk(2)  # values first, as torch.topk returns them
+    with pytest.raises(TypeError, match=r"indices must be int64, got float32. Use TopKLogProbs\(indices, log_probs\)"):
+        distillation_scores(student, TopKLogProbs(*top))

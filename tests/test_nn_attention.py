@@ -157,6 +157,10 @@ def test_importance_survives_a_cast_and_extreme_scores() -> None:
     torch.testing.assert_close(gate.importance_loss(prior, scores), expected, rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match=r"ModalityGate: temperature must be positive, got 0"):
         gate.importance_loss(prior, scores, temperature=0)
+    with pytest.raises(fusedmm.ShapeError, match=r"importance_loss: log_prior must have 3 dimensions"):
+        gate.importance_loss(scores, scores)
+    with pytest.raises(fusedmm.ShapeError, match=r"ModalityGate.update: .* Use scores\[query_mask\]"):
+        gate.update(scores[None])
 
 
 def test_a_switched_off_modality_is_not_read(batch) -> None:
@@ -249,3 +253,8 @@ def test_what_a_newcomer_gets_wrong_is_named(batch) -> None:
         layer(query, tokens, times=batch["times"], query_time=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(TypeError, match="mask"):
         layer(query, tokens, mask=batch["masks"])
+    with pytest.raises(TypeError, match=r"modalities must map names to token widths, got list\. Pass the module's"):
+        MultimodalBatch.build(query, tokens, list(WIDTHS))
+    packed = MultimodalBatch.build(query, tokens, WIDTHS)
+    with pytest.raises(fusedmm.ShapeError, match=r"the shape that the batch was built with, \[3, 4\], got \[4, 3\]"):
+        layer(query.reshape(4, 3, 64), packed)

@@ -82,6 +82,11 @@ class MultimodalBatch:
     ) -> "MultimodalBatch":
         """Pack a batch; waits once for the GPU where masks are given.
 
+        For the layers of one step, which then pack nothing themselves::
+
+            batch = MultimodalBatch.build(query, tokens, attention.modalities, masks=masks)
+            output, mass = attention(query, batch)
+
         Args:
             query: [B, Lq, E] padded, or a jagged nested tensor.
             tokens: for each modality its name and [B, Lm, Em], or a jagged nested tensor; a modality that is left out
@@ -98,6 +103,11 @@ class MultimodalBatch:
             ValueError: for an unknown modality, or times for some modalities only.
             ShapeError, TypeError: for shapes and dtypes that do not fit.
         """
+        if not isinstance(modalities, Mapping):
+            raise TypeError(
+                f"{OP}: modalities must map names to token widths, got {type(modalities).__name__}. "
+                "Pass the module's `modalities`."
+            )
         masks, times = masks or {}, times or {}
         absent = [name for name, x in tokens.items() if x is None]
         if absent:
@@ -162,7 +172,15 @@ class MultimodalBatch:
         return cls(layout, packed, key_source, active, query_slots, shape)
 
     def pack_query(self, query: Tensor, width: int | None = None) -> Tensor:
-        """[B, Lq, E] or nested to [total_q, E]; packed queries pass. ShapeError where E is not ``width``, if given."""
+        """[B, Lq, E] or nested to [total_q, E]; packed queries pass.
+
+        ShapeError where B and Lq are not those that the batch was built with, or E is not ``width``, if given.
+        """
+        if query.ndim == 3 and not query.is_nested and tuple(query.shape[:2]) != self.query_shape:
+            raise ShapeError(
+                f"{OP}: query must have the shape that the batch was built with, {list(self.query_shape)}, got "
+                f"{list(query.shape[:2])}. Build a batch for this query."
+            )
         rows = query.values() if query.is_nested else query.flatten(0, -2)
         if width not in (None, rows.shape[-1]):
             raise ShapeError(f"{OP}: query must have width {width}, the module's embed_dim, got {rows.shape[-1]}.")

@@ -6,7 +6,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from fusedmm.shapes import check_shapes
+from fusedmm.shapes import ShapeError, check_shapes
 
 MIN_SCORE = 1e-12  # nats; a score below counts as this in shares of importance
 
@@ -104,6 +104,11 @@ class ModalityGate(nn.Module):
         """Take in scores [N, M] of `fusedmm.modality_scores`; under data parallelism give all ranks the same
         (all-reduced) scores.
         """
+        if scores.ndim > 2:
+            raise ShapeError(
+                f"ModalityGate.update: scores must be [row, {self.num_modalities}], got shape {list(scores.shape)}. "
+                "Use scores[query_mask], or scores.flatten(0, 1) where every row counts."
+            )
         check_shapes("ModalityGate.update", {"scores": (scores, ("row", self.num_modalities))})
         if scores.shape[0] == 0:
             return
@@ -140,5 +145,12 @@ class ModalityGate(nn.Module):
         """
         if not temperature > 0:
             raise ValueError(f"ModalityGate: temperature must be positive, got {temperature}.")
+        check_shapes(
+            "ModalityGate.importance_loss",
+            {
+                "log_prior": (log_prior, ("row", "head", self.num_modalities)),
+                "scores": (scores, ("row", self.num_modalities)),
+            },
+        )
         target = torch.softmax(scores.detach().float().clamp_min(MIN_SCORE).log() / temperature, -1)
         return -(target[:, None] * torch.log_softmax(log_prior, -1)).sum(-1).mean()

@@ -134,6 +134,11 @@ def _localize(op: str, role: str, head: Head) -> tuple[Head, int | None]:
         return head, None
     size = None
     hidden, weight, bias = head.hidden, head.weight, head.bias
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"{op}: {role}.weight must be a tensor, got {type(weight).__name__}. "
+            "Use LinearHead(hidden, linear.weight, linear.bias)."
+        )
     if isinstance(hidden, DTensor):
         hidden = hidden.to_local()
     if isinstance(weight, DTensor):
@@ -166,7 +171,9 @@ def _local(parameter: Tensor, gather: bool) -> Tensor:
 def _check_dtypes(op: str, student: Head, teacher: Teacher, labels: Tensor | None, temperature: Tensor | None) -> None:
     for role, head in (("student", student), ("teacher", teacher)):
         if isinstance(head, TopKLogProbs):
-            check_dtype(op, f"{role}.indices", head.indices, (torch.int64,), ". Use indices.to(torch.int64).")
+            swapped = head.indices.is_floating_point() and head.log_probs.dtype == torch.int64
+            advice = "TopKLogProbs(indices, log_probs)" if swapped else "indices.to(torch.int64)"
+            check_dtype(op, f"{role}.indices", head.indices, (torch.int64,), f". Use {advice}.")
             check_dtype(op, f"{role}.log_probs", head.log_probs, FLOATS, ". They are natural logarithms.")
             if head.log_probs.requires_grad:
                 raise ValueError(
