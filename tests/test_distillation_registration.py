@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fusedmm import LinearHead, Logits, ShapeError, TopKLogProbs, distillation_loss, distillation_scores
 from fusedmm.eager import waves
@@ -215,3 +216,26 @@ def test_kernels_run_on_the_gpu_of_their_tensors() -> None:
         for device in ("cuda:0", "cuda:1")
     )
     assert torch.equal(here.forward_kl.cpu(), there.forward_kl.cpu())
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_function_mode_and_a_tracer_see_the_operators() -> None:
+    student, weight, teacher = torch.randn(4, 8), torch.randn(5, 8), LinearHead(torch.randn(4, 8), torch.randn(5, 8))
+    seen = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(getattr(function, "__name__", ""))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        distillation_scores(LinearHead(student, weight), teacher)
+    assert "distillation_scores" in seen
+
+    def rows(hidden: Tensor) -> Tensor:
+        return distillation_loss(LinearHead(hidden, weight), teacher, reduction="none")
+
+    traced = torch.jit.trace(rows, student, check_trace=False)
+    assert "fusedmm::distillation_rows" in {node.kind() for node in traced.graph.nodes()}
+    other = 100 * student  # saturated rows, for which eager takes another branch
+    assert torch.equal(traced(other), rows(other))

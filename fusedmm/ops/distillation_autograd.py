@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from fusedmm.ops.distillation_op import TENSORS, below_autograd, is_watched, library
+from fusedmm.ops.dispatch import is_watched
+from fusedmm.ops.distillation_op import TENSORS, below_autograd, library
 
 
 class _Fast(torch.autograd.Function):
@@ -133,7 +134,7 @@ def _rows(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def call(name: str, *arguments: Any) -> Any:
     """What ``torch.ops.fusedmm.<name>`` gives."""
-    if is_watched(arguments):
+    if is_watched(arguments[:TENSORS]):
         return getattr(torch.ops.fusedmm, name)(*arguments)
     return _AUTOGRAD[name](*arguments)
 

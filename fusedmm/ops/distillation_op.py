@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
-from torch.nn import Parameter
 
 from fusedmm.eager import distillation as eager
 from fusedmm.eager import distillation_scores as eager_scores
 from fusedmm.eager.shard import Shard
 from fusedmm.heads import Head, LinearHead, Logits, Teacher, TopKLogProbs
-from fusedmm.ops.attention_op import without_autocast
+from fusedmm.ops.dispatch import is_watched, without_autocast
 from fusedmm.ops.distillation_inputs import Inputs
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -211,19 +210,9 @@ def below_autograd(name: str, arguments: tuple[Any, ...]) -> Any:
     call, as that takes as long as a small problem.
     """
     with torch._C._AutoDispatchBelowAutograd():
-        if is_watched(arguments):
+        if is_watched(arguments[:TENSORS]):
             return getattr(torch.ops.fusedmm, name)(*arguments)
         return _IMPLEMENTATIONS[name](*arguments)
-
-
-def is_watched(arguments: tuple[Any, ...]) -> bool:
-    """Whether a call must go through the dispatcher."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(type(x) is not Tensor and type(x) is not Parameter for x in arguments[:TENSORS] if x is not None)
-    )
 
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {

@@ -1,0 +1,31 @@
+"""When the registered operators go through PyTorch's dispatcher: its way through two dozen arguments to Python and back
+takes as long as a small problem, and is taken only where someone is watching.
+"""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+
+def is_watched(arguments: Iterable[Any]) -> bool:
+    """Whether calls must show in the dispatcher: to the compiler, a mode, a transform, a tracer or a subclass of
+    Tensor.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._get_tracing_state() is not None
+        or any(isinstance(t, Tensor) and type(t) not in (Tensor, Parameter) for t in arguments)
+    )
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Autocast off, where it is on: entering costs as much as ten operators."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
