@@ -160,21 +160,6 @@ def read_compiled(name: str, arch: str, compiled: Any) -> KernelReport:
     )
 
 
-def ptxas_notes(compiled: Any) -> list[str]:
-    """What ptxas says about a kernel's PTX: spills, registers, and why it serialised wgmma (notes C7510 to C7519)."""
-    import triton
-
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas")
-    with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as ptx:
-        ptx.write(compiled.asm["ptx"])
-        ptx.flush()
-        arch = re.search(r"\.target\s+(\w+)", compiled.asm["ptx"])
-        command = [tool, "-v", f"--gpu-name={arch.group(1) if arch else 'sm_90a'}", "-o", os.devnull, ptx.name]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = (result.stdout + result.stderr).splitlines()
-    return [line for line in lines if any(word in line for word in ("wgmma", "spill", "register", "error"))]
-
-
 def _run_tool(tool: str, cubin: bytes, *arguments: str) -> str:
     import triton
 
