@@ -5,10 +5,12 @@ slabs, groups of programs, rows that do not count, a single class.
 import pytest
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedmm import LinearHead, TopKLogProbs, distillation_loss, distillation_scores
 from fusedmm.kernels.distillation.config import ROW_GROUP, tile_config, vocabulary_splits
 from fusedmm.kernels.distillation.state import SIZE_SCORES
+from fusedmm.kernels.distillation.tiles import HeadTensors, launch_heads
 from fusedmm.kernels.launch import ARCHITECTURES
 from fusedmm.ops import distillation_waves
 
@@ -159,3 +161,18 @@ def test_splits_fill_the_device_and_stay_small(rows: int, arch: str) -> None:
     splits = vocabulary_splits(arch, rows, 128256, config)
     assert 1 <= splits <= 128256 // config.blocks["BLOCK_V"]
     assert 4 * SIZE_SCORES.value * splits * rows <= 15 << 20
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_heads_without_rows_have_no_descriptors(arch: str, rows: int) -> None:
+    """TMA cannot describe an empty matrix; scores of no rows are no mistake."""
+    heads = [
+        HeadTensors(torch.zeros(rows, dim).bfloat16(), torch.zeros(40, dim).bfloat16(), None, None) for dim in (16, 24)
+    ]
+    _, arguments = launch_heads(*heads, arch=arch, kind="scores", num_classes=37, columns=37)
+    described = {name for name, argument in arguments.items() if isinstance(argument, TensorDescriptor)}
+    matrices = {f"{role}_{name}" for role in ("student", "teacher") for name in ("ptr", "weight_ptr")}
+    assert described == (matrices if rows else set())
+    if rows:
+        assert list(arguments["teacher_weight_ptr"].shape) == [37, 24]

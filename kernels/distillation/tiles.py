@@ -99,7 +99,8 @@ def launch_heads(
     }
     is_shared = shares_weight(student, teacher)
     config = tile_config(arch, columns, kind=kind, is_shared=is_shared, **traits)
-    box = config.blocks if has_descriptors(arch, **traits) else None
+    has_rows = student.source.shape[0] > 0  # nothing is launched without, and no descriptor is of nothing
+    box = config.blocks if has_rows and has_descriptors(arch, **traits) else None
     return config, {
         **student.arguments("student", num_classes, box),
         **teacher.arguments("teacher", num_classes, box),
