@@ -176,3 +176,18 @@ def test_heads_without_rows_have_no_descriptors(arch: str, rows: int) -> None:
     assert described == (matrices if rows else set())
     if rows:
         assert list(arguments["teacher_weight_ptr"].shape) == [37, 24]
+
+
+def test_alignment_is_that_of_the_rows_that_kernels_read() -> None:
+    """16 bytes are 8 bfloat16; of a transposed weight the dense copy counts."""
+    source = torch.zeros(4, 16).bfloat16()
+    weights = torch.zeros(40, 24).bfloat16()
+    for weight, expected in (
+        (weights[:, :16], True),
+        (weights[:, 4:20], False),
+        (torch.zeros(40, 20).bfloat16(), False),
+        (torch.zeros(16, 41).bfloat16().t(), True),
+        (torch.zeros(20, 40).bfloat16().t(), False),
+        (torch.zeros(1, 16).bfloat16().expand(40, 16), False),
+    ):
+        assert HeadTensors(source, weight, None, None).is_aligned == expected

@@ -65,10 +65,14 @@ class HeadTensors(NamedTuple):
     @property
     def is_aligned(self) -> bool:
         """Whether tensor descriptors can serve: rows that do not overlap start at multiples of 16 bytes."""
-        return self.weight is None or all(
-            x.data_ptr() % 16 == 0 and x.stride(0) >= x.shape[1] and x.stride(0) * x.element_size() % 16 == 0
-            for x in (_dense(self.source), _dense(self.weight))
-        )
+        return self.weight is None or (_is_aligned(self.source) and _is_aligned(self.weight))
+
+
+def _is_aligned(x: torch.Tensor) -> bool:
+    """Of what `_dense` gives, without copying it."""
+    stride = x.stride(0) if x.stride(-1) == 1 else x.shape[1]
+    starts_aligned = x.stride(-1) != 1 or x.data_ptr() % 16 == 0
+    return starts_aligned and stride >= x.shape[1] and stride * x.element_size() % 16 == 0
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
