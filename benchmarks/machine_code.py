@@ -67,6 +67,16 @@ class Instruction:
         """Labels that it may branch to."""
         return _TARGET.findall(self.operands) if self.base in _BRANCHES else []
 
+    @property
+    def falls_through(self) -> bool:
+        """Whether the next instruction may follow it.
+
+        A branch's condition is its predicate, or its first operand as in ``BRA.U UP0, L`` and ``BRA.DIV UR4, L``.
+        """
+        if self.predicate or self.base not in _BRANCHES | _ENDS:
+            return True
+        return self.base == "BRA" and "," in self.operands
+
 
 @dataclass(frozen=True)
 class Function:
@@ -99,8 +109,7 @@ class Function:
         for index, start in enumerate(starts):
             last = self.blocks[start][-1]
             following = [self.labels[label] for label in last.targets if label in self.labels]
-            unconditional = (last.base in _BRANCHES or last.base in _ENDS) and not last.predicate
-            if not unconditional and index + 1 < len(starts):
+            if last.falls_through and index + 1 < len(starts):
                 following.append(starts[index + 1])
             result[start] = tuple(dict.fromkeys(following))
         return result

@@ -182,6 +182,34 @@ def test_the_model_reads_a_main_loop() -> None:
     assert pipe_clocks(loop.mix) == {"issue": 6, "fma": 1, "alu": 0, "exponential": 16}
 
 
+UNIFORM_BRANCH = """
+.section .text.kernel,"ax"
+.L_x_0:
+        /*0000*/  BRA.U !UP0, `(.L_x_1) ;
+        /*0010*/  UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8], tmem[UR10], idesc[UR11], UPT ;
+.L_x_1:
+        /*0020*/  @P0 BRA `(.L_x_0) ;
+        /*0030*/  BRA `(.L_x_2) ;
+        /*0040*/  NOP ;
+.L_x_2:
+        /*0050*/  EXIT ;
+"""
+
+
+def test_a_branch_with_its_condition_among_its_operands_may_fall_through() -> None:
+    (function,) = parse_sass(UNIFORM_BRANCH)
+    assert function.successors == {
+        0x00: (0x20, 0x10),
+        0x10: (0x20,),
+        0x20: (0x00, 0x30),
+        0x30: (0x50,),
+        0x40: (0x50,),
+        0x50: (),
+    }
+    (loop,) = function.main_loops
+    assert [instruction.base for instruction in loop.steady_path] == ["BRA", "UTCHMMA", "BRA"]
+
+
 def test_a_gpu_case_says_why_it_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
