@@ -3,11 +3,11 @@
 import importlib.util
 import os
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 
 IMPLEMENTATIONS = ("auto", "triton", "reference", "eager")
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # not asked while torch.compile traces
 
 
 def resolve_impl(op: str, impl: str, device: torch.device, *, unsupported: Sequence[str] = ()) -> str:
@@ -40,16 +40,11 @@ def resolve_impl(op: str, impl: str, device: torch.device, *, unsupported: Seque
             f"Triton needs a GPU, the tensors are on {device} (set TRITON_INTERPRET=1 before importing triton to "
             "interpret kernels)"
         )
-    if not _has_triton():
+    if not HAS_TRITON:
         reasons.append("the package triton is not installed")
     if reasons:
         raise NotImplementedError(f'{op}: no Triton kernel for this call: {"; ".join(reasons)}. Pass impl="eager".')
     return "triton"
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:

@@ -79,6 +79,25 @@ def test_compiles_into_one_graph(memory: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_top_k_teachers_compile_into_one_graph(memory: str, impl: str) -> None:
+    def step(hidden: Tensor, weight: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
+        student, teacher = LinearHead(hidden, weight), TopKLogProbs(indices, log_probs)
+        loss = distillation_loss(student, teacher, beta=0.5, memory=memory, impl=impl)
+        return loss + distillation_scores(LinearHead(hidden.detach(), weight.detach()), teacher, impl=impl)[0].sum()
+
+    student, _, _ = heads(bias=False)
+    top = torch.log_softmax(torch.randn(6, 11), -1).topk(3)
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [student.hidden.clone().requires_grad_(), student.weight.clone().requires_grad_()]
+        loss = function(*leaves, top.indices, top.values)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_autocast_takes_heads_in_its_dtype() -> None:
     student, teacher, labels = heads()
     cast = [
