@@ -135,10 +135,10 @@ def static_line() -> str:
     version, rows = _static_rows()
     if not rows:
         return static_part()
-    spilling = sum(row.main_spills > 0 for row in rows)
+    spilling = sum(row.spills > 0 for row in rows)
     return (
         f"**Compiled for {STATIC_ARCH} by Triton {version}:** {len(rows)} kernels with matrix products, "
-        f"{spilling} of them with spills in the main loop (`python -m benchmarks static`)."
+        f"{spilling} of them with register spills (`python -m benchmarks static`)."
     )
 
 
@@ -224,7 +224,7 @@ def static_part() -> str:
         "",
     ]
     lines += [
-        "| kernel | registers | spills in the main loop | shared KiB | programs | wgmma in flight | modelled share |"
+        "| kernel | registers | spills | shared KiB | programs | wgmma in flight | modelled share |"
     ]
     return "\n".join([*lines, "|---|---|---|---|---|---|---|", *(_static_row(row) for row in _shown(rows))])
 
@@ -237,7 +237,7 @@ def _static_row(row: Row) -> str:
     flight = "-" if row.in_flight is None else f"{row.in_flight:.0%}"
     share = "-" if row.share is None else f"{row.share:.0%}"
     return (
-        f"| `{row.name}` | {row.registers} | {row.main_spills} | {row.shared / 1024:.0f} | {row.programs} "
+        f"| `{row.name}` | {row.registers} | {row.spills} | {row.shared / 1024:.0f} | {row.programs} "
         f"| {flight} | {share} |"
     )
 

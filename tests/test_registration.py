@@ -23,8 +23,8 @@ def leaves(layout: fusedmm.ModalityLayout, **options) -> list[torch.Tensor]:
     return [torch.randn(shape, device=device, requires_grad=True, **options) for shape in shapes]
 
 
-def loss(query, key, value, log_prior, layout) -> torch.Tensor:
-    result = fusedmm.gated_multimodal_attention(query, key, value, layout, log_prior=log_prior)
+def loss(query, key, value, log_prior, layout, impl="auto") -> torch.Tensor:
+    result = fusedmm.gated_multimodal_attention(query, key, value, layout, log_prior=log_prior, impl=impl)
     return result.output.square().sum() + result.mass[..., 0].sum()
 
 
@@ -57,11 +57,12 @@ def test_opcheck_of_both_operators(softmax: str, permuted: bool, device: torch.d
         torch.library.opcheck(torch.ops.fusedmm.attention_backward, (*backward, *detached))
 
 
-def test_compiles_to_one_graph_with_equal_gradients(device: torch.device) -> None:
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_compiles_to_one_graph_with_equal_gradients(impl: str, device: torch.device) -> None:
     layout = make_layout(3, 0, 5, device=device)
     tensors = leaves(layout)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    got, expected = compiled(*tensors, layout), loss(*tensors, layout)
+    got, expected = compiled(*tensors, layout, impl), loss(*tensors, layout, impl)
     torch.testing.assert_close(got, expected)
     for ours, theirs in zip(torch.autograd.grad(got, tensors), torch.autograd.grad(expected, tensors), strict=True):
         torch.testing.assert_close(ours, theirs)
