@@ -223,9 +223,7 @@ def static_part() -> str:
         f"**Compiled for {STATIC_ARCH} by Triton {version}** (`python -m benchmarks static`; the share is a model's)",
         "",
     ]
-    lines += [
-        "| kernel | registers | spills | shared KiB | programs | wgmma in flight | modelled share |"
-    ]
+    lines += ["| kernel | registers | spills | shared KiB | programs | wgmma in flight | modelled share |"]
     return "\n".join([*lines, "|---|---|---|---|---|---|---|", *(_static_row(row) for row in _shown(rows))])
 
 
