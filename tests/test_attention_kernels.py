@@ -189,10 +189,10 @@ def set_blocks(monkeypatch: pytest.MonkeyPatch, block_q: int, block_k: int, tail
         block_d = config_module.head_block(head_dim)
         return LaunchConfig({"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_D": block_d}, num_warps=4, num_stages=2)
 
-    def with_tail(head_dim: int, *_: object) -> LaunchConfig:
+    def with_tail(head_dim: int, *_: object, **__: object) -> LaunchConfig:
         return LaunchConfig({**config(head_dim).blocks, "BLOCK_TAIL": tail}, num_warps=4, num_stages=2)
 
-    def with_carry(head_dim: int, *_: object) -> LaunchConfig:
+    def with_carry(head_dim: int, *_: object, **__: object) -> LaunchConfig:
         blocks = {**with_tail(head_dim).blocks, "CARRY_SCORES": carry}
         return LaunchConfig(blocks, num_warps=4, num_stages=2)
 

@@ -151,7 +151,9 @@ def attention_backward(
         "HEAD_DIM": head_dim,
         "PRECISION": input_precision(query.dtype),
     }
-    query_config = _attention_backward_query_config(head_dim, query.dtype, arch, total_q // max(batch, 1))
+    query_config = _attention_backward_query_config(
+        head_dim, query.dtype, arch, total_q // max(batch, 1), dropout=seed is not None
+    )
     block_q = query_config.blocks["BLOCK_Q"]
     splits = key_splits(total_q, key.shape[0], batch, num_heads, block_q, multiprocessors(query.device))
     total_k = key.shape[0]

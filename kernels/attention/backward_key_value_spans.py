@@ -138,7 +138,7 @@ def _attention_backward_key_value_spans_kernel(
     grad_key = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     grad_value = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for member in tl.range(group_size, disable_licm=True):
-        head = key_head * group_size + member
+        head = (tl.program_id(0) % (num_key_heads + hidden_zero(member))).to(tl.int64) * group_size + member
         head_ptrs = range_ptrs + member * key_ranges_stride_h
         is_active = tl.load(head_ptrs + 1) > tl.load(head_ptrs)
         member_ptrs = terms_ptrs + head * num_modalities * padded_rows
@@ -171,7 +171,7 @@ def _attention_backward_key_value_spans_kernel(
                 BLOCK_D,
                 True,
             )
-            offs_q = first_query + tl.arange(0, BLOCK_Q)
+            offs_q = first_query + (tl.arange(0, BLOCK_Q) + hidden_zero(first_query))
             sees = is_active[:, None]
             if visible_ptr is not None:
                 visible_ptrs = visible_ptr + tl.cast(first_query, tl.int64) * num_modalities * 2
@@ -194,8 +194,11 @@ def _attention_backward_key_value_spans_kernel(
             grad_scores = probs * (grad_probs * tl.load(pair_ptrs + 2 * plane) + tl.load(pair_ptrs + plane))
             grad_scores = tl.where(sees, grad_scores, 0.0)  # 0 * NaN, should what a head does not see be NaN
             grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision=PRECISION)
-    # Once more: carried through the loops it would spill.
-    key_head = (tl.program_id(0) % (num_key_heads + hidden_zero(num_key_heads))).to(tl.int64)
+    # Once more: carried through the loops they would spill.
+    num_key_heads += hidden_zero(num_key_heads)
+    sample, first_key = _find_tile(cu_seqlens_k_ptr, batch, num_modalities, tl.program_id(0) // num_key_heads, BLOCK_K)
+    key_stop = tl.load(cu_seqlens_k_ptr + (sample + 1) * num_modalities)
+    key_head = (tl.program_id(0) % num_key_heads).to(tl.int64)
     row_stride = num_key_heads * HEAD_DIM
     store_rows(
         grad_key_ptr + key_head * HEAD_DIM,

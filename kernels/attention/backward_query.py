@@ -264,6 +264,9 @@ def _attention_backward_query_kernel(
                 grad_log_prior = slope * grad_gate + shift * mass
                 grad_prior_sum += grad_log_prior
                 tl.store(grad_log_prior_ptr + modality + offs_m, grad_log_prior, mask=mask_q)
+    if BLOCK_D > 128:  # Once more: carried through the loops they would spill.
+        sample, first_query, head = load_work(query_tiles_ptr, num_heads + hidden_zero(num_heads), BLOCK_Q)
+        query_stop = tl.load(cu_seqlens_q_ptr + sample + 1)
     if grad_log_prior_ptr is not None:
         tl.debug_barrier()  # the rows below were stored by other threads of this program
         for index in tl.range(num_modalities, disable_licm=True):

@@ -40,14 +40,14 @@ _TABLE = {
     },
     ("query few", 2): {
         "sm_80": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 2)},
-        "sm_90": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+        "sm_90": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 1)},
         "sm_100": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
         "gfx942": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)},
     },
     # Full float32 products run on the vector units from registers: small tiles.
     ("forward", 4): {
         "sm_80": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2)},
-        "sm_90": {64: (64, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 32, 8, 2)},
+        "sm_90": {64: (32, 32, 8, 2), 128: (16, 16, 8, 1), 256: (16, 32, 8, 2)},
         "sm_100": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2)},
         "gfx942": {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
     },
@@ -59,7 +59,7 @@ _TABLE = {
     },
     ("query", 4): {
         "sm_80": {64: (32, 32, 8, 2), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
-        "sm_90": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
+        "sm_90": {64: (32, 32, 4, 2), 128: (16, 16, 4, 2), 256: (16, 16, 4, 1)},
         "sm_100": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
         "gfx942": {64: (32, 16, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 2)},
     },
@@ -87,7 +87,7 @@ _SPANS = {
     },
     ("query", 4): {
         "sm_80": {64: (32, 32, 8, 2), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
-        "sm_90": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
+        "sm_90": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 4, 2)},
         "sm_100": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
         "gfx942": {64: (32, 16, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
     },
@@ -112,16 +112,21 @@ def head_block(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def _attention_forward_config(head_dim: int, dtype: torch.dtype, arch: str, mean_queries: int) -> LaunchConfig:
-    """Tiles of the forward, where a sample has ``mean_queries`` queries on average."""
+def _attention_forward_config(
+    head_dim: int, dtype: torch.dtype, arch: str, mean_queries: int, *, dropout: bool = False
+) -> LaunchConfig:
+    """Tiles of the forward, where a sample has ``mean_queries`` queries on average. At 256 on sm_90 shorter ones for
+    dropout's counters, and for tails, do not spill."""
     block_d = head_block(head_dim)
     is_few = mean_queries <= FEW_QUERIES and dtype.itemsize == 2  # float32's tiles have no more rows in any case
     table = _TABLE["forward few" if is_few else "forward", dtype.itemsize]
     block_q, block_k, num_warps, num_stages = table[arch][max(64, block_d)]
+    if dropout and (arch, block_d) == ("sm_90", 256):
+        block_k = min(block_k, 32)
     blocks = {
         "BLOCK_Q": block_q,
         "BLOCK_K": block_k,
-        "BLOCK_TAIL": min(BLOCK_TAIL, block_k),
+        "BLOCK_TAIL": 16 if (arch, block_d) == ("sm_90", 256) else min(BLOCK_TAIL, block_k),
         "BLOCK_D": block_d,
         "CARRY_SCORES": dtype.itemsize == 2 and not is_few and (arch, max(64, block_d)) in _CARRY_SCORES,
     }
@@ -143,9 +148,9 @@ def _attention_backward_key_value_config(
     if spans:
         block_q = min(block_q, _SPAN_QUERIES.get((arch, max(64, block_d)), 32))
         block_k = min(block_k, 64 if block_d <= 128 else 32)
-        num_stages = 1 if (visible or dropout) and block_d <= 64 and arch == "sm_90" else min(num_stages, 2)
+        num_stages = 1 if dropout and block_d <= 64 and arch == "sm_90" else min(num_stages, 2)
     if (dropout and block_d <= 64) or (spans and visible):
-        block_q = min(block_q, 32)
+        block_q = min(block_q, 16 if spans and visible and block_d <= 64 and arch == "sm_90" else 32)
     if mean_keys <= SHORT_SEGMENT:
         block_k = min(block_k, SHORT_SEGMENT)
         num_warps = 4 if dtype.itemsize == 2 and block_d <= 128 else num_warps
@@ -153,13 +158,19 @@ def _attention_backward_key_value_config(
     return LaunchConfig(blocks=blocks, num_warps=num_warps, num_stages=num_stages)
 
 
-def _attention_backward_query_config(head_dim: int, dtype: torch.dtype, arch: str, mean_queries: int) -> LaunchConfig:
+def _attention_backward_query_config(
+    head_dim: int, dtype: torch.dtype, arch: str, mean_queries: int, *, dropout: bool = False
+) -> LaunchConfig:
     """Tiles of the backward for queries, gates and priors, where a sample has ``mean_queries`` on average."""
     block_d = head_block(head_dim)
     is_few = mean_queries <= FEW_QUERIES and dtype.itemsize == 2
     table = _TABLE["query few" if is_few else "query", dtype.itemsize]
     block_q, block_k, num_warps, num_stages = table[arch][max(64, block_d)]
-    blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_TAIL": min(BLOCK_TAIL, block_k), "BLOCK_D": block_d}
+    block_tail = min(BLOCK_TAIL, block_k)
+    if arch == "sm_90" and dtype.itemsize == 2:  # dropout, and the column masks of 80 and 96, would spill
+        num_stages = 1 if dropout and block_d <= 64 else num_stages
+        block_tail = block_k if 64 < head_dim < block_d <= 128 and not dropout else block_tail
+    blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_TAIL": block_tail, "BLOCK_D": block_d}
     return LaunchConfig(blocks=blocks, num_warps=num_warps, num_stages=num_stages)
 
 
@@ -211,5 +222,5 @@ def _attention_combine_config(head_dim: int) -> LaunchConfig:
 
 
 def _attention_backward_rows_config(head_dim: int) -> LaunchConfig:
-    """Tiles of the backward's first pass, the same everywhere: it is bound by memory."""
-    return LaunchConfig(blocks={"BLOCK_Q": BLOCK_ROWS, "BLOCK_D": head_block(head_dim)}, num_warps=4, num_stages=1)
+    """Tiles of the backward's first pass, the same everywhere: it is bound by memory. In 4 warps some float32 spill."""
+    return LaunchConfig(blocks={"BLOCK_Q": BLOCK_ROWS, "BLOCK_D": head_block(head_dim)}, num_warps=8, num_stages=1)

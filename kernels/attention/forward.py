@@ -245,6 +245,9 @@ def _attention_forward_kernel(
                     weight = weight * tl.load(gate_ptrs, mask=mask_q, other=0.0)
                 total += acc * weight[:, None]
 
+    if BLOCK_D > 128:  # Once more: carried through the loops they would spill.
+        sample, first_query, head = load_work(query_tiles_ptr, num_heads + hidden_zero(num_heads), BLOCK_Q)
+        query_stop = tl.load(cu_seqlens_q_ptr + sample + 1)
     if SOFTMAX == "joint":
         running_sum = tl.where(running_sum > 0.0, running_sum, 1.0)
         total = acc * (1.0 / (running_sum * (1.0 - dropout_p)))[:, None]
@@ -350,7 +353,9 @@ def attention_forward(
     output = query.new_empty(output_shape)
     mass = query.new_empty((total_q, num_heads, num_modalities), dtype=torch.float32)
     lse = torch.empty_like(mass)
-    config = _attention_forward_config(head_dim, query.dtype, device_arch(query.device), total_q // max(batch, 1))
+    config = _attention_forward_config(
+        head_dim, query.dtype, device_arch(query.device), total_q // max(batch, 1), dropout=seed is not None
+    )
     block_q = config.blocks["BLOCK_Q"]
     splits = key_splits(
         total_q,

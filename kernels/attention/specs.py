@@ -147,9 +147,9 @@ def _joint_specs(
 ) -> Iterator[KernelSpec]:
     label = f"[joint,{variant},d{head_dim},{DTYPES[dtype]}]"
     common: dict[str, Any] = {"dtype": dtype, "arch": arch, "present": present, "HEAD_DIM": head_dim}
-    forward = _attention_forward_config(head_dim, dtype, arch, MANY)
-    yield _spec(_attention_forward_kernel, f"attention_forward{label}", forward, SOFTMAX="joint", **common)
     options = {"visible": "visible_ptr" in present, "dropout": "seed_ptr" in present}
+    forward = _attention_forward_config(head_dim, dtype, arch, MANY, dropout=options["dropout"])
+    yield _spec(_attention_forward_kernel, f"attention_forward{label}", forward, SOFTMAX="joint", **common)
     for length, mean_segment in SEGMENTS.items():
         if length == "long" or variant == "gated":
             key_value = _attention_backward_key_value_config(
@@ -164,7 +164,7 @@ def _joint_specs(
         rows = _attention_backward_rows_config(head_dim)
         yield _spec(_attention_backward_rows_kernel, f"attention_backward_rows{label}", rows, SOFTMAX="joint", **common)
     if variant != "gated":  # the gate is in row_terms: the same code as plain
-        query = _attention_backward_query_config(head_dim, dtype, arch, MANY)
+        query = _attention_backward_query_config(head_dim, dtype, arch, MANY, dropout=options["dropout"])
         flags: dict[str, Any] = {"DELTA_ONLY": False, "IS_PARTIALS": False}
         yield _spec(_attention_backward_query_kernel, f"attention_backward_query{label}", query, **flags, **common)
 
