@@ -121,12 +121,13 @@ def _attention_forward_config(
     is_few = mean_queries <= FEW_QUERIES and dtype.itemsize == 2  # float32's tiles have no more rows in any case
     table = _TABLE["forward few" if is_few else "forward", dtype.itemsize]
     block_q, block_k, num_warps, num_stages = table[arch][max(64, block_d)]
-    if dropout and (arch, block_d) == ("sm_90", 256):
+    is_wide = (arch, block_d, dtype.itemsize) == ("sm_90", 256, 2)
+    if dropout and is_wide:
         block_k = min(block_k, 32)
     blocks = {
         "BLOCK_Q": block_q,
         "BLOCK_K": block_k,
-        "BLOCK_TAIL": 16 if (arch, block_d) == ("sm_90", 256) else min(BLOCK_TAIL, block_k),
+        "BLOCK_TAIL": min(16 if is_wide else BLOCK_TAIL, block_k),
         "BLOCK_D": block_d,
         "CARRY_SCORES": dtype.itemsize == 2 and not is_few and (arch, max(64, block_d)) in _CARRY_SCORES,
     }
@@ -148,9 +149,9 @@ def _attention_backward_key_value_config(
     if spans:
         block_q = min(block_q, _SPAN_QUERIES.get((arch, max(64, block_d)), 32))
         block_k = min(block_k, 64 if block_d <= 128 else 32)
-        num_stages = 1 if dropout and block_d <= 64 and arch == "sm_90" else min(num_stages, 2)
+        num_stages = min(num_stages, 2)
     if (dropout and block_d <= 64) or (spans and visible):
-        block_q = min(block_q, 16 if spans and visible and block_d <= 64 and arch == "sm_90" else 32)
+        block_q = min(block_q, 16 if spans and block_d <= 64 and arch == "sm_90" else 32)
     if mean_keys <= SHORT_SEGMENT:
         block_k = min(block_k, SHORT_SEGMENT)
         num_warps = 4 if dtype.itemsize == 2 and block_d <= 128 else num_warps
