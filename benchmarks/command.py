@@ -189,6 +189,10 @@ def _case(
     if quick and not case.quick:
         print(f"{name}: left out by --quick", flush=True)
         return [], []
+    named = [variant.name for variant in case.variants]
+    if harness.only and not set(harness.only) & set(named):
+        print(f"{name}: nothing to run, its variants are {', '.join(named)}", flush=True)
+        return [], []
     rows = harness.results(case)
     beside: list[Result] = []
     if other is not None:

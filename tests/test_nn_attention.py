@@ -253,6 +253,10 @@ def test_what_a_newcomer_gets_wrong_is_named(batch) -> None:
         layer(query, tokens, times=batch["times"], query_time=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(TypeError, match="mask"):
         layer(query, tokens, mask=batch["masks"])
+    with pytest.raises(TypeError, match="query must be a tensor and tokens must map names to tensors, got dict"):
+        layer(tokens, query)
+    with pytest.raises(fusedmm.ShapeError, match=r"active must be \[batch, modality\] or .* got shape \[3\]"):
+        layer(query, tokens, active=torch.ones(3, dtype=torch.bool))
     with pytest.raises(TypeError, match=r"modalities must map names to token widths, got list\. Pass the module's"):
         MultimodalBatch.build(query, tokens, list(WIDTHS))
     packed = MultimodalBatch.build(query, tokens, WIDTHS)

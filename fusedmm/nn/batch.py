@@ -108,6 +108,11 @@ class MultimodalBatch:
                 f"{OP}: modalities must map names to token widths, got {type(modalities).__name__}. "
                 "Pass the module's `modalities`."
             )
+        if not isinstance(tokens, Mapping) or not isinstance(query, Tensor):
+            raise TypeError(
+                f"{OP}: query must be a tensor and tokens must map names to tensors, got {type(query).__name__} and "
+                f"{type(tokens).__name__}."
+            )
         masks, times = masks or {}, times or {}
         absent = [name for name, x in tokens.items() if x is None]
         if absent:

@@ -211,6 +211,10 @@ def check_active(op: str, active: Tensor | None, layout: ModalityLayout, heads: 
     if active is None:
         return None
     check_dtype(op, "active", active, (torch.bool,), ". False switches a segment off; use active.bool().")
+    if active.ndim not in (2, 3):
+        raise ShapeError(
+            f"{op}: active must be [batch, modality] or [batch, head, modality], got shape {list(active.shape)}."
+        )
     dims = ("batch", "modality") if active.ndim == 2 else ("batch", "head", "modality")
     check_shapes(
         op, {"active": (active, dims)}, {"batch": layout.batch_size, "head": heads, "modality": layout.num_modalities}

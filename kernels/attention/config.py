@@ -103,7 +103,7 @@ BLOCK_ROWS = 32  # queries of a program of the backward's first pass, which only
 FEW_QUERIES = 64  # queries of the average sample up to which tiles have so many rows
 MAX_SPLITS = 64  # parts of the keys at most: all of a row's are one tile of the kernel that combines them
 SPLIT_KEYS = 256  # keys of a split at least
-SHORT_SEGMENT = 32  # keys on average up to which key tiles span segments, or the backward's are of this size
+SHORT_SEGMENT = 32  # keys on average up to which key tiles span segments, or dK's and dV's are of this size
 MAX_COLUMNS = 2**24  # keys of a batch up to which passes over queries span segments: they count them in float32
 
 
