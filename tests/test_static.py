@@ -174,8 +174,8 @@ def test_no_target_may_spill_in_a_main_loop() -> None:
         assert faults(replace(ROW, arch=arch, shared=0, main_spills=1)) == ["1 spills in the main loop"]
 
 
-def test_distillation_may_not_spill_anywhere_on_hopper() -> None:
-    row = replace(ROW, name="distillation_statistics[x]", spills=1)
+def test_no_kernel_may_spill_anywhere_on_hopper() -> None:
+    row = replace(ROW, spills=1)
     assert faults(row) == ["1 spills"]
     assert faults(replace(row, arch="sm_100")) == []
 

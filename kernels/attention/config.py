@@ -152,6 +152,8 @@ def _attention_backward_key_value_config(
         num_stages = min(num_stages, 2)
     if (dropout and block_d <= 64) or (spans and visible):
         block_q = min(block_q, 16 if spans and block_d <= 64 and arch == "sm_90" else 32)
+    elif visible and block_d <= 64 and arch == "sm_90":  # more would spill under Triton 3.6
+        block_q, num_stages = min(block_q, 32), min(num_stages, 2)
     if mean_keys <= SHORT_SEGMENT:
         block_k = min(block_k, SHORT_SEGMENT)
         num_warps = 4 if dtype.itemsize == 2 and block_d <= 128 else num_warps
