@@ -30,7 +30,7 @@ SAMPLE = 6
 PINNED = "3.7.1"
 # Triton's version -> architectures and kernels (by a part of their names) that its table holds
 TABLES = {PINNED: (ARCHITECTURES, ""), "3.6.0": (("sm_90",), "")}
-# Kernels that spill a little outside their loops under 3.6, whose tiles are chosen under the pinned version: at most 20.
+# Kernels that spill a little, at most 20, outside their loops under 3.6: tiles are chosen under the pinned version.
 SPILLING = {
     "3.6.0": {
         "attention_backward_key_value_spans[joint,dropout,d128,bf16]",
