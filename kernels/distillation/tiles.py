@@ -22,6 +22,7 @@ from fusedmm.kernels.softmax import LOG2_E
 FORBIDDEN = tl.constexpr(-1.4426950408889634e30)
 LOWEST = tl.constexpr(-1e30)  # the same in base e
 MISSING = tl.constexpr(-2e30)  # of a class beyond the last, in base e
+SATURATED = tl.constexpr(-80.0)  # its sigmoid is 0 beside 1, and nothing overflows on the way
 
 
 class HeadTensors(NamedTuple):
@@ -316,7 +317,8 @@ def _finish(parts, softcap, num_classes):
     z = parts[0]
     if softcap is not None:  # noqa: SIM102 (the inner one is a branch for every slab, see `tile_state`)
         if num_classes > 0:
-            z = tl.where(z == MISSING, z, softcap * (2.0 * tl.sigmoid(z * (2.0 / softcap)) - 1.0))
+            ratio = tl.maximum(z * (2.0 / softcap), SATURATED, propagate_nan=tl.PropagateNan.ALL)
+            z = tl.where(z == MISSING, z, softcap * (2.0 * tl.sigmoid(ratio) - 1.0))
     first = (tl.maximum(z, MISSING, propagate_nan=tl.PropagateNan.ALL) * LOG2_E,)
     if len(parts) == 1:
         return first
