@@ -73,8 +73,7 @@ def at_most(ours: Key, other: Key, most: float, label: str) -> Check:
 
     def measure(rows: Rows) -> float | None:
         both = pair(rows, ours, other)
-        share = None if both is None else ratio(both[1], both[0])
-        return share
+        return None if both is None else ratio(both[1], both[0])
 
     return Check(label, (ours, other), measure, most, False, ".3f")
 

@@ -83,11 +83,7 @@ class PairRows:
         saved, losses = self._statistics(for_scores=False)
         objective = self.objective
         divergence = losses[int(objective.beta)] if objective.beta in (0.0, 1.0) else self._mixture(saved)[0]
-        scale = objective.temperature if self.temperature is None else self.temperature
-        result = divergence * (objective.alpha * scale * scale)
-        if objective.alpha != 1.0:
-            result += (1 - objective.alpha) * losses[2]
-        return result, saved
+        return weighted_losses(divergence, losses[2], objective, self.temperature), saved
 
     def grad_logits(self, saved: Tensor, grad_rows: Tensor, columns: slice, out: Tensor) -> Tensor:
         """``grad_rows`` times the gradient in the student's logits of classes `columns`, written to `out`."""
@@ -170,6 +166,17 @@ class PairRows:
         teacher_top = -math.log(beta) - torch.log1p(torch.exp2((saved[15] - saved[9]).clamp(max=86.0)) / odds)
         torch.neg(sums[:2], out=saved[10:12])
         return (1 - beta) * (student_top + sums[0]) + beta * (teacher_top + sums[1]), sums
+
+
+def weighted_losses(
+    divergence: Tensor, cross_entropy: Tensor, objective: Objective, temperature: Tensor | None
+) -> Tensor:
+    """``alpha * T**2 * divergence + (1 - alpha) * cross_entropy``, [N]; the latter may be NaN where alpha is 1."""
+    scale = objective.temperature if temperature is None else temperature
+    result = divergence * (objective.alpha * scale * scale)
+    if objective.alpha != 1.0:
+        result += (1 - objective.alpha) * cross_entropy
+    return result
 
 
 def head_tensors(head: Head) -> "HeadTensors":

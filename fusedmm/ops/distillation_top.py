@@ -12,7 +12,7 @@ from fusedmm.eager.distillation import Objective
 from fusedmm.eager.distillation_scores import FIELDS
 from fusedmm.eager.shard import Shard
 from fusedmm.heads import TopKLogProbs
-from fusedmm.ops.distillation_pair import PairRows, with_logits
+from fusedmm.ops.distillation_pair import PairRows, weighted_losses, with_logits
 
 if TYPE_CHECKING:
     from fusedmm.kernels.distillation.tiles import HeadTensors
@@ -103,12 +103,7 @@ class TopRows:
         gradient = buckets.unit_gradient(statistics)
         saved = alone.new_zeros((alone.shape[0] + self.classes.shape[1], alone.shape[1]))
         saved[:6], saved[6 : 6 + gradient.shape[1]] = alone[:6], gradient.t()
-        objective = self.objective
-        scale = objective.temperature if self.temperature is None else self.temperature
-        result = divergence * (objective.alpha * scale * scale)
-        if objective.alpha != 1.0:
-            result += (1 - objective.alpha) * alone[6]
-        return result, saved
+        return weighted_losses(divergence, alone[6], self.objective, self.temperature), saved
 
     def grad_logits(self, saved: Tensor, grad_rows: Tensor, columns: slice, out: Tensor) -> Tensor:
         """``grad_rows`` times the gradient in the student's logits of classes `columns`, written to `out`."""

@@ -5,12 +5,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from fusedmm.kernels.attention.forward_mass import FAINT
+
 LOG2_E: gl.constexpr = gl.constexpr(1.4426950408889634)
 LN_2: gl.constexpr = gl.constexpr(0.6931471805599453)
 HIDDEN: gl.constexpr = gl.constexpr(
     -1e30
 )  # running maximum of a row that has seen nothing: finite, so that differences are not NaN
-FAINT: gl.constexpr = gl.constexpr(2.0**-64)  # a sum of probabilities below it may lack some: exp2 ends at 2^-126
 ROWS: gl.constexpr = gl.constexpr(64)  # rows of a consumer: one wgmma
 CONSUMERS: gl.constexpr = gl.constexpr(2)
 ENTRY: gl.constexpr = gl.constexpr(8)  # integers of an entry of the query work, as in work.py
