@@ -9,8 +9,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedmm import LinearHead, TopKLogProbs, distillation_loss, distillation_scores
 from fusedmm.kernels.distillation.config import ROW_GROUP, tile_config, vocabulary_splits
+from fusedmm.kernels.distillation.heads import HeadTensors, launch_heads
 from fusedmm.kernels.distillation.state import SIZE_SCORES
-from fusedmm.kernels.distillation.tiles import HeadTensors, launch_heads
 from fusedmm.kernels.launch import ARCHITECTURES
 from fusedmm.ops import distillation_waves
 

@@ -19,7 +19,7 @@ from fusedmm.heads import Head, LinearHead
 from fusedmm.ops.distillation_waves import classes_a_rank
 
 if TYPE_CHECKING:
-    from fusedmm.kernels.distillation.tiles import HeadTensors
+    from fusedmm.kernels.distillation.heads import HeadTensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +181,7 @@ def weighted_losses(
 
 def head_tensors(head: Head) -> "HeadTensors":
     """A head as kernels take it."""
-    from fusedmm.kernels.distillation.tiles import HeadTensors
+    from fusedmm.kernels.distillation.heads import HeadTensors
 
     if isinstance(head, LinearHead):
         return HeadTensors(head.hidden, head.weight, head.bias, head.softcap)

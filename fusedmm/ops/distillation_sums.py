@@ -10,7 +10,7 @@ from fusedmm.eager.waves import matmul
 from fusedmm.ops.distillation_waves import ROUNDED_SUMS, slices
 
 if TYPE_CHECKING:
-    from fusedmm.kernels.distillation.tiles import HeadTensors
+    from fusedmm.kernels.distillation.heads import HeadTensors
 
 Needs = tuple[bool, bool, bool]
 

@@ -15,7 +15,7 @@ from fusedmm.heads import TopKLogProbs
 from fusedmm.ops.distillation_pair import PairRows, weighted_losses, with_logits
 
 if TYPE_CHECKING:
-    from fusedmm.kernels.distillation.tiles import HeadTensors
+    from fusedmm.kernels.distillation.heads import HeadTensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ class TopRows:
 
     def _buckets(self, *, for_scores: bool) -> tuple[PairRows, Tensor]:
         """Student and teacher over the top-k classes and the bucket, at the temperature, and numbers of the student."""
-        from fusedmm.kernels.distillation.tiles import HeadTensors
+        from fusedmm.kernels.distillation.heads import HeadTensors
         from fusedmm.kernels.distillation.top_statistics import top_statistics
 
         objective = self.objective

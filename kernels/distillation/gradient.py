@@ -21,14 +21,9 @@ import triton
 import triton.language as tl
 
 from fusedmm.kernels.distillation.config import Pass
+from fusedmm.kernels.distillation.heads import HeadTensors, launch_heads
 from fusedmm.kernels.distillation.mixture import mixture_ratio
-from fusedmm.kernels.distillation.tiles import (
-    FORBIDDEN,
-    HeadTensors,
-    launch_heads,
-    logit_slabs,
-    program_tile,
-)
+from fusedmm.kernels.distillation.tiles import FORBIDDEN, logit_slabs, program_tile
 from fusedmm.kernels.launch import device_arch
 from fusedmm.kernels.softmax import LN_2
 

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from fusedmm.kernels.distillation.config import vocabulary_splits
-from fusedmm.kernels.distillation.tiles import HeadTensors, launch_heads, logit_slabs, program_tile
+from fusedmm.kernels.distillation.heads import HeadTensors, launch_heads
+from fusedmm.kernels.distillation.tiles import logit_slabs, program_tile
 from fusedmm.kernels.launch import device_arch
 
 SUMS = 3  # mean log-ratio of the student, of the teacher, total variation

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from fusedmm.kernels.distillation.config import row_threads, vocabulary_splits
+from fusedmm.kernels.distillation.heads import HeadTensors, launch_heads
 from fusedmm.kernels.distillation.state import (
     SIZE_LOSS,
     SIZE_SCORES,
@@ -24,7 +25,7 @@ from fusedmm.kernels.distillation.state import (
     state_size,
     tile_state,
 )
-from fusedmm.kernels.distillation.tiles import FORBIDDEN, HeadTensors, launch_heads, logit_slabs, program_tile
+from fusedmm.kernels.distillation.tiles import FORBIDDEN, logit_slabs, program_tile
 from fusedmm.kernels.launch import device_arch
 from fusedmm.kernels.softmax import LN_2
 

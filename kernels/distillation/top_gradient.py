@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from fusedmm.kernels.distillation.config import one_head_config
-from fusedmm.kernels.distillation.tiles import FORBIDDEN, HeadTensors, finish, head_tile, program_tile, slabs
+from fusedmm.kernels.distillation.heads import HeadTensors
+from fusedmm.kernels.distillation.tiles import FORBIDDEN, finish, head_tile, program_tile, slabs
 from fusedmm.kernels.distillation.top_state import class_at, count_below
 from fusedmm.kernels.distillation.top_statistics import BLOCK_K, STUDENT_SAVED
 from fusedmm.kernels.launch import device_arch

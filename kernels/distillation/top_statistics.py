@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 
 from fusedmm.kernels.distillation.config import one_head_config, vocabulary_splits
+from fusedmm.kernels.distillation.heads import HeadTensors
 from fusedmm.kernels.distillation.state import NOTHING
-from fusedmm.kernels.distillation.tiles import FORBIDDEN, HeadTensors, after, finish, head_tile, program_tile, slabs
+from fusedmm.kernels.distillation.tiles import FORBIDDEN, after, finish, head_tile, program_tile, slabs
 from fusedmm.kernels.distillation.top_state import (
     TOP_SIZE_LOSS,
     TOP_SIZE_SCORES,
