@@ -6,9 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedmm.shapes import check_device, check_dtype, check_shapes
+from fusedmm.shapes import FLOATS, check_device, check_dtype, check_shapes
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BIN_BITS = 8
 
 

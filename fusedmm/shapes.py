@@ -15,6 +15,7 @@ class ShapeError(ValueError):
 
 
 Dim = str | int
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_shapes(

@@ -181,6 +181,11 @@ def test_a_switched_off_modality_is_not_read(batch) -> None:
         ({"query_time": None}, ValueError, r"times must be given for every modality .* got none for query_time"),
         ({"masks": {"text": torch.ones(3, 5).bool()}}, fusedmm.ShapeError, r"mask of tokens\['text'\] must have shape"),
         ({"masks": {"text": torch.ones(3, 6)}}, TypeError, r"mask of tokens\['text'\] must be bool, got float32"),
+        (
+            {"tokens": {"price": torch.zeros(3, 10, 5), "text": torch.zeros(3, 6, 32).long()}},
+            TypeError,
+            r"tokens\['text'\] must be float16 .* got int64",
+        ),
         ({"query_time": torch.zeros(3, 4)}, TypeError, "time of query must be int64, got float32"),
         ({"lookback": {"prise": 1}}, ValueError, "lookback names an unknown modality, got 'prise'"),
         (

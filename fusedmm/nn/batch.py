@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedmm.layout import ModalityLayout
-from fusedmm.shapes import ShapeError, check_device, check_dtype
+from fusedmm.shapes import FLOATS, ShapeError, check_device, check_dtype
 
 OP = "MultimodalBatch"
 
@@ -215,6 +215,7 @@ class _Ragged:
 
     @classmethod
     def of(cls, argument: str, x: Tensor, mask: Tensor | None, batch: int, width: int | None) -> "_Ragged":
+        check_dtype(OP, argument, x, FLOATS, ". Use .float(); ids go through torch.nn.Embedding first.")
         if x.is_nested:
             if mask is not None:
                 raise ValueError(f"{OP}: {argument} is nested and has its own lengths, got a mask too. Drop the mask.")

@@ -10,10 +10,10 @@ from torch import Tensor
 from fusedmm.eager.distillation_scores import FIELDS, SECOND_PASS_FIELDS
 from fusedmm.heads import Head, LinearHead, Teacher, TopKLogProbs
 from fusedmm.ops.distillation_autograd import call
-from fusedmm.ops.distillation_inputs import FLOATS, Inputs, check_fraction, check_inputs
+from fusedmm.ops.distillation_inputs import Inputs, check_fraction, check_inputs
 from fusedmm.ops.distillation_op import LABELS, problem_of
 from fusedmm.reference import distillation as reference
-from fusedmm.shapes import check_device, check_dtype, check_shapes
+from fusedmm.shapes import FLOATS, check_device, check_dtype, check_shapes
 
 MEMORIES = ("fast", "lean")
 REDUCTIONS = ("mean", "sum", "none")

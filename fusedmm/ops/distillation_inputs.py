@@ -10,9 +10,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from fusedmm.eager.shard import Shard
 from fusedmm.heads import Head, LinearHead, Logits, Teacher, TopKLogProbs
 from fusedmm.impl import resolve_impl
-from fusedmm.shapes import ShapeError, check_device, check_dtype, check_shapes
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from fusedmm.shapes import FLOATS, ShapeError, check_device, check_dtype, check_shapes
 
 
 @dataclass(frozen=True)
