@@ -80,10 +80,15 @@ class PairRows:
         """Loss of every row [N], of no meaning where it is ignored, and the statistics that `grad_logits` needs
         [16, N].
         """
+        divergence, cross_entropy, saved = self.divergence()
+        return weighted_losses(divergence, cross_entropy, self.objective, self.temperature), saved
+
+    def divergence(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Divergence and cross entropy of every row [N], and the statistics that `grad_logits` needs [16, N]."""
         saved, losses = self._statistics(for_scores=False)
-        objective = self.objective
-        divergence = losses[int(objective.beta)] if objective.beta in (0.0, 1.0) else self._mixture(saved)[0]
-        return weighted_losses(divergence, losses[2], objective, self.temperature), saved
+        beta = self.objective.beta
+        divergence = losses[int(beta)] if beta in (0.0, 1.0) else self._mixture(saved)[0]
+        return divergence, losses[2], saved
 
     def grad_logits(self, saved: Tensor, grad_rows: Tensor, columns: slice, out: Tensor) -> Tensor:
         """``grad_rows`` times the gradient in the student's logits of classes `columns`, written to `out`."""
@@ -109,11 +114,15 @@ class PairRows:
             columns=columns,
         )
 
-    def unit_gradient(self, saved: Tensor) -> Tensor:
-        """Gradient of every row's loss in the student's logits [N, V] float32, all in memory."""
-        count = self.objective.shard.count
-        out = saved.new_empty((saved.shape[1], count))
-        return self.grad_logits(saved, saved.new_ones((saved.shape[1],)), slice(0, count), out)
+    def tempered_gradient(self, saved: Tensor) -> Tensor:
+        """Gradient of every row's divergence in the student's logits / temperature [N, V] float32, all in memory; of an
+        objective without cross entropy.
+        """
+        count, num_rows = self.objective.shard.count, saved.shape[1]
+        inverse = saved.new_full((num_rows,), 1 / self.objective.temperature)
+        if self.temperature is not None:
+            inverse = 1 / self.temperature
+        return self.grad_logits(saved, inverse, slice(0, count), saved.new_empty((num_rows, count)))
 
     def _statistics(self, *, for_scores: bool) -> tuple[Tensor, Tensor]:
         """Saved statistics [16, N], and scores or losses, of all ranks' classes."""

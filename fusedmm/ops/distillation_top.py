@@ -79,7 +79,7 @@ class TopRows:
         fields = buckets.scores(second_pass)
         count = self.classes.shape[1]
         gradient = replace(buckets, objective=replace(buckets.objective, beta=0.0))
-        squares = gradient.unit_gradient(gradient.losses()[1]).square()
+        squares = gradient.tempered_gradient(gradient.divergence()[2]).square()
         squares[:, count:] *= alone[7, :, None]  # the bucket's gradient lies on its classes by their shares
         for name, value in (
             ("student_entropy", alone[0]),
@@ -99,8 +99,8 @@ class TopRows:
         the student, and the gradient in the top-k classes and the bucket.
         """
         buckets, alone = self._buckets(for_scores=False)
-        divergence, statistics = buckets.losses()
-        gradient = buckets.unit_gradient(statistics)
+        divergence, _, statistics = buckets.divergence()
+        gradient = buckets.tempered_gradient(statistics)
         saved = alone.new_zeros((alone.shape[0] + self.classes.shape[1], alone.shape[1]))
         saved[:6], saved[6 : 6 + gradient.shape[1]] = alone[:6], gradient.t()
         return weighted_losses(divergence, alone[6], self.objective, self.temperature), saved
@@ -127,7 +127,10 @@ class TopRows:
         )
 
     def _buckets(self, *, for_scores: bool) -> tuple[PairRows, Tensor]:
-        """Student and teacher over the top-k classes and the bucket, at the temperature, and numbers of the student."""
+        """Student and teacher over the top-k classes and the bucket, and numbers of the student.
+
+        Their logits have a temperature of their own, of 1/2 or less (see `top_statistics`).
+        """
         from fusedmm.kernels.distillation.heads import HeadTensors
         from fusedmm.kernels.distillation.top_statistics import top_statistics
 
@@ -144,5 +147,7 @@ class TopRows:
             for_scores=for_scores,
         )
         heads = HeadTensors(own, None, None, None), HeadTensors(target, None, None, None)
-        columns = own.shape[1]
-        return PairRows(*heads, None, None, Objective(Shard(columns, 0, columns), objective.beta)), alone
+        columns, temperature = own.shape[1], 0.5 * min(objective.temperature, 1.0)
+        rows = None if self.temperature is None else 0.5 * self.temperature.clamp(max=1.0)
+        pair = Objective(Shard(columns, 0, columns), objective.beta, temperature=temperature)
+        return PairRows(*heads, None, rows, pair), alone

@@ -67,7 +67,9 @@ def log_probs(
     if top.shape[1] == num_classes:
         return full.gather(1, teacher.indices), top.log_softmax(-1)
     rest = torch.ones_like(full, dtype=torch.bool).scatter(1, teacher.indices, False)
-    student_rest = full.masked_fill(~rest, -torch.inf).logsumexp(-1, keepdim=True)
+    others = full.masked_fill(~rest, -torch.inf)
+    largest = others.detach().amax(-1, keepdim=True)  # may be -1e30, beside which the logarithm of a sum is lost
+    student_rest = largest + (others - largest).logsumexp(-1, keepdim=True)
     teacher_rest = torch.log1p(-top.exp().sum(-1, keepdim=True).clamp_max(1.0))
     teacher_log = torch.cat([top, teacher_rest.clamp_min(FINITE_MINIMUM)], -1).log_softmax(-1)
     return torch.cat([full.gather(1, teacher.indices), student_rest], -1), teacher_log

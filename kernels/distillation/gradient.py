@@ -9,7 +9,7 @@ its value at k, and G minus the mean of r over p:
     between     g = (1 - beta) p (r + G), r = log(p / mix)
 
     h = alpha T g + (1 - alpha) (p1 - (1 - label_smoothing) onehot - label_smoothing / V)
-    grad_logits = grad_row h (1 - (z / softcap)^2), 0 where grad_row is 0
+    grad_logits = grad_row h (1 - (z / softcap)^2), 0 where grad_row is 0 and where the class is forbidden
 
 At k, where p may round to 1, ``p - t`` is the difference of what p and t leave to the others. One rounding, to the
 dtype of the matmuls that follow. FLOPs: 2 N V (Ds + Dt) for heads with
@@ -23,7 +23,11 @@ import triton.language as tl
 from fusedmm.kernels.distillation.config import Pass
 from fusedmm.kernels.distillation.heads import HeadTensors, launch_heads
 from fusedmm.kernels.distillation.mixture import mixture_ratio
-from fusedmm.kernels.distillation.tiles import FORBIDDEN, logit_slabs, program_tile
+from fusedmm.kernels.distillation.tiles import (
+    ALLOWED,
+    logit_slabs,
+    program_tile,
+)
 from fusedmm.kernels.launch import device_arch
 from fusedmm.kernels.softmax import LN_2
 
@@ -119,12 +123,12 @@ def _gradient_kernel(
             g += (1.0 - alpha) * (
                 tl.where(classes == labels[:, None], at_label, unit) - label_smoothing / total_classes
             )
+        # Neither rows that do not count, which may hold anything, nor forbidden classes, whose logit is fixed.
+        is_forbidden = x < ALLOWED
         if student_softcap is not None:
-            share = tl.where(x > FORBIDDEN, x, 0.0) * (LN_2 / student_softcap)
+            share = tl.where(is_forbidden, 0.0, x) * (LN_2 / student_softcap)
             g *= 1.0 - share * share
-        g = tl.where(
-            (grad_rows == 0.0)[:, None], 0.0, g * grad_rows[:, None]
-        )  # whatever a row holds that does not count
+        g = tl.where((grad_rows == 0.0)[:, None] | is_forbidden, 0.0, g * grad_rows[:, None])
         if grad_logits_ptr.dtype.element_ty == tl.float16:
             g = tl.minimum(tl.maximum(g, -65504.0), 65504.0)
         grad_ptrs = grad_logits_ptr + rows[:, None] * grad_stride_n + columns[None, :]

@@ -13,6 +13,7 @@ import triton.language as tl
 from fusedmm.kernels.softmax import LOG2_E
 
 FORBIDDEN = tl.constexpr(-1.4426950408889634e30)
+ALLOWED = tl.constexpr(-1.1e30)  # logits in base 2 above it are of classes that are not forbidden
 LOWEST = tl.constexpr(-1e30)  # the same in base e
 MISSING = tl.constexpr(-2e30)  # of a class beyond the last, in base e
 SATURATED = tl.constexpr(-80.0)  # its sigmoid is 0 beside 1, and nothing overflows on the way

@@ -5,7 +5,7 @@ share of the rest, p1 the probabilities at T = 1 and k the student's most likely
 
     h_v = alpha T (g_j  for the j-th of the top-k, else  share_v g_bucket)
           + (1 - alpha) (p1 - (1 - label_smoothing) onehot - label_smoothing / V)
-    grad_logits = grad_row h (1 - (z / softcap)^2), 0 where grad_row is 0
+    grad_logits = grad_row h (1 - (z / softcap)^2), 0 where grad_row is 0 and where the class is forbidden
 
 A row's top-k classes are written into the tile that holds them: no scatter, no atomics. One rounding, to the dtype of
 the matmuls that follow. FLOPs: 2 N V Ds for a head with a weight; bytes: the gradient once.
@@ -17,7 +17,7 @@ import triton.language as tl
 
 from fusedmm.kernels.distillation.config import one_head_config
 from fusedmm.kernels.distillation.heads import HeadTensors
-from fusedmm.kernels.distillation.tiles import FORBIDDEN, finish, head_tile, program_tile, slabs
+from fusedmm.kernels.distillation.tiles import ALLOWED, finish, head_tile, program_tile, slabs
 from fusedmm.kernels.distillation.top_state import class_at, count_below
 from fusedmm.kernels.distillation.top_statistics import BLOCK_K, STUDENT_SAVED
 from fusedmm.kernels.launch import device_arch
@@ -111,12 +111,12 @@ def _top_gradient_kernel(
                 unit - (1.0 - label_smoothing),
             )
             g += (1.0 - alpha) * (tl.where(classes == labels[:, None], at_label, unit) - label_smoothing / num_classes)
+        # Neither rows that do not count, which may hold anything, nor forbidden classes, whose logit is fixed.
+        is_forbidden = x < ALLOWED
         if student_softcap is not None:
-            bent = tl.where(x > FORBIDDEN, x, 0.0) * (LN_2 / student_softcap)
-            g *= 1.0 - bent * bent
-        g = tl.where(
-            (grad_rows == 0.0)[:, None], 0.0, g * grad_rows[:, None]
-        )  # whatever a row holds that does not count
+            share = tl.where(is_forbidden, 0.0, x) * (LN_2 / student_softcap)
+            g *= 1.0 - share * share
+        g = tl.where((grad_rows == 0.0)[:, None] | is_forbidden, 0.0, g * grad_rows[:, None])
         if grad_logits_ptr.dtype.element_ty == tl.float16:
             g = tl.minimum(tl.maximum(g, -65504.0), 65504.0)
         grad_ptrs = grad_logits_ptr + rows[:, None] * grad_stride_n + (offs_v - first_column)[None, :]

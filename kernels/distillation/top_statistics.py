@@ -20,7 +20,15 @@ import triton.language as tl
 from fusedmm.kernels.distillation.config import one_head_config, vocabulary_splits
 from fusedmm.kernels.distillation.heads import HeadTensors
 from fusedmm.kernels.distillation.state import NOTHING
-from fusedmm.kernels.distillation.tiles import FORBIDDEN, after, finish, head_tile, program_tile, slabs
+from fusedmm.kernels.distillation.tiles import (
+    FORBIDDEN,
+    LOWEST,
+    after,
+    finish,
+    head_tile,
+    program_tile,
+    slabs,
+)
 from fusedmm.kernels.distillation.top_state import (
     TOP_SIZE_LOSS,
     TOP_SIZE_SCORES,
@@ -183,6 +191,7 @@ def _top_merge_kernel(
         largest = tl.maximum(largest, tl.max(log_probs.to(tl.float32), 1))
         known += tl.sum(tl.exp(log_probs.to(tl.float64)), 1)
 
+    scale = tl.minimum(0.5 / inverse, 0.5)
     columns = size_k
     if HAS_REST:
         columns = size_k + 1
@@ -193,16 +202,17 @@ def _top_merge_kernel(
         top = tl.load(top_ptr + at, mask=mask, other=0.0)
         log_probs = tl.load(log_probs_ptr + at, mask=mask, other=0.0).to(tl.float32)
         to = offs_n[:, None] * columns + offs_k[None, :]
-        own = (top - whole[0][:, None]) * inverse[:, None] * LN_2
+        own = (top - whole[0][:, None]) * (inverse * scale)[:, None] * LN_2
+        target = tl.maximum(log_probs, LOWEST, propagate_nan=tl.PropagateNan.ALL) * scale[:, None]
         tl.store(own_ptr + to, own, mask=mask & mask_n[:, None])
-        tl.store(target_ptr + to, log_probs, mask=mask & mask_n[:, None])
+        tl.store(target_ptr + to, target, mask=mask & mask_n[:, None])
     rest_log = tl.log2(1.0 + rest[2])
     if HAS_REST:
         own = ((rest[0] - whole[0]) * inverse + rest_log) * LN_2
         left = 1.0 - known
-        target = tl.where(left > 0.0, tl.log(tl.where(left > 0.0, left, 1.0)), -float("inf")).to(tl.float32)
-        tl.store(own_ptr + offs_n * columns + size_k, own, mask=mask_n)
-        tl.store(target_ptr + offs_n * columns + size_k, target, mask=mask_n)
+        target = tl.where(left > 0.0, tl.log(tl.where(left > 0.0, left, 1.0)), LOWEST).to(tl.float32)
+        tl.store(own_ptr + offs_n * columns + size_k, own * scale, mask=mask_n)
+        tl.store(target_ptr + offs_n * columns + size_k, target * scale, mask=mask_n)
 
     unit_sum = 1.0 + whole[3]
     nll = ((whole[0] - whole[4]) + tl.log2(unit_sum)) * LN_2
@@ -253,6 +263,9 @@ def top_statistics(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits over the top-k classes and the rest, of student and teacher [N, K + 1] float32 (K columns where those are
     all classes), and numbers of the student alone, [8, N] scores or [7, N] for the loss.
+
+    The logits are to be divided by ``min(temperature, 1) / 2``: what is forbidden, -1e30 / temperature then, is above
+    -1e30 here, and no kernel of two heads takes it for a class that its own heads forbid.
 
     Args:
         student: the head.
