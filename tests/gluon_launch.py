@@ -8,7 +8,9 @@ from torch import Tensor
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from fusedmm.kernels.attention.arguments import AttentionProblem
 from fusedmm.kernels.attention.hopper import compat, launch, passes
+from fusedmm.ops.attention import layout_arguments
 from fusedmm.testing import AttentionExample
 from tests.gluon_simulator import Simulator
 from tests.gluon_values import Descriptor, Pointer
@@ -73,18 +75,15 @@ def hopper_attention(
     example: AttentionExample, softmax: str, grad_output: Tensor, grad_statistic: Tensor
 ) -> dict[str, Tensor]:
     """Outputs and every gradient from the Hopper launchers; ``grad_statistic`` is that of mass, for partials of lse."""
-    layout, tensors = example.layout, example.tensors
+    tensors = example.tensors
     inputs = [tensors[name] for name in ("query", "key", "value")]
-    arguments: dict[str, Any] = {
-        **{name: getattr(layout, name) for name in ("cu_seqlens_q", "cu_seqlens_k", "query_tiles", "key_tiles")},
+    problem = AttentionProblem(
+        **layout_arguments(example.layout, example.layout.visibility),
+        softmax=softmax,
+        scale=inputs[0].shape[-1] ** -0.5,
         **{name: tensors.get(name) for name in ("log_prior", "gate", "output_gate", "active")},
-        "visible": None if layout.visibility is None else layout.visibility.ranges,
-        "seed": None,
-        "dropout_p": 0.0,
-        "softmax": softmax,
-        "scale": inputs[0].shape[-1] ** -0.5,
-    }
-    output, mass, lse = launch.attention_forward(*inputs, **arguments)
+    )
+    output, mass, lse = launch.attention_forward(*inputs, problem)
     gradients = launch.attention_backward(
         grad_output.to(output.dtype),
         grad_statistic if softmax == "joint" else None,
@@ -93,7 +92,7 @@ def hopper_attention(
         output,
         mass,
         lse,
-        **arguments,
+        problem,
         needs_log_prior="log_prior" in tensors,
         needs_gate="gate" in tensors,
     )

@@ -13,9 +13,8 @@ from fusedmm.ops import attention_op
 
 pytest.importorskip("triton")
 
-from fusedmm.kernels.attention import backward as backward_module
-from fusedmm.kernels.attention import combine as combine_module
-from fusedmm.kernels.attention import forward as forward_module
+from fusedmm.kernels.attention import backward_rows, combine
+from fusedmm.kernels.attention import launch as launch_module
 
 # Operators whose result, or its size, the host has to know.
 WAITS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
@@ -52,7 +51,7 @@ class NoKernel:
 
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (forward_module, backward_module, combine_module):
+    for module in (launch_module, backward_rows, combine):
         for name in vars(module).copy():
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, NoKernel())
@@ -93,8 +92,7 @@ def test_nothing_waits_for_the_gpu(
     softmax: str, splits: int, device: torch.device, no_kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So a forward and a backward can be captured in a CUDA graph."""
-    for module in (forward_module, backward_module):
-        monkeypatch.setattr(module, "key_splits", lambda *_, **__: splits)
+    monkeypatch.setattr(launch_module, "key_splits", lambda *_, **__: splits)
     attend, leaves = call(ALL, softmax, device)
     with Operators() as operators:
         result = attend()

@@ -3,21 +3,21 @@
 import random
 import tempfile
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from fusedmm.layout import ModalityLayout
+from fusedmm.ops.attention import layout_arguments
 from fusedmm.reference import attention as reference
 from fusedmm.testing import PACKED, head_orders, over_budget, restore_heads
 
 pytest.importorskip("triton")
 
-from fusedmm.kernels.attention import backward as backward_module
 from fusedmm.kernels.attention import config as config_module
-from fusedmm.kernels.attention import forward as forward_module
+from fusedmm.kernels.attention import launch as launch_module
+from fusedmm.kernels.attention.arguments import AttentionProblem
 from fusedmm.kernels.launch import LaunchConfig
 
 SOFTMAXES = ("joint", "per_modality", "partials")
@@ -37,21 +37,16 @@ class Problem:
     dropout_p: float = 0.0
     grads: dict[str, Tensor] = field(default_factory=dict)  # output; mass or lse where it has one
 
-    def arguments(self) -> dict[str, Any]:
-        layout = self.layout
-        return {
-            "cu_seqlens_q": layout.cu_seqlens_q,
-            "cu_seqlens_k": layout.cu_seqlens_k,
-            "query_tiles": layout.query_tiles,
-            "key_tiles": layout.key_tiles,
-            "visible": None if layout.visibility is None else layout.visibility.ranges,
-            "active": self.active,
-            "seed": self.seed,
-            "dropout_p": self.dropout_p,
-            "softmax": self.softmax,
-            "scale": self.scale,
+    def for_kernels(self) -> AttentionProblem:
+        return AttentionProblem(
+            **layout_arguments(self.layout, self.layout.visibility),
+            softmax=self.softmax,
+            scale=self.scale,
+            active=self.active,
+            seed=self.seed,
+            dropout_p=self.dropout_p,
             **{name: self.tensors.get(name) for name in ("log_prior", "gate", "output_gate")},
-        }
+        )
 
 
 def draw_problem(
@@ -111,9 +106,9 @@ def launch(problem: Problem) -> dict[str, Tensor]:
     """Outputs and gradients of the kernels, by name."""
     tensors, grads = problem.tensors, problem.grads
     inputs = (tensors["query"], tensors["key"], tensors["value"])
-    arguments = problem.arguments()
-    output, mass, lse = forward_module.attention_forward(*inputs, **arguments)
-    gradients = backward_module.attention_backward(
+    for_kernels = problem.for_kernels()
+    output, mass, lse = launch_module.attention_forward(*inputs, for_kernels)
+    gradients = launch_module.attention_backward(
         grads["output"],
         grads.get("mass"),
         grads.get("lse"),
@@ -121,7 +116,7 @@ def launch(problem: Problem) -> dict[str, Tensor]:
         output,
         mass,
         lse,
-        **arguments,
+        for_kernels,
         needs_log_prior="log_prior" in tensors,
         needs_gate="gate" in tensors,
     )
@@ -200,11 +195,10 @@ def set_blocks(monkeypatch: pytest.MonkeyPatch, block_q: int, block_k: int, tail
         blocks = {**config(head_dim).blocks, "BLOCK_M": 16 if num_modalities <= 16 else 32}
         return LaunchConfig(blocks, num_warps=4, num_stages=2)
 
-    for module in (forward_module, backward_module):
-        monkeypatch.setattr(module, "_attention_spans_config", with_modalities)
-    monkeypatch.setattr(forward_module, "_attention_forward_config", with_carry)
-    monkeypatch.setattr(backward_module, "_attention_backward_query_config", with_tail)
-    monkeypatch.setattr(backward_module, "_attention_backward_key_value_config", config)
+    monkeypatch.setattr(launch_module, "_attention_spans_config", with_modalities)
+    monkeypatch.setattr(launch_module, "_attention_forward_config", with_carry)
+    monkeypatch.setattr(launch_module, "_attention_backward_query_config", with_tail)
+    monkeypatch.setattr(launch_module, "_attention_backward_key_value_config", config)
 
 
 FEATURES = ("log_prior", "gate", "output_gate", "active", "times", "lookback", "dropout")

@@ -7,8 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fusedmm.kernels.attention import backward as backward_module
-from fusedmm.kernels.attention import forward as forward_module
+from fusedmm.kernels.attention import launch as launch_module
 from fusedmm.kernels.attention.config import key_splits
 from tests.test_attention_kernels import (
     SOFTMAXES,
@@ -23,8 +22,7 @@ H200 = {"processors": 132}
 
 
 def force_splits(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
-    for module in (forward_module, backward_module):
-        monkeypatch.setattr(module, "key_splits", lambda *_, **__: splits)
+    monkeypatch.setattr(launch_module, "key_splits", lambda *_, **__: splits)
 
 
 @pytest.mark.parametrize("softmax", SOFTMAXES)
@@ -58,28 +56,27 @@ def test_short_segments_do_not_all_fall_to_one_split(device: torch.device, monke
     problem = draw_problem(5, "partials", [1], [[3, 3, 3, 3]], heads=1, kv_heads=1, device=device)
     seen = []
 
-    def look(_: torch.Tensor, split_lse: torch.Tensor, *results: torch.Tensor, **__: object) -> None:
+    def look(_: torch.Tensor, split_lse: torch.Tensor, *__: object) -> None:
         seen.append(torch.isfinite(split_lse))
 
-    monkeypatch.setattr(forward_module, "combine_splits", look)
+    monkeypatch.setattr(launch_module, "combine_splits", look)
     force_splits(monkeypatch, 4)
-    arguments = problem.arguments()
-    forward_module.attention_forward(*(problem.tensors[name] for name in ("query", "key", "value")), **arguments)
+    inputs = (problem.tensors[name] for name in ("query", "key", "value"))
+    launch_module.attention_forward(*inputs, problem.for_kernels())
     (finite,) = seen
     assert finite[:, 0, 0].sum(0).tolist() == finite[:, 0, 0].sum(1).tolist() == [1, 1, 1, 1]
 
 
 def test_many_keys_are_split_on_their_own(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (forward_module, backward_module):
-        monkeypatch.setattr(module, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(launch_module, "multiprocessors", lambda _: 132)
     calls = []
-    combine = forward_module.combine_splits
+    combine = launch_module.combine_splits
 
-    def count(split_output: torch.Tensor, *arguments: object, **others: object) -> None:
+    def count(split_output: torch.Tensor, *arguments: object) -> None:
         calls.append(split_output.shape[0])
-        combine(split_output, *arguments, **others)
+        combine(split_output, *arguments)
 
-    monkeypatch.setattr(forward_module, "combine_splits", count)
+    monkeypatch.setattr(launch_module, "combine_splits", count)
     problem = draw_problem(6, "joint", [8], [[700, 30]], features=("log_prior", "gate"), heads=1, device=device)
     assert complaints(problem) == []
     assert calls == [2]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -46,11 +47,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[passes.Launch]:
 
 
 def backward_rows(
-    grad_output: Tensor, grad_mass: None, grad_lse: None, output: Tensor, mass: Tensor, *_: None, **others: Tensor
+    grad_output: Tensor, grad_mass: None, grad_lse: None, output: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    mass, *_, problem = others
     _, heads, modalities = mass.shape
-    terms = mass.new_empty(4, heads, modalities, others["query_tiles"].shape[0] * 128)
-    return terms, torch.empty_like(output), others["output_gate"]
+    terms = mass.new_empty(4, heads, modalities, problem.query_tiles.shape[0] * 128)
+    return terms, torch.empty_like(output), problem.output_gate
 
 
 def draw(

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from fusedmm.layout import ModalityLayout
+from fusedmm.ops.attention import layout_arguments
 from fusedmm.reference.attention import modality_partials
 from fusedmm.testing import attention_example, attention_truth, over_budget, plain_attention
 
 pytest.importorskip("triton")
+from fusedmm.kernels.attention.arguments import AttentionProblem
 from fusedmm.kernels.attention.hopper import launch, passes
 from fusedmm.kernels.launch import device_arch
 from tests.gluon_launch import hopper_attention, simulate
@@ -149,12 +151,8 @@ def test_lse_is_rounded_once(softmax: str, device: torch.device) -> None:
     query = torch.randint(-4, 5, (40, 1, 64)).to(device, torch.float16)
     key = torch.randint(-4, 5, (60, 1, 64)).to(device, torch.float16)
     layout = ModalityLayout.from_lengths(torch.tensor([40]).to(device), torch.tensor([[7, 53]]).to(device))
-    names = ("cu_seqlens_q", "cu_seqlens_k", "query_tiles", "key_tiles")
-    absent = dict.fromkeys(("log_prior", "gate", "output_gate", "active", "visible", "seed"))
-    _, _, lse = launch.attention_forward(
-        query, key, key, **{name: getattr(layout, name) for name in names}, **absent,
-        dropout_p=0.0, softmax=softmax, scale=math.log(2.0),
-    )  # fmt: skip
+    problem = AttentionProblem(**layout_arguments(layout, None), softmax=softmax, scale=math.log(2.0))
+    _, _, lse = launch.attention_forward(query, key, key, problem)
     scores = math.log(2.0) * (query[:, 0].double() @ key[:, 0].double().T)
     truth = torch.stack((scores[:, :7].logsumexp(1), scores[:, 7:].logsumexp(1)), 1)
     spacing = torch.exp2(torch.floor(torch.log2(truth.abs())) - 23)

@@ -8,7 +8,7 @@ queries and their gradients then take 0.74 ms instead of 0.90 on one thread of a
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from fusedmm.eager import attention_flash as eager_flash
 from fusedmm.eager import attention_small as eager_small
 from fusedmm.eager.attention_inputs import Inputs
 from fusedmm.ops.dispatch import is_watched, without_autocast
+
+if TYPE_CHECKING:
+    from fusedmm.kernels.attention.arguments import AttentionProblem
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -57,11 +60,13 @@ class Problem(NamedTuple):
     softmax: str
     impl: str
 
-    def launch_arguments(self) -> dict[str, Any]:
-        """Keywords of the Triton launchers."""
-        arguments = self._asdict()
-        del arguments["num_modalities"], arguments["impl"]
-        return arguments
+    def for_kernels(self) -> "AttentionProblem":
+        """The same for the Triton launchers."""
+        from fusedmm.kernels.attention.arguments import AttentionProblem
+
+        fields = self._asdict()
+        del fields["impl"]
+        return AttentionProblem(**fields)
 
     def eager_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
         """The same for the eager composition, which leaves the output gate to its caller."""
@@ -125,7 +130,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Outp
         from fusedmm.kernels.attention.select import attention_forward
 
         with torch.cuda.device_of(query):
-            return attention_forward(query, key, value, **problem.launch_arguments())
+            return attention_forward(query, key, value, problem.for_kernels())
     with without_autocast(query):
         exact = eager.forward(problem.eager_inputs(query, key, value), problem.softmax)
     output, mass, lse = exact
@@ -163,9 +168,9 @@ def _backward(
                 output,
                 mass,
                 lse,
+                problem.for_kernels(),
                 needs_log_prior=needs_log_prior,
                 needs_gate=needs_gate,
-                **problem.launch_arguments(),
             )
         return cast(Gradients, tuple(query.new_empty((0,)) if g is None else g for g in gradients))
     results = grad_output, grad_mass, grad_lse, output, mass, lse

@@ -1,4 +1,4 @@
-"""Second pass of the attention backward: gradients of keys and values.
+"""Third pass of the attention backward: gradients of keys and values.
 
     p_ij  = exp2(scale2 q_i.k_j + offset_i)        R_ij = grad_output_i.v_j        dz_ij = p_ij (slope_i R_ij + shift_i)
     dv_j  = sum_i gate_i p_ij grad_output_i        dk_j = scale sum_i dz_ij q_i

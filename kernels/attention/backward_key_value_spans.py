@@ -1,4 +1,4 @@
-"""Second pass of the attention backward where segments are much shorter than a tile: a program owns BLOCK_K keys of
+"""Third pass of the attention backward where segments are much shorter than a tile: a program owns BLOCK_K keys of
 one sample, whatever their modalities, and one key head.
 
 The formulas are those of `backward_key_value`, with offset, shift, slope and gate of the key's own modality: a row of

@@ -1,4 +1,4 @@
-"""Third pass of the attention backward: gradients of queries, gates and priors.
+"""Second pass of the attention backward: gradients of queries, gates and priors.
 
     p_ij = exp2(scale2 q_i.k_j + offset_i)       R_ij = grad_output_i.v_j        dz_ij = p_ij (slope_i R_ij + shift_i)
     dq_i = scale sum_j dz_ij k_j                 dgate_i,m = sum_{j in m} p_ij R_ij
@@ -10,7 +10,7 @@ rounding of lse, a factor that every p of the row and dgate share but mass has n
 with offset, shift and slope from `backward_rows`; dropout multiplies R by keep / (1 - dropout_p).
 
 A program owns BLOCK_Q queries of one sample and one head and walks the segments in the same pieces as the forward.
-DELTA_ONLY is the pass before all others that the per-modality softmax needs: it takes only dgate, two of the three
+DELTA_ONLY is the pass that the per-modality softmax needs before this one: it takes only dgate, two of the three
 products, and writes shift = -slope dgate into ``row_terms``. As in the forward, the grid's second dimension shares out
 the keys where few queries meet many; every result is a sum over keys, so the launcher adds the splits up, in order.
 

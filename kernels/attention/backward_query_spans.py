@@ -1,11 +1,11 @@
-"""Third pass of the attention backward where segments are much shorter than a tile: key tiles span modalities.
+"""Second pass of the attention backward where segments are much shorter than a tile: key tiles span modalities.
 
 The formulas are those of `backward_query`. Offset, shift and slope, there one number a row of a tile, are one a pair
 here, by products with the one-hot matrix of `spans`, as is the sum of p R for each modality:
 
     p = exp2(scale2 q.k + offset one_hot)      dz = p ((slope one_hot) R + shift one_hot)      dgate = (p R) one_hot^T
 
-With DELTA_ONLY the pass before all others, for the per-modality softmax. Partials, whose gradient of the output
+With DELTA_ONLY the pass before it that the per-modality softmax needs. Partials, whose gradient of the output
 differs by modality, stay with `backward_query`, and so do splits, which share out the tiles of segments.
 
 Counted as in `forward_spans`, without visible ranges, tiles of 32 keys here:

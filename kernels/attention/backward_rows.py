@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedmm.kernels.attention.arguments import SoftmaxKind, strides_of, unit_last_stride
+from fusedmm.kernels.attention.arguments import AttentionProblem, modality_stride, strides_of, unit_last_stride
 from fusedmm.kernels.attention.config import _attention_backward_rows_config
 from fusedmm.kernels.indexing import TILE, load_rows, load_visible, load_work, store_rows
 from fusedmm.kernels.softmax import LN_2, LOG2_E, finite_shift
@@ -233,33 +233,20 @@ def attention_backward_rows(
     output: Tensor,
     mass: Tensor,
     lse: Tensor,
-    *,
-    cu_seqlens_q: Tensor,
     key_ranges: Tensor,
-    query_tiles: Tensor,
-    log_prior: Tensor | None,
-    gate: Tensor | None,
-    output_gate: Tensor | None,
-    visible: Tensor | None,
-    softmax: SoftmaxKind,
+    problem: AttentionProblem,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Launch the first pass of the backward, which the portable kernels share with Hopper's.
 
     Args:
         grad_output: this and what follows as in `attention_backward`; its last stride is 1.
-        grad_mass: see `attention_backward`.
-        grad_lse: see `attention_backward`.
-        output: see `attention_backward`.
-        mass: see `attention_backward`.
-        lse: see `attention_backward`.
-        cu_seqlens_q: see `attention_backward`.
-        key_ranges: [B, Hq, M, 2] int32, from `find_key_ranges`.
-        query_tiles: see `attention_backward`.
-        log_prior: see `attention_backward`.
-        gate: see `attention_backward`.
-        output_gate: see `attention_backward`.
-        visible: see `attention_backward`.
-        softmax: see `attention_backward`.
+        grad_mass: see grad_output.
+        grad_lse: see grad_output.
+        output: see grad_output.
+        mass: see grad_output.
+        lse: see grad_output.
+        key_ranges: [B, Hq, M, 2] int32, those of the problem.
+        problem: see grad_output.
 
     Returns:
         row_terms [4, Hq, M, padded rows] float32, the gradient of the output before its gate, and that of the gate's
@@ -267,14 +254,14 @@ def attention_backward_rows(
     """
     _, num_heads, num_modalities = mass.shape
     head_dim = output.shape[-1]
-    padded_rows = query_tiles.shape[0] * TILE.value
+    padded_rows = problem.query_tiles.shape[0] * TILE.value
     row_terms = mass.new_empty((4, num_heads, num_modalities, padded_rows))
-    grad_gated, grad_output_gate = grad_output, None
-    if output_gate is not None:
-        output_gate = unit_last_stride(output_gate)
+    output_gate, grad_gated, grad_output_gate = None, grad_output, None
+    if problem.output_gate is not None:
+        output_gate = unit_last_stride(problem.output_gate)
         grad_gated = output.new_empty(output.shape)
         grad_output_gate = output_gate.new_empty(output.shape)
-    grad_statistic = {"joint": grad_mass, "partials": grad_lse, "per_modality": None}[softmax]
+    grad_statistic = {"joint": grad_mass, "partials": grad_lse, "per_modality": None}[problem.softmax]
     config = _attention_backward_rows_config(head_dim)
     _attention_backward_rows_kernel[(padded_rows // config.blocks["BLOCK_Q"] * num_heads,)](
         output_ptr=output,
@@ -283,35 +270,26 @@ def attention_backward_rows(
         output_gate_ptr=output_gate,
         grad_gated_ptr=None if output_gate is None else grad_gated,
         grad_output_gate_ptr=grad_output_gate,
-        log_prior_ptr=log_prior,
-        gate_ptr=gate,
+        log_prior_ptr=problem.log_prior,
+        gate_ptr=problem.gate,
         lse_ptr=lse,
         row_terms_ptr=row_terms,
-        query_tiles_ptr=query_tiles,
-        cu_seqlens_q_ptr=cu_seqlens_q,
+        query_tiles_ptr=problem.query_tiles,
+        cu_seqlens_q_ptr=problem.cu_seqlens_q,
         key_ranges_ptr=key_ranges,
-        visible_ptr=visible,
-        **grad_output_strides(grad_output),
+        visible_ptr=problem.visible,
+        **strides_of(grad_output, "grad_output", "qh"),
+        grad_output_stride_m=modality_stride(grad_output),
         **strides_of(grad_statistic, "grad_statistic", "qhm"),
         **strides_of(output_gate, "output_gate", "qh"),
-        **strides_of(log_prior, "log_prior", "qhm"),
-        **strides_of(gate, "gate", "qhm"),
+        **strides_of(problem.log_prior, "log_prior", "qhm"),
+        **strides_of(problem.gate, "gate", "qhm"),
         **strides_of(key_ranges, "key_ranges", "bhm"),
         num_heads=num_heads,
         num_modalities=num_modalities,
         padded_rows=padded_rows,
         HEAD_DIM=head_dim,
-        SOFTMAX=softmax,
+        SOFTMAX=problem.softmax,
         **config.launch_options(),
     )
     return row_terms, grad_gated, grad_output_gate
-
-
-def grad_output_strides(grad_output: Tensor) -> dict[str, int]:
-    """Strides of [total_q, Hq, D] or [total_q, Hq, M, D]; without modalities theirs is 0."""
-    stride_q, stride_h, *stride_m, _ = grad_output.stride()
-    return {
-        "grad_output_stride_q": stride_q,
-        "grad_output_stride_h": stride_h,
-        "grad_output_stride_m": stride_m[0] if stride_m else 0,
-    }

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedmm.kernels.attention.arguments import SoftmaxKind, strides_of
+from fusedmm.kernels.attention.arguments import AttentionProblem, strides_of
 from fusedmm.kernels.attention.config import _attention_combine_config
 from fusedmm.kernels.softmax import finite_shift
 
@@ -114,10 +114,7 @@ def combine_splits(
     output: Tensor,
     mass: Tensor,
     lse: Tensor,
-    *,
-    gate: Tensor | None,
-    output_gate: Tensor | None,
-    softmax: SoftmaxKind,
+    problem: AttentionProblem,
 ) -> None:
     """Launch the kernel; writes ``output``, ``mass`` and ``lse``, all as `attention_forward` returns them.
 
@@ -127,13 +124,11 @@ def combine_splits(
         output: [total_q, Hq, D], or [total_q, Hq, M, D] for partials.
         mass: [total_q, Hq, M] float32.
         lse: [total_q, Hq, M] float32.
-        gate: [total_q, Hq, M] float32, any strides; only for per_modality, the joint splits have it in them.
-        output_gate: [total_q, Hq, D], last stride 1, or None.
-        softmax: "joint", "per_modality" or "partials".
+        problem: of the whole; its output gate has a last stride of 1. Joint splits have the gate in them.
     """
     total_q, num_heads, num_modalities = mass.shape
     head_dim = output.shape[-1]
-    gate = gate if softmax == "per_modality" else None
+    gate = problem.gate if problem.softmax == "per_modality" else None
     config = _attention_combine_config(head_dim)
     _attention_combine_kernel[(total_q * num_heads,)](
         split_output_ptr=split_output,
@@ -142,14 +137,14 @@ def combine_splits(
         mass_ptr=mass,
         lse_ptr=lse,
         gate_ptr=gate,
-        output_gate_ptr=output_gate,
+        output_gate_ptr=problem.output_gate,
         **strides_of(gate, "gate", "qhm"),
-        **strides_of(output_gate, "output_gate", "qh"),
+        **strides_of(problem.output_gate, "output_gate", "qh"),
         num_heads=num_heads,
         num_modalities=num_modalities,
         splits=split_output.shape[0],
         split_rows=total_q * num_heads,
         HEAD_DIM=head_dim,
-        SOFTMAX=softmax,
+        SOFTMAX=problem.softmax,
         **config.launch_options(),
     )

@@ -34,32 +34,12 @@ Determinism: no atomics, fixed order: bitwise reproducible.
 Source: Dao 2023, "FlashAttention-2", algorithm 1; the split of the loop follows Triton's tutorial 06.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fusedmm.kernels.attention.arguments import (
-    SoftmaxKind,
-    find_key_ranges,
-    input_precision,
-    one_hot_dtype,
-    strides_of,
-    unit_last_stride,
-)
-from fusedmm.kernels.attention.combine import combine_splits
-from fusedmm.kernels.attention.config import (
-    MAX_COLUMNS,
-    _attention_forward_config,
-    _attention_spans_config,
-    key_splits,
-    spans_segments,
-)
 from fusedmm.kernels.attention.forward_keys import attend_keys
 from fusedmm.kernels.attention.forward_mass import store_mass
-from fusedmm.kernels.attention.forward_spans import _attention_forward_spans_kernel
 from fusedmm.kernels.indexing import (
-    TILE,
     hidden_zero,
     load_prior,
     load_rows,
@@ -69,7 +49,6 @@ from fusedmm.kernels.indexing import (
     store_rows,
     take_split,
 )
-from fusedmm.kernels.launch import device_arch, multiprocessors
 from fusedmm.kernels.softmax import LOG2_E, finite_shift, natural_lse
 
 
@@ -289,138 +268,3 @@ def _attention_forward_kernel(
             BLOCK_D=BLOCK_D,
             PRECISION=PRECISION,
         )
-
-
-def attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    query_tiles: Tensor,
-    key_tiles: Tensor,
-    log_prior: Tensor | None,
-    gate: Tensor | None,
-    output_gate: Tensor | None,
-    active: Tensor | None,
-    visible: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    softmax: SoftmaxKind,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the forward.
-
-    Args:
-        query: [total_q, Hq, D] float16, bfloat16 or float32; D 16 to 256, last stride 1 (copied otherwise), as for
-            all tensors with D.
-        key: [total_k, Hkv, D], Hq a multiple of Hkv.
-        value: [total_k, Hkv, D].
-        cu_seqlens_q: [B+1] int32.
-        cu_seqlens_k: [B*M+1] int32, sample-major, modality-minor.
-        query_tiles: [total_q // 128 + B, 2] int32, (sample, first query) of each tile of 128 rows, longest work
-            first, unused ones (-1, 0).
-        key_tiles: [total_k // 128 + B*M, 2] int32, (segment, first key); only the backward needs it.
-        log_prior: [total_q, Hq, M] float32, any strides, or None.
-        gate: [total_q, Hq, M] float32, any strides, or None; refused by "partials".
-        output_gate: [total_q, Hq, D] logits in query's dtype, or None.
-        active: [B, Hq, M] bool, any strides, or None.
-        visible: [total_q, M, 2] int32, first key and end of what a query sees of a modality, within its segment; or
-            None.
-        seed: [1] int64 or None; with it key j is kept by query r and head h iff philox(seed; j, r, h, 0) as a uniform
-            number is at least dropout_p.
-        dropout_p: in [0, 1).
-        softmax: "joint", "per_modality" or "partials".
-        scale: multiplies scores.
-
-    Returns:
-        output [total_q, Hq, D] ([total_q, Hq, M, D] for partials) in query's dtype, mass and lse [total_q, Hq, M]
-        float32.
-    """
-    total_q, num_heads, head_dim = query.shape
-    batch = cu_seqlens_q.numel() - 1
-    num_modalities = (cu_seqlens_k.numel() - 1) // max(batch, 1)
-    # The kernel takes the maximum of the scores before it scales them: a negative scale, or 0, goes into the query.
-    if scale <= 0.0:
-        query, scale = (query * 0.0, 1.0) if scale == 0.0 else (-query, -scale)
-    query, key, value = (unit_last_stride(x) for x in (query, key, value))
-    output_gate = None if output_gate is None else unit_last_stride(output_gate)
-    key_ranges = find_key_ranges(cu_seqlens_k, active, batch, num_heads, num_modalities)
-    output_shape = (
-        (total_q, num_heads, num_modalities, head_dim) if softmax == "partials" else (total_q, num_heads, head_dim)
-    )
-    output = query.new_empty(output_shape)
-    mass = query.new_empty((total_q, num_heads, num_modalities), dtype=torch.float32)
-    lse = torch.empty_like(mass)
-    config = _attention_forward_config(
-        head_dim, query.dtype, device_arch(query.device), total_q // max(batch, 1), dropout=seed is not None
-    )
-    block_q = config.blocks["BLOCK_Q"]
-    splits = key_splits(
-        total_q,
-        key.shape[0],
-        batch,
-        num_heads,
-        block_q,
-        multiprocessors(query.device),
-        results=1 if softmax == "joint" else num_modalities,
-    )
-    parts, kernel_softmax, kernel_gate, kernel_output_gate = (output, mass, lse), softmax, gate, output_gate
-    if splits > 1:
-        # Modalities that have a softmax each stay apart until all their keys are counted, and gates wait as long.
-        kernel_output_gate = None
-        if softmax == "per_modality":
-            kernel_softmax, kernel_gate = "partials", None
-            output_shape = (total_q, num_heads, num_modalities, head_dim)
-        parts = (
-            mass.new_empty((splits, *output_shape)),
-            mass.new_empty((splits, *mass.shape)),
-            mass.new_empty((splits, *mass.shape)),
-        )
-    shared = {
-        "query_ptr": query,
-        "key_ptr": key,
-        "value_ptr": value,
-        "output_ptr": parts[0],
-        "mass_ptr": parts[1],
-        "lse_ptr": parts[2],
-        "query_tiles_ptr": query_tiles,
-        "cu_seqlens_q_ptr": cu_seqlens_q,
-        "key_ranges_ptr": key_ranges,
-        "log_prior_ptr": log_prior,
-        "gate_ptr": kernel_gate,
-        "output_gate_ptr": kernel_output_gate,
-        "visible_ptr": visible,
-        "seed_ptr": seed,
-        "scale": scale,
-        "dropout_p": dropout_p,
-        **strides_of(query, "query", "qh"),
-        **strides_of(key, "key", "kh"),
-        **strides_of(value, "value", "kh"),
-        **strides_of(key_ranges, "key_ranges", "bhm"),
-        **strides_of(log_prior, "log_prior", "qhm"),
-        **strides_of(kernel_gate, "gate", "qhm"),
-        **strides_of(kernel_output_gate, "output_gate", "qh"),
-        "num_heads": num_heads,
-        "group_size": num_heads // key.shape[1],
-        "num_modalities": num_modalities,
-        "HEAD_DIM": head_dim,
-        "PRECISION": input_precision(query.dtype),
-    }
-    total_k = key.shape[0]
-    spans = softmax == "joint" and spans_segments(softmax, num_modalities, total_k // max(batch * num_modalities, 1))
-    if spans and splits == 1 and total_k <= MAX_COLUMNS:
-        config = _attention_spans_config("forward", head_dim, query.dtype, device_arch(query.device), num_modalities)
-        grid = (query_tiles.shape[0] * (TILE.value // config.blocks["BLOCK_Q"]) * num_heads,)
-        _attention_forward_spans_kernel[grid](**shared, ONE_HOT=one_hot_dtype(query), **config.launch_options())
-        return output, mass, lse
-    _attention_forward_kernel[(query_tiles.shape[0] * (TILE.value // block_q) * num_heads, splits)](
-        **shared,
-        split_rows=total_q * num_heads if splits > 1 else None,
-        SOFTMAX=kernel_softmax,
-        **config.launch_options(),
-    )
-    if splits > 1:
-        combine_splits(parts[0], parts[2], output, mass, lse, gate=gate, output_gate=output_gate, softmax=softmax)
-    return output, mass, lse

@@ -7,16 +7,16 @@ which the Hopper kernels were measured to win, never before; the second command 
     python -m benchmarks paths FILE
 """
 
-from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from collections.abc import Collection
+from typing import Literal
 
 import torch
 import triton
 from torch import Tensor
 
-from fusedmm.kernels.attention.backward import attention_backward as portable_backward
+from fusedmm.kernels.attention import launch as portable
+from fusedmm.kernels.attention.arguments import AttentionProblem
 from fusedmm.kernels.attention.config import head_block, key_splits
-from fusedmm.kernels.attention.forward import attention_forward as portable_forward
 from fusedmm.kernels.attention.hopper.config import hopper_reasons
 from fusedmm.kernels.launch import device_arch, multiprocessors
 
@@ -69,25 +69,29 @@ def choose_path(
     return "portable" if reasons else "hopper"
 
 
-def choose_forward(query: Tensor, key: Tensor, arguments: Mapping[str, Any], path: Path) -> str:
-    """`choose_path` for the arguments of `attention_forward`."""
-    return _choose("forward", query, key, arguments, path)
-
-
-def choose_backward(query: Tensor, key: Tensor, arguments: Mapping[str, Any], path: Path) -> str:
-    """`choose_path` for the arguments of `attention_backward`."""
-    return _choose("backward", query, key, arguments, path)
+def choose(direction: str, query: Tensor, key: Tensor, problem: AttentionProblem, path: Path) -> str:
+    """`choose_path` for the arguments of a launcher."""
+    names = ("log_prior", "gate", "output_gate", "active", "visible")
+    features = {name for name in names if getattr(problem, name) is not None}
+    if problem.seed is not None:
+        features.add("dropout")
+    if query.shape[0] == 0 or key.shape[0] == 0:
+        features.add("empty")
+    elif MEASURED and _splits(query, key, problem):
+        features.add("split")
+    case = (device_arch(query.device), query.shape[-1], query.dtype, problem.softmax, features)
+    return choose_path(direction, *case, triton.__version__, path=path)
 
 
 def attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, *, path: Path = "auto", **arguments: Any
+    query: Tensor, key: Tensor, value: Tensor, problem: AttentionProblem, *, path: Path = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`fusedmm.kernels.attention.forward.attention_forward` on the kernels that `choose_path` picks."""
-    if choose_forward(query, key, arguments, path) == "portable":
-        return portable_forward(query, key, value, **arguments)
-    from fusedmm.kernels.attention.hopper.launch import attention_forward as hopper_forward
+    """`fusedmm.kernels.attention.launch.attention_forward` on the kernels that `choose_path` picks."""
+    if choose("forward", query, key, problem, path) == "portable":
+        return portable.attention_forward(query, key, value, problem)
+    from fusedmm.kernels.attention.hopper import launch as hopper
 
-    return hopper_forward(query, key, value, **arguments)
+    return hopper.attention_forward(query, key, value, problem)
 
 
 def attention_backward(
@@ -100,33 +104,22 @@ def attention_backward(
     output: Tensor,
     mass: Tensor,
     lse: Tensor,
+    problem: AttentionProblem,
     *,
+    needs_log_prior: bool,
+    needs_gate: bool,
     path: Path = "auto",
-    **arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """`fusedmm.kernels.attention.backward.attention_backward` on the kernels that `choose_path` picks."""
-    tensors = (grad_output, grad_mass, grad_lse, query, key, value, output, mass, lse)
-    if choose_backward(query, key, arguments, path) == "portable":
-        return portable_backward(*tensors, **arguments)
-    from fusedmm.kernels.attention.hopper.launch import attention_backward as hopper_backward
+    """`fusedmm.kernels.attention.launch.attention_backward` on the kernels that `choose_path` picks."""
+    arguments = grad_output, grad_mass, grad_lse, query, key, value, output, mass, lse, problem
+    if choose("backward", query, key, problem, path) == "portable":
+        return portable.attention_backward(*arguments, needs_log_prior=needs_log_prior, needs_gate=needs_gate)
+    from fusedmm.kernels.attention.hopper import launch as hopper
 
-    return hopper_backward(*tensors, **arguments)
-
-
-def _choose(direction: str, query: Tensor, key: Tensor, arguments: Mapping[str, Any], path: Path) -> str:
-    names = ("log_prior", "gate", "output_gate", "active", "visible")
-    features = {name for name in names if arguments[name] is not None}
-    if arguments["seed"] is not None:
-        features.add("dropout")
-    if query.shape[0] == 0 or key.shape[0] == 0:
-        features.add("empty")
-    elif MEASURED and _splits(query, key, arguments):
-        features.add("split")
-    case = (device_arch(query.device), query.shape[-1], query.dtype, arguments["softmax"], features)
-    return choose_path(direction, *case, triton.__version__, path=path)
+    return hopper.attention_backward(*arguments, needs_log_prior=needs_log_prior, needs_gate=needs_gate)
 
 
-def _splits(query: Tensor, key: Tensor, arguments: Mapping[str, Any]) -> bool:
+def _splits(query: Tensor, key: Tensor, problem: AttentionProblem) -> bool:
     """Whether tiles of Hopper's 128 queries would leave most of the GPU without work."""
-    batch = arguments["cu_seqlens_q"].numel() - 1
-    return key_splits(query.shape[0], key.shape[0], batch, query.shape[1], 128, multiprocessors(query.device)) > 1
+    sizes = query.shape[0], key.shape[0], problem.batch, query.shape[1], 128
+    return key_splits(*sizes, multiprocessors(query.device)) > 1

@@ -5,7 +5,7 @@
     dlog_prior_i,m = slope_i dgate_i,m + shift_i mass_i,m
 
 with offset, shift and slope from the portable `backward_rows`; the formulas stand there. DELTA_ONLY is the pass that
-the per-modality softmax needs before all others: two of the three products, and shift = -slope dgate into the row
+the per-modality softmax needs before this one: two of the three products, and shift = -slope dgate into the row
 terms.
 
 A CTA owns 128 queries of one sample and one head, a consumer (4 warps) 64 of them; the producer (1 warp) streams the

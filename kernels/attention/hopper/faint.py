@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedmm.kernels.attention.arguments import find_key_ranges, strides_of
+from fusedmm.kernels.attention.arguments import AttentionProblem, strides_of
 from fusedmm.kernels.attention.forward_mass import sum_keys
 from fusedmm.kernels.attention.hopper.config import faint_config
 from fusedmm.kernels.indexing import TILE, load_prior, load_rows, load_work, segment_range
@@ -114,14 +114,7 @@ def resum_faint(
     key: Tensor,
     mass: Tensor,
     lse: Tensor,
-    *,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    query_tiles: Tensor,
-    log_prior: Tensor | None,
-    active: Tensor | None,
-    visible: Tensor | None,
-    scale: float,
+    problem: AttentionProblem,
 ) -> None:
     """Launch the kernel; corrects ``mass`` and ``lse`` where the forward left lse -inf and something is visible.
 
@@ -130,32 +123,26 @@ def resum_faint(
         key: see query.
         mass: contiguous [total_q, Hq, M] float32, like lse.
         lse: see mass.
-        cu_seqlens_q: this and what follows as in `attention_forward`.
-        cu_seqlens_k: see `attention_forward`.
-        query_tiles: see `attention_forward`.
-        log_prior: see `attention_forward`.
-        active: see `attention_forward`.
-        visible: see `attention_forward`.
-        scale: positive.
+        problem: with a positive scale.
     """
     _, num_heads, num_modalities = mass.shape
     config = faint_config(query.shape[-1])
-    key_ranges = find_key_ranges(cu_seqlens_k, active, cu_seqlens_q.numel() - 1, num_heads, num_modalities)
-    _attention_faint_kernel[(query_tiles.shape[0] * (TILE.value // config.blocks["BLOCK_Q"]) * num_heads,)](
+    key_ranges = problem.key_ranges(num_heads)
+    _attention_faint_kernel[(problem.query_tiles.shape[0] * (TILE.value // config.blocks["BLOCK_Q"]) * num_heads,)](
         query_ptr=query,
         key_ptr=key,
         mass_ptr=mass,
         lse_ptr=lse,
-        query_tiles_ptr=query_tiles,
-        cu_seqlens_q_ptr=cu_seqlens_q,
+        query_tiles_ptr=problem.query_tiles,
+        cu_seqlens_q_ptr=problem.cu_seqlens_q,
         key_ranges_ptr=key_ranges,
-        log_prior_ptr=log_prior,
-        visible_ptr=visible,
-        scale2=scale * LOG2_E.value,
+        log_prior_ptr=problem.log_prior,
+        visible_ptr=problem.visible,
+        scale2=problem.scale * LOG2_E.value,
         **strides_of(query, "query", "qh"),
         **strides_of(key, "key", "kh"),
         **strides_of(key_ranges, "key_ranges", "bhm"),
-        **strides_of(log_prior, "log_prior", "qhm"),
+        **strides_of(problem.log_prior, "log_prior", "qhm"),
         num_heads=num_heads,
         group_size=num_heads // key.shape[1],
         num_modalities=num_modalities,

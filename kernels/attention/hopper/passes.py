@@ -8,15 +8,16 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fusedmm.kernels.attention.arguments import SoftmaxKind, strides_of
+from fusedmm.kernels.attention.arguments import AttentionProblem, strides_of
 from fusedmm.kernels.attention.config import head_block
 from fusedmm.kernels.attention.hopper.backward_key_value import TERMS, _attention_backward_key_value_hopper_kernel
 from fusedmm.kernels.attention.hopper.backward_query import _attention_backward_query_hopper_kernel
-from fusedmm.kernels.attention.hopper.config import hopper_config
+from fusedmm.kernels.attention.hopper.config import code_path, hopper_config
 from fusedmm.kernels.attention.hopper.forward import _attention_forward_hopper_kernel
 from fusedmm.kernels.attention.hopper.ragged import ragged_descriptor
 from fusedmm.kernels.attention.hopper.tiles import LOG2_E, ROWS
 from fusedmm.kernels.attention.hopper.work import key_work, query_work
+from fusedmm.kernels.launch import LaunchConfig
 
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
@@ -50,17 +51,8 @@ def forward_launch(
     output: Tensor,
     mass: Tensor,
     lse: Tensor,
+    problem: AttentionProblem,
     *,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    query_tiles: Tensor,
-    log_prior: Tensor | None,
-    gate: Tensor | None,
-    output_gate: Tensor | None,
-    active: Tensor | None,
-    visible: Tensor | None,
-    softmax: SoftmaxKind,
-    scale: float,
     programs: int,
 ) -> Launch:
     """The forward, into ``output``, ``mass`` and ``lse``.
@@ -72,52 +64,39 @@ def forward_launch(
         output: contiguous [total_q, Hq, D], for partials [total_q, Hq, M, D].
         mass: contiguous [total_q, Hq, M] float32, like lse.
         lse: see mass.
-        cu_seqlens_q: this and what follows as in `attention_forward`.
-        cu_seqlens_k: see `attention_forward`.
-        query_tiles: see `attention_forward`.
-        log_prior: see `attention_forward`.
-        gate: see `attention_forward`.
-        output_gate: see `attention_forward`.
-        active: see `attention_forward`.
-        visible: see `attention_forward`.
-        softmax: see `attention_forward`.
-        scale: positive.
+        problem: with a positive scale and without dropout.
         programs: CTAs, at most one an SM.
     """
     _, query_heads, head_dim = query.shape
-    block_k, config = hopper_config(f"forward_{softmax}", head_dim)
-    block_d = max(64, head_block(head_dim))
-    work = query_work(
-        query_tiles, cu_seqlens_q, cu_seqlens_k, active, visible, query_heads=query_heads, block_k=block_k
-    )
-    dtype = GLUON_DTYPES[query.dtype]
-    output_gate = None if output_gate is None else tma_operand(output_gate)  # so that its rows are 16-byte loads
-    num_items = query_tiles.shape[0] * query_heads
+    block_k, config = _config("forward", problem, head_dim)
+    work = query_work(problem, query_heads, block_k)
+    output_gate = None if problem.output_gate is None else tma_operand(problem.output_gate)  # rows of 16-byte loads
+    num_items = problem.query_tiles.shape[0] * query_heads
     arguments = {
-        "query_desc": ragged_descriptor(tma_operand(query), ROWS.value, block_d, dtype),
-        "key_desc": ragged_descriptor(tma_operand(key), block_k, block_d, dtype),
-        "value_desc": ragged_descriptor(tma_operand(value), block_k, block_d, dtype),
+        "query_desc": _boxes(query, ROWS.value),
+        "key_desc": _boxes(key, block_k),
+        "value_desc": _boxes(value, block_k),
         "output_ptr": output,
         "mass_ptr": mass,
         "lse_ptr": lse,
-        "log_prior_ptr": log_prior,
-        "gate_ptr": gate,
+        "log_prior_ptr": problem.log_prior,
+        "gate_ptr": problem.gate,
         "output_gate_ptr": output_gate,
-        "visible_ptr": visible,
+        "visible_ptr": problem.visible,
         "work_ptr": work,
-        "scale2": scale * LOG2_E.value,
-        "num_tiles": query_tiles.shape[0],
+        "scale2": problem.scale * LOG2_E.value,
+        "num_tiles": problem.query_tiles.shape[0],
         "num_items": num_items,
         "num_programs": min(programs, num_items),
-        **strides_of(log_prior, "log_prior", "qhm"),
-        **strides_of(gate, "gate", "qhm"),
+        **strides_of(problem.log_prior, "log_prior", "qhm"),
+        **strides_of(problem.gate, "gate", "qhm"),
         **strides_of(output_gate, "output_gate", "qh"),
         "HEAD_DIM": head_dim,
         "QUERY_HEADS": query_heads,
         "GROUP": query_heads // key.shape[1],
-        "MODALITIES": mass.shape[-1],
+        "MODALITIES": problem.num_modalities,
         "WORK_HEADS": work.shape[0],
-        "SOFTMAX": softmax,
+        "SOFTMAX": problem.softmax,
     }
     return Launch(_attention_forward_hopper_kernel, (arguments["num_programs"],), arguments, config.launch_options())
 
@@ -132,13 +111,8 @@ def query_launch(
     grad_gate: Tensor | None,
     mass: Tensor,
     row_terms: Tensor,
+    problem: AttentionProblem,
     *,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    query_tiles: Tensor,
-    active: Tensor | None,
-    visible: Tensor | None,
-    scale: float,
     delta_only: bool,
 ) -> Launch:
     """The backward for queries, gates and priors, or (``delta_only``) the shift of the per-modality softmax.
@@ -153,46 +127,37 @@ def query_launch(
         grad_gate: contiguous [total_q, Hq, M] float32 or None, likewise.
         mass: contiguous [total_q, Hq, M] float32.
         row_terms: [4, Hq, M, padded rows] float32; its second plane is written if ``delta_only``.
-        cu_seqlens_q: this and what follows as in `attention_backward`.
-        cu_seqlens_k: see `attention_backward`.
-        query_tiles: see `attention_backward`.
-        active: see `attention_backward`.
-        visible: see `attention_backward`.
-        scale: of the scores; any sign.
+        problem: without dropout; a scale of any sign.
         delta_only: which of the two.
     """
     _, query_heads, head_dim = query.shape
-    block_k, config = hopper_config("query", head_dim)
-    block_d = max(64, head_block(head_dim))
-    work = query_work(
-        query_tiles, cu_seqlens_q, cu_seqlens_k, active, visible, query_heads=query_heads, block_k=block_k
-    )
-    dtype = GLUON_DTYPES[query.dtype]
+    block_k, config = _config("query", problem, head_dim)
+    work = query_work(problem, query_heads, block_k)
     arguments = {
-        "query_desc": ragged_descriptor(tma_operand(query), ROWS.value, block_d, dtype),
-        "grad_output_desc": ragged_descriptor(_by_head(grad_output), ROWS.value, block_d, dtype),
-        "key_desc": ragged_descriptor(tma_operand(key), block_k, block_d, dtype),
-        "value_desc": ragged_descriptor(tma_operand(value), block_k, block_d, dtype),
+        "query_desc": _boxes(query, ROWS.value),
+        "grad_output_desc": _boxes(grad_output.flatten(1, -2), ROWS.value),
+        "key_desc": _boxes(key, block_k),
+        "value_desc": _boxes(value, block_k),
         "grad_query_ptr": grad_query,
         "grad_log_prior_ptr": grad_log_prior,
         "grad_gate_ptr": grad_gate,
         "mass_ptr": mass,
         "row_terms_ptr": row_terms,
-        "visible_ptr": visible,
+        "visible_ptr": problem.visible,
         "work_ptr": work,
-        "scale": scale,
-        "scale2": scale * LOG2_E.value,
-        "num_tiles": query_tiles.shape[0],
+        "scale": problem.scale,
+        "scale2": problem.scale * LOG2_E.value,
+        "num_tiles": problem.query_tiles.shape[0],
         "padded_rows": row_terms.shape[-1],
         "HEAD_DIM": head_dim,
         "QUERY_HEADS": query_heads,
         "GROUP": query_heads // key.shape[1],
-        "MODALITIES": mass.shape[-1],
+        "MODALITIES": problem.num_modalities,
         "WORK_HEADS": work.shape[0],
-        "IS_PARTIALS": grad_output.ndim == 4,
+        "IS_PARTIALS": problem.softmax == "partials",
         "DELTA_ONLY": delta_only,
     }
-    grid = (query_tiles.shape[0] * query_heads,)
+    grid = (problem.query_tiles.shape[0] * query_heads,)
     return Launch(_attention_backward_query_hopper_kernel, grid, arguments, config.launch_options())
 
 
@@ -204,14 +169,7 @@ def key_value_launch(
     grad_key: Tensor,
     grad_value: Tensor,
     row_terms: Tensor,
-    *,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    key_tiles: Tensor,
-    active: Tensor | None,
-    visible: Tensor | None,
-    scale: float,
-    has_gate: bool,
+    problem: AttentionProblem,
 ) -> Launch:
     """The backward for keys and values.
 
@@ -223,49 +181,45 @@ def key_value_launch(
         grad_key: contiguous [total_k, Hkv, D], like grad_value.
         grad_value: see grad_key.
         row_terms: [4, Hq, M, padded rows] float32.
-        cu_seqlens_q: this and what follows as in `attention_backward`.
-        cu_seqlens_k: see `attention_backward`.
-        key_tiles: see `attention_backward`.
-        active: see `attention_backward`.
-        visible: see `attention_backward`.
-        scale: of the scores; any sign.
-        has_gate: whether there are gates; without, they are 1.
+        problem: without dropout; a scale of any sign.
     """
     _, query_heads, head_dim = query.shape
     key_heads = key.shape[1]
-    modalities = row_terms.shape[2]
-    block_q, config = hopper_config("key_value" if visible is None else "key_value_visible", head_dim)
-    block_d = max(64, head_block(head_dim))
-    work = key_work(key_tiles, cu_seqlens_q, cu_seqlens_k, active, visible, query_heads=query_heads, block_q=block_q)
-    dtype = GLUON_DTYPES[query.dtype]
+    block_q, config = _config("key_value", problem, head_dim)
+    work = key_work(problem, query_heads, block_q)
     arguments = {
-        "query_desc": ragged_descriptor(tma_operand(query), block_q, block_d, dtype),
-        "grad_output_desc": ragged_descriptor(_by_head(grad_output), block_q, block_d, dtype),
-        "key_desc": ragged_descriptor(tma_operand(key), ROWS.value, block_d, dtype),
-        "value_desc": ragged_descriptor(tma_operand(value), ROWS.value, block_d, dtype),
+        "query_desc": _boxes(query, block_q),
+        "grad_output_desc": _boxes(grad_output.flatten(1, -2), block_q),
+        "key_desc": _boxes(key, ROWS.value),
+        "value_desc": _boxes(value, ROWS.value),
         "terms_desc": _terms_descriptor(row_terms, block_q),
         "grad_key_ptr": grad_key,
         "grad_value_ptr": grad_value,
-        "visible_ptr": visible,
+        "visible_ptr": problem.visible,
         "work_ptr": work,
-        "scale": scale,
-        "scale2": scale * LOG2_E.value,
-        "num_tiles": key_tiles.shape[0],
+        "scale": problem.scale,
+        "scale2": problem.scale * LOG2_E.value,
+        "num_tiles": problem.key_tiles.shape[0],
         "HEAD_DIM": head_dim,
         "KEY_HEADS": key_heads,
         "GROUP": query_heads // key_heads,
-        "MODALITIES": modalities,
+        "MODALITIES": problem.num_modalities,
         "WORK_HEADS": work.shape[0],
-        "IS_PARTIALS": grad_output.ndim == 4,
-        "HAS_GATE": has_gate,
+        "IS_PARTIALS": problem.softmax == "partials",
+        "HAS_GATE": problem.gate is not None,
     }
-    grid = (key_tiles.shape[0] * key_heads,)
+    grid = (problem.key_tiles.shape[0] * key_heads,)
     return Launch(_attention_backward_key_value_hopper_kernel, grid, arguments, config.launch_options())
 
 
-def _by_head(grad_output: Tensor) -> Tensor:
-    """[total_q, Hq, D], or for partials [total_q, Hq * M, D], as TMA reads it."""
-    return tma_operand(grad_output.flatten(1, -2))
+def _config(which: str, problem: AttentionProblem, head_dim: int) -> tuple[int, LaunchConfig]:
+    """Rows of a streamed tile, and the launch, of a pass."""
+    return hopper_config(code_path(which, problem.softmax, visible=problem.visible is not None), head_dim)
+
+
+def _boxes(x: Tensor, rows: int) -> TensorDescriptor:
+    """Descriptor of [row, head, dim], copied where TMA cannot read it: a box holds ``rows`` rows of one head."""
+    return ragged_descriptor(tma_operand(x), rows, max(64, head_block(x.shape[-1])), GLUON_DTYPES[x.dtype])
 
 
 def _terms_descriptor(row_terms: Tensor, block_q: int) -> TensorDescriptor:

@@ -9,9 +9,8 @@ from fusedmm.kernels.attention.forward_mass import FAINT
 
 LOG2_E: gl.constexpr = gl.constexpr(1.4426950408889634)
 LN_2: gl.constexpr = gl.constexpr(0.6931471805599453)
-HIDDEN: gl.constexpr = gl.constexpr(
-    -1e30
-)  # running maximum of a row that has seen nothing: finite, so that differences are not NaN
+# Running maximum of a row that has seen nothing: finite, so that differences are not NaN.
+HIDDEN: gl.constexpr = gl.constexpr(-1e30)
 ROWS: gl.constexpr = gl.constexpr(64)  # rows of a consumer: one wgmma
 CONSUMERS: gl.constexpr = gl.constexpr(2)
 ENTRY: gl.constexpr = gl.constexpr(8)  # integers of an entry of the query work, as in work.py

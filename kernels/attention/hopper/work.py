@@ -17,12 +17,15 @@ Key work, int32 [Hw, key tiles, 8]:
 Cost: one pass over `visible` for each of the two; without it a few integers a tile. No synchronisation.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fusedmm.kernels import indexing
+from fusedmm.kernels.attention.arguments import AttentionProblem, strides_of
 
 TILE = indexing.TILE.value  # rows of an entry of the work lists
 
@@ -171,73 +174,51 @@ def _attention_key_work_kernel(
     tl.store(row_ptr + 7, full_high)
 
 
-def _active_arguments(active: Tensor | None, query_heads: int) -> tuple[int, dict[str, object]]:
-    """Heads the tables tell apart, and the kernel's arguments for `active`."""
-    if active is None:
-        return 1, {"active_ptr": None, "active_stride_b": 0, "active_stride_h": 0, "active_stride_m": 0}
-    stride_b, stride_h, stride_m = active.stride()
-    heads = 1 if stride_h == 0 or query_heads == 1 else query_heads
-    arguments = {"active_ptr": active.view(torch.uint8), "active_stride_b": stride_b}
-    return heads, {**arguments, "active_stride_h": stride_h, "active_stride_m": stride_m}
-
-
-def query_work(
-    query_tiles: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    active: Tensor | None,
-    visible: Tensor | None,
-    *,
-    query_heads: int,
-    block_k: int,
-) -> Tensor:
+def query_work(problem: AttentionProblem, query_heads: int, block_k: int) -> Tensor:
     """Table of the query tiles, int32 [Hw, tiles, 2 + M, 8], for key tiles of ``block_k``."""
-    modalities = (cu_seqlens_k.numel() - 1) // max(cu_seqlens_q.numel() - 1, 1)
-    heads, active_arguments = _active_arguments(active, query_heads)
-    work = torch.empty(
-        heads, query_tiles.shape[0], 2 + modalities, ENTRY.value, dtype=torch.int32, device=query_tiles.device
-    )
-    _attention_query_work_kernel[(query_tiles.shape[0], heads)](
-        query_tiles_ptr=query_tiles,
-        cu_seqlens_q_ptr=cu_seqlens_q,
-        cu_seqlens_k_ptr=cu_seqlens_k,
-        visible_ptr=visible,
-        work_ptr=work,
-        num_modalities=modalities,
+    tiles = problem.query_tiles.shape[0]
+    heads, active = _active_arguments(problem.active, query_heads)
+    work = problem.query_tiles.new_empty((heads, tiles, 2 + problem.num_modalities, ENTRY.value))
+    _attention_query_work_kernel[(tiles, heads)](
+        query_tiles_ptr=problem.query_tiles,
+        **_shared_arguments(problem, work),
+        **active,
         BLOCK_K=block_k,
-        BLOCK_M=triton.next_power_of_2(modalities),
-        TILE_ROWS=TILE,
-        num_warps=4,
-        **active_arguments,
+        BLOCK_M=triton.next_power_of_2(problem.num_modalities),
     )
     return work
 
 
-def key_work(
-    key_tiles: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    active: Tensor | None,
-    visible: Tensor | None,
-    *,
-    query_heads: int,
-    block_q: int,
-) -> Tensor:
+def key_work(problem: AttentionProblem, query_heads: int, block_q: int) -> Tensor:
     """Table of the key tiles, int32 [Hw, tiles, 8], for visits of ``block_q`` queries."""
-    modalities = (cu_seqlens_k.numel() - 1) // max(cu_seqlens_q.numel() - 1, 1)
-    heads, active_arguments = _active_arguments(active, query_heads)
-    work = torch.empty(heads, key_tiles.shape[0], ENTRY.value, dtype=torch.int32, device=key_tiles.device)
-    _attention_key_work_kernel[(key_tiles.shape[0], heads)](
-        key_tiles_ptr=key_tiles,
-        cu_seqlens_q_ptr=cu_seqlens_q,
-        cu_seqlens_k_ptr=cu_seqlens_k,
-        visible_ptr=visible,
-        work_ptr=work,
-        num_modalities=modalities,
+    tiles = problem.key_tiles.shape[0]
+    heads, active = _active_arguments(problem.active, query_heads)
+    work = problem.key_tiles.new_empty((heads, tiles, ENTRY.value))
+    _attention_key_work_kernel[(tiles, heads)](
+        key_tiles_ptr=problem.key_tiles,
+        **_shared_arguments(problem, work),
+        **active,
         BLOCK_Q=block_q,
         BLOCK_ROWS=BLOCK_ROWS,
-        TILE_ROWS=TILE,
-        num_warps=4,
-        **active_arguments,
     )
     return work
+
+
+def _shared_arguments(problem: AttentionProblem, work: Tensor) -> dict[str, Any]:
+    return {
+        "cu_seqlens_q_ptr": problem.cu_seqlens_q,
+        "cu_seqlens_k_ptr": problem.cu_seqlens_k,
+        "visible_ptr": problem.visible,
+        "work_ptr": work,
+        "num_modalities": problem.num_modalities,
+        "TILE_ROWS": TILE,
+        "num_warps": 4,
+    }
+
+
+def _active_arguments(active: Tensor | None, query_heads: int) -> tuple[int, dict[str, Any]]:
+    """Heads that the tables tell apart, and the kernels' arguments for ``active``."""
+    if active is None:
+        return 1, {"active_ptr": None, **strides_of(None, "active", "bhm")}
+    heads = 1 if active.stride(1) == 0 or query_heads == 1 else query_heads
+    return heads, {"active_ptr": active.view(torch.uint8), **strides_of(active, "active", "bhm")}
