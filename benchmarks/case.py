@@ -83,7 +83,6 @@ class Case:
 
     Attributes:
         name: such as ``attention/dense-gated-d128-4k``.
-        devices: kinds it is meant for, "cuda" and "cpu".
         sizes: what plots and tables show.
         problem: makes the inputs on a device.
         small: makes a twin with everything of the task in it, small enough for the float64 reference.
@@ -99,7 +98,6 @@ class Case:
     """
 
     name: str
-    devices: tuple[str, ...]
     sizes: Mapping[str, int | float | str]
     problem: Callable[[torch.device], Any]
     small: Callable[[torch.device], Any]

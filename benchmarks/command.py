@@ -28,7 +28,7 @@ from benchmarks import (
 from benchmarks.against import Against, against
 from benchmarks.cases import Builder, builders
 from benchmarks.harness import Harness, ratio
-from benchmarks.results import ROOT, Result
+from benchmarks.results import ROOT, Result, Run
 from benchmarks.telemetry import Telemetry
 
 QUICK_SECONDS = 0.2  # at least timing.MIN_ROUNDS calls all the same
@@ -75,7 +75,7 @@ def _bench(words: list[str]) -> int:
     args = parser.parse_args(words)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    kind = _kind(args.device)
     chosen = _chosen(kind, args.cases, quick=args.quick)
     seconds = args.seconds or (QUICK_SECONDS if args.quick else FULL_SECONDS)
     if not chosen:
@@ -106,6 +106,17 @@ def _chosen(kind: str, wanted: Sequence[str], *, quick: bool) -> dict[str, Build
     return {name: known[name] for name in plan.ordered(chosen, measured)}
 
 
+def _kind(device: str) -> str:
+    """The kind of device that an option means."""
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _files(args: argparse.Namespace, run: Run) -> list[Path]:
+    """Where the results of a run go."""
+    saved = results.RESULTS / f"{results.slug(run.device)}.jsonl"
+    return [args.json] * bool(args.json) + [saved] * args.save
+
+
 def _budget() -> float:
     return float(os.environ.get("FUSEDMM_BENCH_BUDGET_S", "inf"))
 
@@ -134,13 +145,12 @@ def _isolated(args: argparse.Namespace, words: list[str], names: list[str]) -> i
 def _measure(args: argparse.Namespace, kind: str, chosen: dict[str, Builder], seconds: float) -> int:
     deadline = time.monotonic() + args.budget_s
     device = torch.device(kind)
-    telemetry = Telemetry(device)
-    ceilings = roofline.measure(device)
-    run = results.describe_run(device, ceilings.copy_gb_s, dict(ceilings.matrix_tflops), telemetry.power_limit_w())
+    telemetry, ceilings = Telemetry(device), roofline.measure(device)
+    run = results.describe_run(device, ceilings, telemetry)
     print(f"{run.device}: copy {run.copy_gb_s} GB/s, matrix product {run.matrix_tflops} TFLOP/s, commit {run.commit}")
     if kind == "cuda" and telemetry.missing:
         print(f"clocks, power and energy are not read ({telemetry.missing}): no ratios are shown")
-    files = [args.json] * bool(args.json) + [results.RESULTS / f"{results.slug(run.device)}.jsonl"] * args.save
+    files = _files(args, run)
     for file in files:
         results.append(file, [run])
 
@@ -285,17 +295,16 @@ def _overheads(words: list[str]) -> int:
     if args.list:
         print("\n".join(overheads.CASES))
         return 0
-    kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    kind = _kind(args.device)
     if kind == "cuda" and not torch.cuda.is_available():
         print("benchmarks: overheads of a GPU skipped: no CUDA device here. On one, run ci/gpu.", file=sys.stderr)
         return 2
     device = torch.device(kind)
     telemetry = Telemetry(device)
-    ceilings = roofline.measure(device)
-    run = results.describe_run(device, ceilings.copy_gb_s, dict(ceilings.matrix_tflops), telemetry.power_limit_w())
+    run = results.describe_run(device, roofline.measure(device), telemetry)
     found = list(overheads.Overheads(device, telemetry, run.id).rows())
     print(overheads.table(found))
-    for file in [args.json] * bool(args.json) + [results.RESULTS / f"{results.slug(run.device)}.jsonl"] * args.save:
+    for file in _files(args, run):
         results.append(file, [run, *found])
     return int(any(row.status not in (results.TIMED, "skipped") for row in found))
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from benchmarks.peers import versions
+from benchmarks.roofline import Ceilings
+from benchmarks.telemetry import Telemetry
 from fusedmm.kernels.launch import device_arch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,7 +78,7 @@ class Result:
         tflops: on the FLOPs of the visible work, whoever does it.
         share: of the measured ceiling that bounds this case, memory or matrix products.
         intensity: FLOPs for each byte that must move.
-        worst_error: largest error over what the gate allows; at most 1 where it is green.
+        worst_error: largest relative error, in norm, of any result of the small twin that the gate computes.
         clock_mhz, power_w, energy_mj, throttled: of the GPU while this variant ran; None where they cannot be read.
         kernel: name in the static table of the kernel that does the work, for the model's error.
     """
@@ -122,9 +124,7 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def describe_run(
-    device: torch.device, copy_gb_s: float, matrix_tflops: dict[str, float], power_limit_w: float | None
-) -> Run:
+def describe_run(device: torch.device, ceilings: Ceilings, telemetry: Telemetry) -> Run:
     """Everything that a result on this machine depends on."""
     import triton
 
@@ -152,10 +152,10 @@ def describe_run(
         command="python -m benchmarks " + " ".join(sys.argv[1:]),
         versions=found,
         threads=threads,
-        power_limit_w=power_limit_w,
+        power_limit_w=telemetry.power_limit_w(),
         processors=processors,
-        copy_gb_s=round(copy_gb_s, 1),
-        matrix_tflops={name: round(rate, 2) for name, rate in matrix_tflops.items()},
+        copy_gb_s=round(ceilings.copy_gb_s, 1),
+        matrix_tflops={name: round(rate, 2) for name, rate in ceilings.matrix_tflops.items()},
     )
 
 

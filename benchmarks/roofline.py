@@ -1,10 +1,12 @@
 """The ceilings that a share is a share of, measured in the same run: copying memory, and one large matrix product."""
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import median
 
 import torch
+
+from benchmarks.timing import time_once
 
 REPEATS = 10
 
@@ -34,22 +36,9 @@ def name_of(dtype: torch.dtype) -> str:
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
     """Median time of a call, device included, after a warm-up."""
-    times = []
-    for turn in range(REPEATS + 2):
-        if device.type == "cuda":
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            stop.record()
-            torch.cuda.synchronize(device)
-            elapsed = float(start.elapsed_time(stop)) / 1e3
-        else:
-            began = time.perf_counter()
-            call()
-            elapsed = time.perf_counter() - began
-        if turn >= 2:
-            times.append(elapsed)
-    return sorted(times)[len(times) // 2]
+    for _ in range(2):
+        call()
+    return median(time_once(call, device) for _ in range(REPEATS)) / 1e3
 
 
 def measure(device: torch.device) -> Ceilings:

@@ -55,7 +55,9 @@ def interleave(
     rounds = 0
     while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.monotonic() < deadline):
         for name, call in calls.items():
-            found[name].ms.append(_once(call, device, flush))
+            if flush is not None:
+                flush.zero_()
+            found[name].ms.append(time_once(call, device))
             reading = telemetry.read()
             if reading.clock_mhz is not None:
                 found[name].clocks.append(reading.clock_mhz)
@@ -115,12 +117,12 @@ def comparable(clocks: Sequence[float | None], tolerance: float = 0.05) -> bool:
     return len(read) in (0, len(clocks)) and (not read or max(read) <= (1 + tolerance) * min(read))
 
 
-def _once(call: Callable[[], object], device: torch.device, flush: torch.Tensor | None) -> float:
-    if flush is None:
+def time_once(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of one call: between two events on a GPU, wall time on a CPU."""
+    if device.type != "cuda":
         began = time.perf_counter()
         call()
         return (time.perf_counter() - began) * 1e3
-    flush.zero_()
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     call()

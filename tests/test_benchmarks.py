@@ -36,7 +36,6 @@ def toy(*variants: Variant) -> Case:
 
     return Case(
         name="toy",
-        devices=("cpu",),
         sizes={"n": 8},
         problem=lambda device: torch.ones(8),
         small=lambda device: torch.arange(8.0),

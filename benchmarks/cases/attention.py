@@ -168,7 +168,6 @@ def build(name: str, kind: str, arguments: Mapping[str, object]) -> Case:
     who = "fusedmm" if shape.modalities == 1 else ""  # what others make of one modality, dense-plain shows
     return Case(
         name=name,
-        devices=(kind,),
         sizes={
             "batch": len(shape.q_lengths),
             "total_q": total_q,

@@ -1,14 +1,13 @@
 """Distillation cases: losses of two linear heads at the shapes of the literature, few classes, scores alone."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-import fusedmm
 from benchmarks.case import Case, Prepared, Variant
 from benchmarks.cases import distillation_peers as peers
 from benchmarks.cases.distillation_peers import Problem
@@ -104,7 +103,6 @@ def build(name: str, kind: str, shape: Shape) -> Case:
     small = Shape(67, min(shape.classes, 1003), 64, 48, shape.task, shape.beta, shape.alpha)
     return Case(
         name=name,
-        devices=(kind,),
         sizes={
             "rows": shape.rows,
             "classes": shape.classes,
@@ -136,10 +134,4 @@ def scores_reference(problem: Problem, dtype: torch.dtype) -> Prepared:
     """The same for scores."""
     if dtype != torch.float64:
         return peers.eager_scores(problem)
-    exact = problem.cast(dtype)
-
-    def forward() -> Mapping[str, Tensor]:
-        scores = fusedmm.distillation_scores(exact.student_head(), exact.teacher_head(), exact.labels, impl="reference")
-        return {name: getattr(scores, name) for name in peers.FIELDS}
-
-    return Prepared(lambda: dict(forward()), {}, {})
+    return peers.fused_scores(problem.cast(dtype), impl="reference")

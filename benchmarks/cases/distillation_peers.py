@@ -245,11 +245,12 @@ def losses(kind: str, beta: float, alpha: float) -> tuple[Variant, ...]:
     return tuple(found)
 
 
-def fused_scores(problem: Problem) -> Prepared:
+def fused_scores(problem: Problem, *, impl: str = "auto") -> Prepared:
     """This project's scores."""
 
     def forward() -> dict[str, Tensor]:
-        scores = fusedmm.distillation_scores(problem.student_head(), problem.teacher_head(), problem.labels)
+        heads = problem.student_head(), problem.teacher_head()
+        scores = fusedmm.distillation_scores(*heads, problem.labels, impl=impl)
         return {name: getattr(scores, name) for name in FIELDS}
 
     return Prepared(forward, {}, {})

@@ -76,7 +76,6 @@ def build(name: str, kind: str, shape: Shape) -> Case:
     small = Shape(2, 5, dict.fromkeys(shape.tokens, 7), shape.widths, 64, 4)
     return Case(
         name=name,
-        devices=(kind,),
         sizes={
             "batch": shape.batch,
             "total_q": rows,

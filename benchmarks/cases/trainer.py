@@ -105,7 +105,6 @@ def build(name: str, kind: str) -> Case:
     size = sum(parameter.numel() for parameter in bound.inputs.values()) * dtype.itemsize
     return Case(
         name=name,
-        devices=(kind,),
         sizes={"rows": BATCH[kind], "parameters": size // dtype.itemsize, "dtype": str(dtype).removeprefix("torch.")},
         problem=partial(draw, kind, BATCH[kind], dtype),
         small=partial(draw, kind, SMALL_BATCH, dtype),
