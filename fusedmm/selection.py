@@ -14,8 +14,8 @@ BIN_BITS = 8
 def select_rows(score: Tensor, keep: float, *, group: dist.ProcessGroup | None = None) -> Tensor:
     """Mark the rows with the largest scores: ``int(keep * rows + 0.5)`` of all rows on all ranks, exactly.
 
-    The threshold is found bit by bit: a histogram of one byte of the scores at a time, summed over ranks. Of rows that
-        equal it those of lower ranks, then of lower indices, are taken.
+    A radix select: a histogram of one byte of the scores at a time, summed over ranks, finds the threshold exactly. Of
+    rows that equal it those of lower ranks, then of lower indices, are taken.
 
     Args:
         score: [N] floating point; N may differ by rank. A NaN is below everything.
@@ -29,7 +29,7 @@ def select_rows(score: Tensor, keep: float, *, group: dist.ProcessGroup | None =
         ShapeError, TypeError, ValueError: score is not [N] floating point, keep is not a fraction.
 
     Cost: 4 sweeps over the scores (8 for float64), and with a group as many sums of 256 numbers; no host waits for the
-        device.
+    device.
     """
     op = "select_rows"
     if score is None:

@@ -152,13 +152,8 @@ class BatchSampler:
             raise ValueError(
                 f"BatchSampler: num_rows must be at least batch_size={batch_size}, got {num_rows}. Use a smaller batch."
             )
-        self.num_rows, self.batch_size, self.seed, self.rank, self.world_size = (
-            num_rows,
-            batch_size,
-            seed,
-            rank,
-            world_size,
-        )
+        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
+        self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = num_rows // batch_size
 
     def global_indices(self, step: int) -> Int64Array:

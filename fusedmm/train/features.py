@@ -77,9 +77,8 @@ class Scaler:
 
     def transform(self, values: FloatArray) -> Float32Array:
         """[T, F] to [T, F] float32, finite."""
-        scaled: Float32Array = values.astype(
-            np.float32
-        )  # a copy, changed in place: an image modality has millions of rows
+        # A copy, changed in place: an image modality has millions of rows.
+        scaled: Float32Array = values.astype(np.float32)
         scaled -= self.center
         scaled /= self.scale
         np.clip(scaled, -self.clip, self.clip, out=scaled)

@@ -20,9 +20,7 @@ from fusedmm.train.config import ModelConfig
 from fusedmm.train.filter import MOMENTUM, PATIENCE
 
 GAP_FREQUENCIES = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Frequencies of the time-gap encoding over log(1 + gap): from one period over 11 powers of ten to one over a factor
-5.
-"""
+"""Of the time-gap encoding over log(1 + gap): from one period over 11 powers of ten to one over a factor of 5."""
 
 
 class Forecast(NamedTuple):
@@ -109,13 +107,9 @@ class PlainBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
     def forward(self, query: Tensor, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> FusionOutput:
-        """[B, L, E] and visible tokens of each modality -> the updated queries and their mass by modality [B, L, H,
-        M].
-        """
-        kinds = [self.kind[m].expand(tokens[name].shape) for m, name in enumerate(self.modalities)]
-        keys = torch.cat(
-            [tokens[name] + kind for name, kind in zip(self.modalities, kinds, strict=True)], dim=1
-        )  # [B, K, E]
+        """[B, L, E] and visible tokens of each modality -> the updated queries and their mass [B, L, H, M]."""
+        marked = [tokens[name] + self.kind[m] for m, name in enumerate(self.modalities)]
+        keys = torch.cat(marked, dim=1)  # [B, K, E]
         member = torch.cat(
             [torch.full((tokens[name].shape[1],), m, device=query.device) for m, name in enumerate(self.modalities)]
         )
@@ -146,16 +140,14 @@ class ConcatBlock(nn.Module):
     def forward(self, query: Tensor, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> FusionOutput:
         """[B, L, E] and visible tokens -> the updated queries; mass counts every present modality alike."""
         count = torch.stack([masks[name].sum(dim=1) for name in self.modalities], dim=1)  # [B, M]
-        total = torch.stack(
-            [(tokens[name] * masks[name][..., None]).sum(dim=1) for name in self.modalities], dim=1
-        )  # [B, M, E]
+        totals = [(tokens[name] * masks[name][..., None]).sum(dim=1) for name in self.modalities]
+        total = torch.stack(totals, dim=1)  # [B, M, E]
         present = (count > 0)[..., None]
         mean = torch.where(present, total / count.clamp(min=1)[..., None], self.missing)
         joined = torch.cat([query, mean.flatten(1)[:, None].expand(-1, query.shape[1], -1)], dim=-1)
-        share = (
-            (present / present.sum(dim=1, keepdim=True).clamp(min=1)).float().transpose(1, 2)[:, None]
-        )  # [B, 1, 1, M]
-        return FusionOutput(query + self.mlp(self.norm(joined)), share.expand(-1, query.shape[1], -1, -1))
+        share = (present / present.sum(dim=1, keepdim=True).clamp(min=1)).float()  # [B, M, 1]
+        mass = share.transpose(1, 2)[:, None].expand(-1, query.shape[1], -1, -1)
+        return FusionOutput(query + self.mlp(self.norm(joined)), mass)
 
 
 class Forecaster(nn.Module):

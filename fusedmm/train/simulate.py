@@ -126,11 +126,9 @@ def simulate(config: MarketConfig) -> tuple[DatasetInfo, pd.DataFrame, dict[str,
         shares += weight**2 * explained
     assert tokens["price"].values is not None
     bars = tokens["price"].values[:, 0].reshape(count, PRICE_BARS).astype(np.float64)
-    samples["past_level"], samples["past_last"], samples["past_range"] = (
-        bars.mean(axis=1),
-        bars[:, -1],
-        np.ptp(bars, axis=1),
-    )
+    samples["past_level"] = bars.mean(axis=1)
+    samples["past_last"] = bars[:, -1]
+    samples["past_range"] = np.ptp(bars, axis=1)
     for name in tokens:
         share = shares[INFORMATIVE.index(name)] / shares.sum(axis=0) if name in INFORMATIVE else np.zeros(count)
         samples[f"importance_{name}"] = share

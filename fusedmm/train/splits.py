@@ -44,10 +44,8 @@ def split_by_date(
     Args:
         samples: columns ``day``, ``time`` and, where labels look ahead, ``label_end``.
         train_end, dev_start, dev_end, test_start, test_end: days as YYYY-MM-DD, inclusive. None: dev starts on the day
-        after ``train_end``, dev and test
-            touch, and the test ends with the data. Without ``train_end`` (then without any of them) the first 70 % of
-            the days are train, the next
-            10 % dev, the others test.
+            after ``train_end``, dev and test touch, and the test ends with the data. Without ``train_end`` (then
+            without any of them) the first 70 % of the days are train, the next 10 % dev, the others test.
         embargo_days: a label of train must end more than so many days before dev starts, and one of dev before the test
             starts. With 0 it must have ended.
         shuffle: refused.

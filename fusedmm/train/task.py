@@ -61,10 +61,8 @@ class Task:
         """Weight [T, P] and bias [T] of what the model's head is added to: "ridge" on past features, or "none", the
         train mean.
         """
-        outputs, past = (
-            self.classes or self.features.targets.shape[1],
-            self.features.past[self.rows.train].astype(np.float64),
-        )
+        outputs = self.classes or self.features.targets.shape[1]
+        past = self.features.past[self.rows.train].astype(np.float64)
         if self.classes:
             return torch.zeros(outputs, past.shape[1]), torch.zeros(outputs)
         targets = self.features.targets[self.rows.train].astype(np.float64)

@@ -55,9 +55,7 @@ class HashingEncoder:
         weighted = weights.transform(counts)
         rank = min(dim, counts.shape[0], counts.shape[1] - 1)
         svd = TruncatedSVD(n_components=rank, n_iter=4, random_state=seed)
-        with np.errstate(
-            invalid="ignore"
-        ):  # its share of explained variance, which is not used, is 0/0 for equal sentences
+        with np.errstate(invalid="ignore"):  # the share of explained variance, not used, is 0/0 for equal sentences
             scores = svd.fit_transform(weighted)
         deviation = scores.std(axis=0)
         spread = np.where(deviation > 1e-6 * np.abs(scores).max(), deviation, 1.0)
