@@ -103,41 +103,8 @@ class MultimodalBatch:
             ValueError: for an unknown modality, or times for some modalities only.
             ShapeError, TypeError: for shapes and dtypes that do not fit.
         """
-        if not isinstance(modalities, Mapping):
-            raise TypeError(
-                f"{OP}: modalities must map names to token widths, got {type(modalities).__name__}. "
-                "Pass the module's `modalities`."
-            )
-        if not isinstance(tokens, Mapping) or not isinstance(query, Tensor):
-            raise TypeError(
-                f"{OP}: query must be a tensor and tokens must map names to tensors, got {type(query).__name__} and "
-                f"{type(tokens).__name__}."
-            )
         masks, times = masks or {}, times or {}
-        absent = [name for name, x in tokens.items() if x is None]
-        if absent:
-            raise TypeError(f"{OP}: tokens[{absent[0]!r}] must be a tensor, got None. Leave a missing modality out.")
-        for argument, mapping in (("tokens", tokens), ("masks", masks), ("times", times)):
-            unknown = [name for name in mapping if name not in modalities]
-            if unknown:
-                raise ValueError(
-                    f"{OP}: {argument} names an unknown modality, got {unknown[0]!r}. The module knows "
-                    f"{list(modalities)}."
-                )
-        check_device(
-            OP,
-            {
-                "query": query,
-                **{f"tokens[{name!r}]": x for name, x in tokens.items()},
-                **{f"masks[{name!r}]": x for name, x in masks.items()},
-            },
-        )
-        if tokens and (bool(times) != (query_time is not None) or (times and set(times) != set(tokens))):
-            lacking = [*(name for name in tokens if name not in times), *(["query_time"] if query_time is None else [])]
-            raise ValueError(
-                f"{OP}: times must be given for every modality and for the query (query_time), got none for "
-                f"{', '.join(lacking) or 'tokens of ' + ', '.join(sorted(set(times) - set(tokens)))}."
-            )
+        _check_given(query, tokens, modalities, masks, times, query_time, lookback)
         batch, device = query.shape[0], query.device
         queries = _Ragged.of("query", query, query_mask, batch, None)
         given = {
@@ -148,31 +115,25 @@ class MultimodalBatch:
         nothing = torch.zeros(batch, dtype=torch.int64, device=device)
         lengths = torch.stack([given[name].lengths if name in given else nothing for name in modalities], 1)
         layout = ModalityLayout.from_lengths(queries.lengths, lengths, names=list(modalities))
-        packed: dict[str, Tensor] = {}
-        totals = lengths.sum(0).tolist() if any(ragged.slots_wanted for ragged in given.values()) else None
-        slots: dict[str, Tensor | None] = {}
-        for index, (name, width) in enumerate(modalities.items()):
-            if name not in given:
-                packed[name] = (
-                    query.new_zeros((0, width)) if not query.is_nested else query.values().new_zeros((0, width))
-                )
-                continue
-            slots[name] = given[name].slots(None if totals is None else totals[index])
-            packed[name] = _take(given[name].values, slots[name])
+        totals = lengths.sum(0).tolist() if any(ragged.mask is not None for ragged in given.values()) else None
+        slots = {
+            name: given[name].slots(None if totals is None else totals[index])
+            for index, name in enumerate(modalities)
+            if name in given
+        }
+        packed = {
+            name: _take(given[name].values, slots[name]) if name in given else queries.values.new_zeros((0, width))
+            for name, width in modalities.items()
+        }
         key_source = _key_source(layout, lengths, [x.shape[0] for x in packed.values()])
+        query_slots = queries.slots(layout.total_q)
         if query_time is not None and tokens:
-            flat_times = torch.cat(
-                [_take(_flat_time(name, times[name], tokens[name]), slots[name]) for name in packed if name in given]
-            )
-            query_slots = queries.slots(layout.total_q)
+            key_time = torch.cat([_take(_flat_time(name, times[name], tokens[name]), slots[name]) for name in given])
             layout = layout.at_times(
                 _take(_flat_time("query", query_time, query), query_slots),
-                flat_times[key_source],
+                key_time[key_source],
                 _lookback(lookback, modalities),
             )
-        elif lookback is not None and tokens:
-            raise ValueError(f"{OP}: lookback needs times and query_time, got lookback alone.")
-        query_slots = None if query.is_nested else queries.slots(layout.total_q)
         shape = (batch, 0 if query.is_nested else query.shape[1])
         return cls(layout, packed, key_source, active, query_slots, shape)
 
@@ -201,6 +162,53 @@ class MultimodalBatch:
             return packed.view(*self.query_shape, *packed.shape[1:])
         flat = packed.new_zeros((self.query_shape[0] * self.query_shape[1], *packed.shape[1:]))
         return flat.index_copy(0, self.query_slots, packed).view(*self.query_shape, *packed.shape[1:])
+
+
+def _check_given(
+    query: Tensor,
+    tokens: Mapping[str, Tensor],
+    modalities: Mapping[str, int],
+    masks: Mapping[str, Tensor],
+    times: Mapping[str, Tensor],
+    query_time: Tensor | None,
+    lookback: int | Mapping[str, int] | None,
+) -> None:
+    """What `MultimodalBatch.build` wants of its arguments together: kinds, names, devices, all times or none."""
+    if not isinstance(modalities, Mapping):
+        raise TypeError(
+            f"{OP}: modalities must map names to token widths, got {type(modalities).__name__}. "
+            "Pass the module's `modalities`."
+        )
+    if not isinstance(tokens, Mapping) or not isinstance(query, Tensor):
+        raise TypeError(
+            f"{OP}: query must be a tensor and tokens must map names to tensors, got {type(query).__name__} and "
+            f"{type(tokens).__name__}."
+        )
+    absent = [name for name, x in tokens.items() if x is None]
+    if absent:
+        raise TypeError(f"{OP}: tokens[{absent[0]!r}] must be a tensor, got None. Leave a missing modality out.")
+    for argument, mapping in (("tokens", tokens), ("masks", masks), ("times", times)):
+        unknown = [name for name in mapping if name not in modalities]
+        if unknown:
+            raise ValueError(
+                f"{OP}: {argument} names an unknown modality, got {unknown[0]!r}. The module knows {list(modalities)}."
+            )
+    check_device(
+        OP,
+        {
+            "query": query,
+            **{f"tokens[{name!r}]": x for name, x in tokens.items()},
+            **{f"masks[{name!r}]": x for name, x in masks.items()},
+        },
+    )
+    if tokens and (bool(times) != (query_time is not None) or (times and set(times) != set(tokens))):
+        lacking = [*(name for name in tokens if name not in times), *(["query_time"] if query_time is None else [])]
+        raise ValueError(
+            f"{OP}: times must be given for every modality and for the query (query_time), got none for "
+            f"{', '.join(lacking) or 'tokens of ' + ', '.join(sorted(set(times) - set(tokens)))}."
+        )
+    if tokens and lookback is not None and query_time is None:
+        raise ValueError(f"{OP}: lookback needs times and query_time, got lookback alone.")
 
 
 @dataclass(frozen=True)
@@ -246,10 +254,6 @@ class _Ragged:
         if width is not None and ragged.values.shape[-1] != width:
             raise ShapeError(f"{OP}: {argument} must have width {width}, got {ragged.values.shape[-1]}.")
         return ragged
-
-    @property
-    def slots_wanted(self) -> bool:
-        return self.mask is not None
 
     def slots(self, total: int | None) -> Tensor | None:
         """Rows that count, in order; None: all of them."""
