@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from fusedmm import LinearHead, distillation_loss, distillation_scores
-from fusedmm.selection import ScoreLog, select_rows
+from fusedmm.score_log import ScoreLog
+from fusedmm.selection import select_rows
 
 RANKS, ROWS, CLASSES = 2, 10, 26
 PADDED = 28  # classes of both shards

@@ -22,6 +22,7 @@ LEVELS = {
     "eager": 3,
     "testing": 4,
     "ops": 4,
+    "score_log": 4,
     "selection": 4,
     "scoring": 5,
     "nn": 6,

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedmm.selection import ScoreLog, select_rows
+from fusedmm.score_log import ScoreLog
+from fusedmm.selection import select_rows
 
 
 def by_sorting(score: Tensor, keep: float) -> Tensor:
