@@ -54,6 +54,7 @@ class KernelSpec:
         divisible_by_16: run-time arguments known to be multiples of 16 (pointers always are).
         main_loop_flops: matrix FLOPs of one iteration of the main loop, for the modelled share of peak; 0 when there is
             no matrix work.
+        options: further options of the compilation.
     """
 
     name: str

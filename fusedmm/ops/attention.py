@@ -13,7 +13,7 @@ from fusedmm.impl import resolve_impl
 from fusedmm.layout import ModalityLayout
 from fusedmm.ops.attention_op import Problem, attention
 from fusedmm.reference import attention as reference
-from fusedmm.shapes import ShapeError, check_broadcast, check_device, check_dtype, check_shapes
+from fusedmm.shapes import FLOATS, ShapeError, check_broadcast, check_device, check_dtype, check_shapes
 from fusedmm.visibility import Visibility, find_visible
 
 OP = "gated_multimodal_attention"
@@ -102,35 +102,22 @@ def gated_multimodal_attention(
         ValueError: bad values, such as a log_prior beside softmax="per_modality".
         NotImplementedError: no Triton kernel for this call, with all reasons.
 
-    Cost: ``4 * Hq * D`` FLOPs a visible (query, key) pair forward, 2.5 times that backward (3.2 times for long segments
-        under per_modality). Saved for the backward: inputs,
-        output, and mass and lse [total_q, Hq, M]; never a [query, key] matrix.
+    Cost: ``4 * Hq * D`` FLOPs a visible (query, key) pair forward; backward 2.5 times that (eager; 3.2 times for long
+    segments under per_modality) or 3.5 times (Triton, which computes the scores twice; 4.5 under per_modality). Saved
+    for the backward: inputs, output, and mass and lse [total_q, Hq, M]; never a [query, key] matrix.
 
-    Source: softmax online after Milakov and Gimelshein 2018, tiling after Dao et al. 2022; output
-        gate after Qiu et al. 2025, "Gated attention for LLMs".
+    Source: online softmax of Milakov and Gimelshein 2018; tiling of Dao et al. 2022, "FlashAttention"; output gate of
+    Qiu et al. 2025, "Gated attention for LLMs".
     """
-    if softmax not in SOFTMAXES:
-        raise ValueError(f'{OP}: softmax must be "joint" or "per_modality", got {softmax!r}.')
-    if softmax == "per_modality" and log_prior is not None:
-        raise ValueError(
-            f'{OP}: log_prior must be None with softmax="per_modality", where it cancels, got a tensor. Use gate, '
-            'or softmax="joint".'
-        )
+    check_softmax(OP, softmax, log_prior)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{OP}: dropout_p must be in [0, 1), got {dropout_p}.")
     query, key, value = autocast(query), autocast(key), autocast(value)
-    output_gate = None if output_gate is None else autocast(output_gate)
     check_packed(OP, query, key, value, layout)
     rows = (layout.total_q, query.shape[1], layout.num_modalities)
     log_prior = _per_modality_rows("log_prior", log_prior, rows, query)
     gate = _per_modality_rows("gate", gate, rows, query)
-    if output_gate is not None:
-        check_dtype(
-            OP, "output_gate", output_gate, (query.dtype, torch.float32), f". Use output_gate.to({query.dtype})."
-        )
-        output_gate = check_broadcast(OP, "output_gate", output_gate, tuple(query.shape), ("query", "head", "dim")).to(
-            query.dtype
-        )
+    output_gate = None if output_gate is None else _gate_logits(autocast(output_gate), query)
     active = check_active(OP, active, layout, query.shape[1])
     check_device(
         OP,
@@ -191,7 +178,7 @@ def check_packed(op: str, query: Tensor, key: Tensor, value: Tensor, layout: Mod
         },
         {"query": layout.total_q, "key": layout.total_k},
     )
-    check_dtype(op, "query", query, (*HALF_OR_SINGLE, torch.float64), ". Use query.to(torch.bfloat16).")
+    check_dtype(op, "query", query, FLOATS, ". Use query.to(torch.bfloat16).")
     for argument, tensor in (("key", key), ("value", value)):
         check_dtype(
             op, argument, tensor, (query.dtype,), f". All three share one dtype; use {argument}.to({query.dtype})."
@@ -273,13 +260,31 @@ def layout_arguments(layout: ModalityLayout, visibility: Visibility | None) -> d
     }
 
 
+def check_softmax(op: str, softmax: str, log_prior: Tensor | None) -> None:
+    """Complain with ``ValueError`` about an unknown softmax, or a prior where it would cancel."""
+    if softmax not in SOFTMAXES:
+        raise ValueError(f'{op}: softmax must be "joint" or "per_modality", got {softmax!r}.')
+    if softmax == "per_modality" and log_prior is not None:
+        raise ValueError(
+            f'{op}: log_prior must be None with softmax="per_modality", where it cancels, got a tensor. Use gate, '
+            'or softmax="joint".'
+        )
+
+
+def _gate_logits(output_gate: Tensor, query: Tensor) -> Tensor:
+    """The output gate in the query's shape and dtype."""
+    check_dtype(OP, "output_gate", output_gate, (query.dtype, torch.float32), f". Use output_gate.to({query.dtype}).")
+    dims = ("query", "head", "dim")
+    return check_broadcast(OP, "output_gate", output_gate, tuple(query.shape), dims).to(query.dtype)
+
+
 def _per_modality_rows(
     argument: str, tensor: Tensor | None, shape: tuple[int, int, int], query: Tensor
 ) -> Tensor | None:
     if tensor is None:
         return None
     wanted = torch.float64 if query.dtype == torch.float64 else torch.float32
-    check_dtype(OP, argument, tensor, (*HALF_OR_SINGLE, torch.float64), f". Use {argument}.to(torch.float32).")
+    check_dtype(OP, argument, tensor, FLOATS, f". Use {argument}.to(torch.float32).")
     return check_broadcast(OP, argument, tensor, shape, ("query", "head", "modality")).to(wanted)
 
 

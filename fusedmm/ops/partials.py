@@ -11,11 +11,11 @@ from torch import Tensor
 from fusedmm.impl import resolve_impl
 from fusedmm.layout import ModalityLayout
 from fusedmm.ops.attention import (
-    SOFTMAXES,
     AttentionOutput,
     autocast,
     check_active,
     check_packed,
+    check_softmax,
     in_time_order,
     layout_arguments,
     resolve_visibility,
@@ -171,13 +171,7 @@ def _weighted(weights: Tensor, outputs: Tensor) -> Tensor:
 
 def _scores(op: str, partials: ModalityPartials, log_prior: Tensor | None, softmax: str) -> Tensor:
     """[total_q, Hq, M]: what the modalities compete with, their lse and priors."""
-    if softmax not in SOFTMAXES:
-        raise ValueError(f'{op}: softmax must be "joint" or "per_modality", got {softmax!r}.')
-    if softmax == "per_modality" and log_prior is not None:
-        raise ValueError(
-            f'{op}: log_prior must be None with softmax="per_modality", where it cancels, got a tensor. Use gate, '
-            'or softmax="joint".'
-        )
+    check_softmax(op, softmax, log_prior)
     check_shapes(
         op,
         {
