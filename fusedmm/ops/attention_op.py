@@ -64,9 +64,22 @@ class Problem(NamedTuple):
         """The same for the Triton launchers."""
         from fusedmm.kernels.attention.arguments import AttentionProblem
 
-        fields = self._asdict()
-        del fields["impl"]
-        return AttentionProblem(**fields)
+        return AttentionProblem(
+            cu_seqlens_q=self.cu_seqlens_q,
+            cu_seqlens_k=self.cu_seqlens_k,
+            query_tiles=self.query_tiles,
+            key_tiles=self.key_tiles,
+            num_modalities=self.num_modalities,
+            softmax=cast(Any, self.softmax),
+            scale=self.scale,
+            log_prior=self.log_prior,
+            gate=self.gate,
+            output_gate=self.output_gate,
+            active=self.active,
+            visible=self.visible,
+            seed=self.seed,
+            dropout_p=self.dropout_p,
+        )
 
     def eager_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
         """The same for the eager composition, which leaves the output gate to its caller."""
