@@ -5,7 +5,8 @@ every rank agrees, the first call does not stall, and every configuration in use
 without a GPU.
 """
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -66,6 +67,43 @@ class KernelSpec:
     divisible_by_16: tuple[str, ...] = ()
     main_loop_flops: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        kernel: Any,
+        name: str,
+        config: LaunchConfig,
+        arch: str,
+        *,
+        constexprs: Mapping[str, Any],
+        type_of: Callable[[str], str],
+        is_multiple_of_16: Callable[[str], bool] = lambda name: False,
+        main_loop_flops: int = 0,
+    ) -> "KernelSpec":
+        """The spec of a kernel whose run-time arguments have their types by name.
+
+        Args:
+            kernel, name, config, arch, main_loop_flops: see `KernelSpec`.
+            constexprs: values of constexpr arguments; those that the kernel does not have are left out.
+            type_of: Triton type of a run-time argument.
+            is_multiple_of_16: whether a run-time argument is known to be one.
+        """
+        parameters = inspect.signature(kernel.fn).parameters
+        values = {argument: value for argument, value in constexprs.items() if argument in parameters}
+        fixed = {*values, *config.blocks}
+        signature = {argument: type_of(argument) for argument in parameters if argument not in fixed}
+        aligned = tuple(argument for argument in signature if is_multiple_of_16(argument))
+        return cls(
+            name=name,
+            kernel=kernel,
+            signature=signature,
+            constexprs=values,
+            config=config,
+            arch=arch,
+            divisible_by_16=aligned,
+            main_loop_flops=main_loop_flops,
+        )
 
 
 @cache

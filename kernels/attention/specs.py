@@ -5,7 +5,6 @@ there. Not every combination is listed, but every option is, at every size: plai
 with times, with dropout.
 """
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,23 +93,21 @@ def _spec(
     present: tuple[str, ...],
     **constexprs: Any,
 ) -> KernelSpec:
-    parameters = inspect.signature(kernel.fn).parameters
-    values = {**constexprs, "PRECISION": "ieee", "ONE_HOT": tl.float32 if dtype == torch.float32 else tl.bfloat16}
-    values = {key: value for key, value in values.items() if key in parameters}
-    values |= {argument: None for argument in parameters if argument in OPTIONAL and argument not in present}
-    fixed = {*values, *config.blocks}
-    signature = {argument: _argument_type(argument, DTYPES[dtype]) for argument in parameters if argument not in fixed}
-    if "split_rows" in present and kernel is not _attention_combine_kernel:
-        signature |= {argument: "*fp32" for argument in SPLIT_SUMS if argument in signature}
-    aligned = constexprs["HEAD_DIM"] % 16 == 0
-    return KernelSpec(
-        name=name,
-        kernel=kernel,
-        signature=signature,
-        constexprs=values,
-        config=config,
-        arch=arch,
-        divisible_by_16=tuple(argument for argument in signature if argument in MULTIPLES_OF_16 and aligned),
+    in_float32 = SPLIT_SUMS if "split_rows" in present and kernel is not _attention_combine_kernel else ()
+    aligned = MULTIPLES_OF_16 if constexprs["HEAD_DIM"] % 16 == 0 else ()
+    return KernelSpec.of(
+        kernel,
+        name,
+        config,
+        arch,
+        constexprs={
+            **constexprs,
+            "PRECISION": "ieee",
+            "ONE_HOT": tl.float32 if dtype == torch.float32 else tl.bfloat16,
+            **dict.fromkeys(OPTIONAL.difference(present)),
+        },
+        type_of=lambda argument: "*fp32" if argument in in_float32 else _argument_type(argument, DTYPES[dtype]),
+        is_multiple_of_16=lambda argument: argument in aligned,
         main_loop_flops=_main_loop_flops(kernel, config, constexprs),
     )
 

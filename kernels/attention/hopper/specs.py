@@ -3,7 +3,6 @@
 The variants are those that differ in code: dtype, head size, softmax, which optional tensors are there, grouped
 heads."""
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,15 +77,13 @@ def _work_specs(arch: str) -> Iterator[KernelSpec]:
         (_attention_key_work_kernel, {"BLOCK_Q": 64, "BLOCK_ROWS": BLOCK_ROWS, "TILE_ROWS": TILE}),
     ):
         for variant, absent in (("plain", {"active_ptr": None, "visible_ptr": None}), ("timed", {})):
-            names = [name for name in kernel.arg_names if name not in blocks and name not in absent]
-            types = {name: "*i32" if name.endswith("_ptr") else "i32" for name in names}
-            yield KernelSpec(
-                name=f"{kernel.fn.__name__.strip('_').removesuffix('_kernel')}[{variant}]",
-                kernel=kernel,
-                signature={**types, "active_ptr": "*u8"} if "active_ptr" in types else types,
+            yield KernelSpec.of(
+                kernel,
+                f"{kernel.fn.__name__.strip('_').removesuffix('_kernel')}[{variant}]",
+                LaunchConfig(blocks=blocks, num_warps=4, num_stages=1),
+                arch,
                 constexprs=absent,
-                config=LaunchConfig(blocks=blocks, num_warps=4, num_stages=1),
-                arch=arch,
+                type_of=lambda name: {"active_ptr": "*u8"}.get(name, "*i32" if name.endswith("_ptr") else "i32"),
             )
 
 
@@ -94,21 +91,24 @@ def _faint_specs(arch: str) -> Iterator[KernelSpec]:
     for head_dim in HEAD_DIMS:
         for variant, absent in (("plain", {"log_prior_ptr": None, "visible_ptr": None}), ("timed", {})):
             config = faint_config(head_dim)
-            constexprs = {"HEAD_DIM": head_dim, "BLOCK_M": MODALITIES, **absent}
-            names = [name for name in _attention_faint_kernel.arg_names if name not in {*constexprs, *config.blocks}]
-            half, float32 = ("query_ptr", "key_ptr"), ("mass_ptr", "lse_ptr", "log_prior_ptr", "scale2")
-            types = {name: "*i32" if name.endswith("_ptr") else "i32" for name in names}
-            types |= {name: f"{'*' * name.endswith('_ptr')}fp32" for name in float32 if name in names}
-            yield KernelSpec(
-                name=f"attention_faint[{variant},d{head_dim},bf16]",
-                kernel=_attention_faint_kernel,
-                signature={**types, **dict.fromkeys(half, "*bf16")},
-                constexprs=constexprs,
-                config=config,
-                arch=arch,
-                divisible_by_16=tuple(name for name in names if name.startswith(("query_stride", "key_stride"))),
+            yield KernelSpec.of(
+                _attention_faint_kernel,
+                f"attention_faint[{variant},d{head_dim},bf16]",
+                config,
+                arch,
+                constexprs={"HEAD_DIM": head_dim, "BLOCK_M": MODALITIES, **absent},
+                type_of=_faint_type,
+                is_multiple_of_16=lambda name: name.startswith(("query_stride", "key_stride")),
                 main_loop_flops=2 * config.blocks["BLOCK_Q"] * config.blocks["BLOCK_K"] * config.blocks["BLOCK_D"],
             )
+
+
+def _faint_type(name: str) -> str:
+    if name in ("query_ptr", "key_ptr"):
+        return "*bf16"
+    if name in ("mass_ptr", "lse_ptr", "log_prior_ptr"):
+        return "*fp32"
+    return "*i32" if name.endswith("_ptr") else "fp32" if name == "scale2" else "i32"
 
 
 def _accepted(softmax: str, features: tuple[str, ...]) -> tuple[str, ...]:
@@ -133,9 +133,8 @@ def _specs(
     terms = gl.NVMMASharedLayout.get_default_for([TERMS.value, 1, block], gl.float32)
     boxes["terms"] = f"tensordesc<fp32[{TERMS.value}, 1, {block}],{terms!r}>"
     present = {*used, *(GRADIENTS[name] for name in used if name in GRADIENTS)}
-    parameters = inspect.signature(kernel.fn).parameters
     for delta_only in (False, True) if (which, softmax) == ("query", "per_modality") else (False,):
-        values: dict[str, Any] = {
+        constexprs: dict[str, Any] = {
             "HEAD_DIM": head_dim,
             "QUERY_HEADS": QUERY_HEADS,
             "KEY_HEADS": QUERY_HEADS // group,
@@ -148,24 +147,16 @@ def _specs(
             "DELTA_ONLY": delta_only,
             **{f"{name}_ptr": None for name in OPTIONAL - present},
         }
-        values = {name: value for name, value in values.items() if name in parameters}
-        signature = {
-            name: _argument_type(name, boxes, dtype)
-            for name in parameters
-            if name not in values and name not in config.blocks
-        }
         label = ",".join([softmax, variant, *(["delta"] if delta_only else []), f"d{head_dim}", dtype.name])
         products = {"forward": 2, "query": 2 if delta_only else 3, "key_value": 4}[which]
-        yield KernelSpec(
-            name=f"attention_hopper_{which}[{label}]",
-            kernel=kernel,
-            signature=signature,
-            constexprs=values,
-            config=config,
-            arch=arch,
-            divisible_by_16=tuple(
-                name for name in signature if name == "padded_rows" or name.startswith("output_gate_stride")
-            ),
+        yield KernelSpec.of(
+            kernel,
+            f"attention_hopper_{which}[{label}]",
+            config,
+            arch,
+            constexprs=constexprs,
+            type_of=lambda name: _argument_type(name, boxes, dtype),
+            is_multiple_of_16=lambda name: name == "padded_rows" or name.startswith("output_gate_stride"),
             main_loop_flops=products * 2 * CONSUMERS.value * ROWS.value * block * max(64, head_block(head_dim)),
         )
 
