@@ -15,7 +15,7 @@ from torch._functorch import config as functorch
 from benchmarks.case import Case, Prepared, Unavailable, Variant
 from benchmarks.gate import Gate
 from benchmarks.memory import peak_bytes
-from benchmarks.results import TIMED, Result
+from benchmarks.results import Result, timed
 from benchmarks.roofline import Ceilings
 from benchmarks.telemetry import Telemetry
 from benchmarks.timing import Times, add_energy, captured, comparable, interleave
@@ -137,21 +137,12 @@ class Harness:
         median = times.quantile(0.5)
         floor = self.ceilings.floor_ms(case.flops[mode], case.bytes[mode], case.dtype)
         return replace(
-            blank,
-            status=TIMED,
-            median_ms=round(median, 5),
-            p20_ms=round(times.quantile(0.2), 5),
-            p80_ms=round(times.quantile(0.8), 5),
-            repeats=len(times.ms),
+            timed(blank, times),
             peak_mib=round(peak_mib, 2),
             tflops=round(case.flops[mode] / median / 1e9, 4),
             share=round(floor / median, 4),
             intensity=float(f"{case.flops[mode] / case.bytes[mode]:.4g}"),
             worst_error=float(f"{error:.3g}"),
-            clock_mhz=times.clock_mhz,
-            power_w=times.power_w,
-            energy_mj=times.energy_mj,
-            throttled=times.throttled,
             kernel=case.kernels.get((mode, blank.variant)),
         )
 

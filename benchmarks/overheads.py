@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fusedmm
 from benchmarks.cases import attention
-from benchmarks.results import TIMED, Result
+from benchmarks.results import TIMED, Result, timed
 from benchmarks.telemetry import Telemetry
 from benchmarks.timing import Times, interleave
 from fusedmm import ModalityLayout
@@ -205,20 +205,6 @@ def host_times(calls: Mapping[str, Callable[[], object]], device: torch.device) 
     for times in found.values():
         times.ms = times.ms[1:]  # the first round warms up
     return found
-
-
-def timed(blank: Result, times: Times) -> Result:
-    """A row with the quantiles of some times."""
-    return replace(
-        blank,
-        status=TIMED,
-        median_ms=round(times.quantile(0.5), 5),
-        p20_ms=round(times.quantile(0.2), 5),
-        p80_ms=round(times.quantile(0.8), 5),
-        repeats=len(times.ms),
-        clock_mhz=times.clock_mhz,
-        throttled=times.throttled,
-    )
 
 
 def table(rows: Sequence[Result]) -> str:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from benchmarks.peers import versions
 from benchmarks.roofline import Ceilings
 from benchmarks.telemetry import Telemetry
+from benchmarks.timing import Times
 from fusedmm.kernels.launch import device_arch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,6 +110,22 @@ class Result:
     def key(self) -> tuple[str, str, str]:
         """Case, mode and variant."""
         return self.case, self.mode, self.variant
+
+
+def timed(blank: Result, times: Times) -> Result:
+    """A row with the quantiles of some times, and what was read of the GPU meanwhile."""
+    return replace(
+        blank,
+        status=TIMED,
+        median_ms=round(times.quantile(0.5), 5),
+        p20_ms=round(times.quantile(0.2), 5),
+        p80_ms=round(times.quantile(0.8), 5),
+        repeats=len(times.ms),
+        clock_mhz=times.clock_mhz,
+        power_w=times.power_w,
+        energy_mj=times.energy_mj,
+        throttled=times.throttled,
+    )
 
 
 def slug(device: str) -> str:

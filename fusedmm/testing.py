@@ -98,18 +98,19 @@ def attention_example(
         tensors["output_gate"] = draw(layout.total_q, heads, head_dim).to(dtype)
     if "active" in features:
         tensors["active"] = torch.rand(batch, heads, modalities, generator=generator) < 0.7
+    times = None
     if "times" in features:
         span = 4 * max(max(segment) for segment in k_lengths) + 4
         query_time = torch.randint(0, span, (layout.total_q,), generator=generator)
         key_time = torch.randint(0, span, (layout.total_k,), generator=generator)
         order = torch.argsort(layout.key_segments() * span + key_time)
         window = torch.randint(1, span, (modalities,), generator=generator) if "lookback" in features else None
-        layout = ModalityLayout.from_lengths(torch.tensor(q_lengths).to(device), torch.tensor(k_lengths).to(device))
-        layout = layout.at_times(query_time.to(device), key_time[order].to(device), window)
-    else:
-        layout = ModalityLayout.from_lengths(torch.tensor(q_lengths).to(device), torch.tensor(k_lengths).to(device))
+        times = query_time.to(device), key_time[order].to(device), window
     grad_output, grad_mass = draw(layout.total_q, heads, head_dim), draw(*rows)
     tensors = {name: x.to(device) for name, x in tensors.items()}
+    layout = ModalityLayout.from_lengths(torch.tensor(q_lengths).to(device), torch.tensor(k_lengths).to(device))
+    if times is not None:
+        layout = layout.at_times(*times)
     return AttentionExample(tensors, layout, softmax, grad_output.to(device), grad_mass.to(device))
 
 

@@ -99,17 +99,14 @@ class GatedMultimodalAttention(nn.Module):
         self.softmax, self.dropout, self.impl = softmax, dropout, impl
         kv_width = num_kv_heads * head_dim
         self.query_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.key_proj = nn.ModuleDict(
-            {
-                name: nn.Linear(width, kv_width, bias=bias, device=device, dtype=dtype)
-                for name, width in self.modalities.items()
-            }
-        )
-        self.value_proj = nn.ModuleDict(
-            {
-                name: nn.Linear(width, kv_width, bias=bias, device=device, dtype=dtype)
-                for name, width in self.modalities.items()
-            }
+        self.key_proj, self.value_proj = (
+            nn.ModuleDict(
+                {
+                    name: nn.Linear(width, kv_width, bias=bias, device=device, dtype=dtype)
+                    for name, width in self.modalities.items()
+                }
+            )
+            for _ in range(2)
         )
         self.output_gate_proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype) if output_gate else None
         self.modality_gate = ModalityGate(

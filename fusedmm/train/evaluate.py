@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedmm.train.batches import Batch, MultimodalDataset, collate, evaluation_batches
+from fusedmm.train.format import Float32Array
 from fusedmm.train.model import Forecast
 from fusedmm.train.parallel import World
 from fusedmm.train.task import Task
 
 EVALUATION_BATCH = 128
-
-Float32Array = npt.NDArray[np.float32]
 
 
 class Predictions(NamedTuple):

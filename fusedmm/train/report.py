@@ -21,11 +21,10 @@ from fusedmm.train.bootstrap import Interval
 from fusedmm.train.config import Recipe, VariantConfig
 from fusedmm.train.evaluate import RunResult
 from fusedmm.train.figure import draw_report
+from fusedmm.train.format import Float32Array
 from fusedmm.train.importance import Check, ModalityUse, check_filter, checks_against_truth, modality_use
 from fusedmm.train.linear import residual_forecasts
 from fusedmm.train.task import Task
-
-Float32Array = npt.NDArray[np.float32]
 
 
 class Report(NamedTuple):
