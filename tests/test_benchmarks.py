@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import compare, peers, readme, results
 from benchmarks.case import Case, Prepared, Unavailable, Variant
-from benchmarks.cases import builders
+from benchmarks.cases import attention, attention_paths, attention_peers, builders
 from benchmarks.command import COMMANDS, main
 from benchmarks.gate import Gate
 from benchmarks.harness import Harness, ratio
@@ -269,3 +269,16 @@ def test_every_cpu_variant_is_right(name: str) -> None:
     for variant in case.variants:
         if variant.name != "compile":
             assert gate.check(variant).complaints == [], variant.name
+
+
+def test_a_path_computes_what_the_operator_does_or_says_why_not(device: torch.device) -> None:
+    pytest.importorskip("triton")
+    shape = attention.Shape([5, 3], [[7, 4], [2, 9]], 2, 1, 16, features=("log_prior", "gate", "times"))
+    problem = attention_peers.Problem(shape.example(torch.float32, device), asks_mass=True)
+    expected = attention_peers.fused(problem).results(gradients=True)
+    found = attention_paths.on_path(problem, path="portable").results(gradients=True)
+    assert set(found) == set(expected)
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-5, msg=name)
+    with pytest.raises(Unavailable, match="float16 and bfloat16 only"):
+        attention_paths.on_path(problem, path="hopper")

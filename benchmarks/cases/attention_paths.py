@@ -24,17 +24,17 @@ def on_path(problem: Problem, *, path: Any) -> Prepared:
     example = problem.example
     visibility = example.layout.visibility
     fixed = launch_problem(example)
-    for direction in ("forward", "backward"):
-        try:
-            select.choose(direction, example.tensors["query"], example.tensors["key"], fixed, path)
-        except NotImplementedError as error:
-            raise Unavailable(str(error)) from error
+    inputs = example.tensors["query"], example.tensors["key"]
+    try:
+        kernels = [select.launchers(direction, *inputs, fixed, path) for direction in ("forward", "backward")]
+    except NotImplementedError as error:
+        raise Unavailable(str(error)) from error
 
     def attention(query: Tensor, key: Tensor, value: Tensor, **others: Tensor) -> Sequence[Tensor]:
         if visibility is not None and visibility.key_order is not None:
             key, value = key[visibility.key_order], value[visibility.key_order]
         rows = [others.get(name) for name in ROWS]
-        return _Kernels.apply(fixed, path, query, key, value, *rows)  # type: ignore[no-any-return, no-untyped-call]
+        return _Kernels.apply(fixed, kernels, query, key, value, *rows)  # type: ignore[no-any-return, no-untyped-call]
 
     return prepare(problem, attention)
 
@@ -54,22 +54,19 @@ def launch_problem(example: AttentionExample) -> "AttentionProblem":
 
 class _Kernels(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, problem: "AttentionProblem", path: Any, *tensors: Any) -> tuple[Tensor, Tensor]:
-        from fusedmm.kernels.attention import select
-
+    def forward(ctx: Any, problem: "AttentionProblem", kernels: Any, *tensors: Any) -> tuple[Tensor, Tensor]:
         query, key, value, *rows = tensors
         problem = problem._replace(**dict(zip(ROWS, rows, strict=True)))
-        output, mass, lse = select.attention_forward(query, key, value, problem, path=path)
-        ctx.problem, ctx.path = problem, path
+        forward, ctx.backward_kernels = kernels
+        output, mass, lse = forward.attention_forward(query, key, value, problem)
+        ctx.problem = problem
         ctx.save_for_backward(query, key, value, output, mass, lse)
         return output, mass
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, grad_mass: Tensor) -> tuple[Any, ...]:
-        from fusedmm.kernels.attention import select
-
         query, key, value, output, mass, lse = ctx.saved_tensors
-        gradients = select.attention_backward(
+        gradients = ctx.backward_kernels.attention_backward(
             grad_output,
             grad_mass if ctx.problem.softmax == "joint" else None,
             None,
@@ -82,6 +79,5 @@ class _Kernels(torch.autograd.Function):
             ctx.problem,
             needs_log_prior=ctx.problem.log_prior is not None,
             needs_gate=ctx.problem.gate is not None,
-            path=ctx.path,
         )
         return (None, None, *gradients)

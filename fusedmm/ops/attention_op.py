@@ -140,10 +140,12 @@ def _alloc_backward(
 def _forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Outputs:
     problem = Problem(*arguments)
     if problem.impl == "triton":
-        from fusedmm.kernels.attention.select import attention_forward
+        from fusedmm.kernels.attention.select import launchers
 
+        given = problem.for_kernels()
         with torch.cuda.device_of(query):
-            return attention_forward(query, key, value, problem.for_kernels())
+            kernels = launchers("forward", query, key, given)
+            return cast(Outputs, kernels.attention_forward(query, key, value, given))
     with without_autocast(query):
         exact = eager.forward(problem.eager_inputs(query, key, value), problem.softmax)
     output, mass, lse = exact
@@ -168,10 +170,11 @@ def _backward(
 ) -> Gradients:
     problem = Problem(*arguments)
     if problem.impl == "triton":
-        from fusedmm.kernels.attention.select import attention_backward
+        from fusedmm.kernels.attention.select import launchers
 
+        given = problem.for_kernels()
         with torch.cuda.device_of(query):
-            gradients = attention_backward(
+            gradients = launchers("backward", query, key, given).attention_backward(
                 grad_output,
                 grad_mass,
                 grad_lse,
@@ -181,7 +184,7 @@ def _backward(
                 output,
                 mass,
                 lse,
-                problem.for_kernels(),
+                given,
                 needs_log_prior=needs_log_prior,
                 needs_gate=needs_gate,
             )

@@ -8,6 +8,7 @@ which the Hopper kernels were measured to win, never before; the second command 
 """
 
 from collections.abc import Collection
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -69,8 +70,12 @@ def choose_path(
     return "portable" if reasons else "hopper"
 
 
-def choose(direction: str, query: Tensor, key: Tensor, problem: AttentionProblem, path: Path) -> str:
-    """`choose_path` for the arguments of a launcher."""
+def launchers(direction: str, query: Tensor, key: Tensor, problem: AttentionProblem, path: Path = "auto") -> ModuleType:
+    """The module with the `attention_forward` and `attention_backward` of the kernels that `choose_path` picks.
+
+    Raises:
+        NotImplementedError: as `choose_path`.
+    """
     names = ("log_prior", "gate", "output_gate", "active", "visible")
     features = {name for name in names if getattr(problem, name) is not None}
     if problem.seed is not None:
@@ -80,43 +85,11 @@ def choose(direction: str, query: Tensor, key: Tensor, problem: AttentionProblem
     elif MEASURED and _splits(query, key, problem):
         features.add("split")
     case = (device_arch(query.device), query.shape[-1], query.dtype, problem.softmax, features)
-    return choose_path(direction, *case, triton.__version__, path=path)
-
-
-def attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, problem: AttentionProblem, *, path: Path = "auto"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`fusedmm.kernels.attention.launch.attention_forward` on the kernels that `choose_path` picks."""
-    if choose("forward", query, key, problem, path) == "portable":
-        return portable.attention_forward(query, key, value, problem)
+    if choose_path(direction, *case, triton.__version__, path=path) == "portable":
+        return portable
     from fusedmm.kernels.attention.hopper import launch as hopper
 
-    return hopper.attention_forward(query, key, value, problem)
-
-
-def attention_backward(
-    grad_output: Tensor,
-    grad_mass: Tensor | None,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    mass: Tensor,
-    lse: Tensor,
-    problem: AttentionProblem,
-    *,
-    needs_log_prior: bool,
-    needs_gate: bool,
-    path: Path = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """`fusedmm.kernels.attention.launch.attention_backward` on the kernels that `choose_path` picks."""
-    arguments = grad_output, grad_mass, grad_lse, query, key, value, output, mass, lse, problem
-    if choose("backward", query, key, problem, path) == "portable":
-        return portable.attention_backward(*arguments, needs_log_prior=needs_log_prior, needs_gate=needs_gate)
-    from fusedmm.kernels.attention.hopper import launch as hopper
-
-    return hopper.attention_backward(*arguments, needs_log_prior=needs_log_prior, needs_gate=needs_gate)
+    return hopper
 
 
 def _splits(query: Tensor, key: Tensor, problem: AttentionProblem) -> bool:
