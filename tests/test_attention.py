@@ -1,6 +1,5 @@
 """gated_multimodal_attention: every implementation against the float64 reference, and what the contract promises."""
 
-import dataclasses
 import functools
 import math
 import random
@@ -9,17 +8,12 @@ import pytest
 import torch
 
 import fusedmm
-from fusedmm.eager import attention as eager_attention
-from fusedmm.eager import attention_flash, attention_small
 from fusedmm.philox import keep_mask
 from fusedmm.reference import attention as reference
 from fusedmm.testing import (
     AttentionExample,
     attention_example,
-    attention_truth,
     check_attention,
-    over_budget,
-    plain_attention,
     run_attention,
 )
 
@@ -142,25 +136,6 @@ def test_a_modality_of_one_key_has_no_gradient_of_scores_under_per_modality() ->
     assert (results["grad_gate"] != 0).any()
 
 
-@pytest.mark.parametrize("k_lengths", [[[100, 156]] * 2, [[100, 156], [0, 300]], [[256, 0], [1, 0]]])
-def test_plain_attention_takes_its_gradients_from_the_flash_kernel(k_lengths, monkeypatch) -> None:
-    """Samples of one size together, others each on their own, and not where one has a single key."""
-    calls = []
-    flash = attention_flash.backward
-    monkeypatch.setattr(attention_flash, "backward", lambda *args: calls.append(args) or flash(*args))
-    layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([150, 150]), torch.tensor(k_lengths))
-    totals = layout.total_q, layout.total_k, layout.total_k
-    leaves = [torch.randn(32, 4, n).permute(2, 1, 0).requires_grad_() for n in totals]  # strides the kernel cannot take
-    upstream = torch.randn(layout.total_q, 4, 1).expand(-1, -1, 32)
-    got, expected = (
-        torch.autograd.grad(fusedmm.gated_multimodal_attention(*leaves, layout, impl=impl).output, leaves, upstream)
-        for impl in ("eager", "reference")
-    )
-    assert len(calls) == (0 if [1, 0] in k_lengths else 1)
-    for ours, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_unsorted_keys_equal_sorted_keys(impl: str, device: torch.device) -> None:
     layout = fusedmm.ModalityLayout.from_lengths(
@@ -239,59 +214,6 @@ def test_far_apart_modalities_keep_their_lse(impl: str, device: torch.device) ->
     key = torch.tensor([30.0, -30.0], device=device)[:, None, None].expand(2, 1, 16)
     result = fusedmm.gated_multimodal_attention(query, key, key, layout, impl=impl)
     torch.testing.assert_close(result.lse[0, 0], torch.tensor([480.0, -480.0], device=device))
-
-
-def scaled_scores(example: AttentionExample, size: float) -> AttentionExample:
-    return dataclasses.replace(example, tensors={**example.tensors, "query": size * example.tensors["query"]})
-
-
-def forward_complaints(example: AttentionExample) -> list[str]:
-    """`check_attention` of the eager path's outputs alone."""
-    results, truth = run_attention(example, attend("eager")), attention_truth(example)
-    return over_budget(results, {name: truth[name] for name in ("output", "mass", "lse")}, plain_attention(example))
-
-
-@pytest.mark.parametrize("softmax", ["joint", "per_modality"])
-@pytest.mark.parametrize("features", [(), ("log_prior", "gate"), ("active", "times")])
-@pytest.mark.parametrize(("size", "is_far"), [(1.0, False), (3.0, False), (60.0, True)])
-def test_peaks_are_taken_off_where_exponentials_would_not_hold_them(
-    size: float, is_far: bool, features: tuple[str, ...], softmax: str, monkeypatch
-) -> None:
-    """Large scores of either sign; modalities that nobody sees are no reason."""
-    calls = []
-    peaks = eager_attention._peaks
-    monkeypatch.setattr(eager_attention, "_peaks", lambda *args: calls.append(args) or peaks(*args))
-    example = attention_example(8, [40, 0, 7], [[30, 0, 30], [5, 5, 5], [1, 60, 9]], softmax=softmax, features=features)
-    assert forward_complaints(scaled_scores(example, size)) == []
-    assert bool(calls) == is_far
-
-
-@pytest.mark.parametrize("features", [(), ("log_prior",), ("gate",), ("log_prior", "gate")])
-@pytest.mark.parametrize(("samples", "heads"), [(1, 1), (1, 4), (3, 1), (3, 2)])
-def test_few_samples_of_one_shape_are_one_block(
-    samples: int, heads: int, features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In few operators, and as any other problem where exponentials without their peak do not hold."""
-    found = []
-    for name in ("forward", "backward"):
-        small = getattr(attention_small, name)
-        monkeypatch.setattr(attention_small, name, lambda *args, small=small: found.append(small(*args)) or found[-1])
-    k_lengths = [[9, 9, 9]] * samples
-    example = attention_example(9, [7] * samples, k_lengths, heads=heads, kv_heads=heads, features=features)
-    assert check_attention(example, attend("eager")) == []
-    assert [result is None for result in found] == [False, False]
-    results = run_attention(example, attend("eager"))
-    assert all(x.is_contiguous() for x in results.values())
-    found.clear()
-    assert forward_complaints(scaled_scores(example, 60.0)) == []
-    assert [result is None for result in found] == [True, True]
-
-
-@pytest.mark.parametrize("k_lengths", [[[9, 9], [9, 8]], [[9, 8]] * 2, [[1, 0]] * 2, [[9, 9], [0, 0]]])
-def test_other_shapes_are_not(k_lengths: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_small, "forward", None)
-    example = attention_example(9, [7, 7], k_lengths, heads=2, kv_heads=2)
-    assert check_attention(example, attend("eager")) == []
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

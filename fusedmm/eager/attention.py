@@ -17,9 +17,9 @@ The backward recomputes P = exp2(s + prior[m] - lse) and forms ``dz = P * (gate[
 What is added to a product, or hides its columns, is what the matrix product starts from. What lives at once is a block
 and its gradient. Accumulation is float32, or float64 for float64 inputs.
 
-Of a forward's 1.8 ms for 512 queries of 256 keys, 4 heads of 64, on one thread of an AMD EPYC, products are 1.5.
-`torch.exp2` rather than `exp`: a quarter of the time there (0.16 ns an element, 0.7 by MKL's exp, which takes 3 ns
-where the result is 0).
+Samples of large heads (`fusedmm.eager.attention_heads`) and small problems (`fusedmm.eager.attention_small`) take ways
+of their own. `torch.exp2` rather than `exp`: a quarter of the time (0.16 ns an element on one thread of an AMD EPYC,
+0.7 by MKL's exp, which takes 3 ns where the result is 0).
 """
 
 import math
@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedmm.eager import attention_small
+from fusedmm.eager import attention_heads, attention_small
 from fusedmm.eager.attention_groups import Block, Group
 from fusedmm.eager.attention_inputs import (
     LARGEST,
@@ -38,14 +38,13 @@ from fusedmm.eager.attention_inputs import (
     block_scores,
     drop,
     is_held,
+    row_exponent,
     shares,
     ungrouped,
     visible_counts,
     without_unseen,
 )
 from fusedmm.eager.attention_rows import add_key_product, add_keys, as_matrices, product
-
-NOTHING = -1e30  # stands for the lse of a modality without visible keys: log of its mass stays -inf beside it
 
 
 class RowTerms(NamedTuple):
@@ -56,30 +55,31 @@ class RowTerms(NamedTuple):
     certain: Tensor | None  # [total_q, Hq, M] True where a softmax is over a single key: dz is exactly 0
 
 
-def forward(x: Inputs, softmax: str) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    x: Inputs, softmax: str, *, keep: bool = False
+) -> tuple[tuple[Tensor, Tensor, Tensor], attention_small.Kept | None]:
     """Output without output gate ([total_q, Hq, D], or [total_q, Hq, M, D] for partials), mass and lse, in the
-    accumulation dtype.
+    accumulation dtype; to ``keep``, of a small problem, what its backward need not make again.
     """
     given = ungrouped(x)
     groups = given.groups()
     if attention_small.fits(x, softmax, groups):
-        small = attention_small.forward(x, groups[0])
+        small = attention_small.forward(x, groups[0], keep=keep)
         if small is not None:
             return small
     x = without_unseen(given)
     results, sums, total = _attend(x, softmax, groups, None)
-    is_weighed = softmax != "joint" or total is not None or x.gate is not None
-    is_finite = is_weighed or math.isfinite(results[0].sum())  # values overflow in products with exponentials alone
+    is_finite = softmax != "joint" or math.isfinite(results[0].sum())  # values overflow in products with exponentials
     is_near = not groups or is_held(sums, total) or _count_far(sums, total) == _count_blind(given, x, groups, total)
     if is_finite and is_near:
-        return results
+        return results, None
     beyond = _rows_beyond(results[0], sums, total, visible_counts(given) == 0)
     again, _, _ = _attend(x, softmax, groups, _peaks(x, groups))
     output, mass, lse = (
         torch.where(beyond.view(*beyond.shape, *[1] * (old.ndim - 2)), new, old)
         for old, new in zip(results, again, strict=True)
     )
-    return output, mass, lse
+    return (output, mass, lse), None
 
 
 def _attend(
@@ -120,6 +120,10 @@ def _sweep(
     sums = _buffer(x, (total_q, heads, modalities), has_all_rows)
     for group in groups:
         tokens = x.keys(group)
+        if shift is None and attention_heads.fits(x, softmax, group):
+            for block in attention_heads.blocks(x, group):
+                attention_heads.forward_block(x, group, block, tokens, share, (output, sums))
+            continue
         for block in group.blocks:
             _forward_block(x, softmax, group, block, tokens, shift, share, (output, sums))
     return output, sums
@@ -248,9 +252,14 @@ def backward(
     grad_output = grad_output.to(x.compute_dtype).flatten(2).contiguous()  # an expanded one is multiplied row by row
     for group in groups:
         tokens = x.keys(group)
-        for number, block in enumerate(group.blocks):
+        by_head = attention_heads.fits(x, softmax, group)
+        for number, block in enumerate(attention_heads.blocks(x, group) if by_head else group.blocks):
             token_sums = grad_key, grad_value, number > 0
-            results = _backward_block(x, softmax, group, block, tokens, grad_output, terms, token_sums)
+            if by_head:
+                packed = grad_output, terms.exponent, terms.offset
+                results = attention_heads.backward_block(x, group, block, tokens, packed, token_sums)
+            else:
+                results = _backward_block(x, softmax, group, block, tokens, grad_output, terms, token_sums)
             for buffer, result in zip((grad_query, sums), results, strict=True):
                 if result is not None:
                     x.write(buffer, group, block, result)
@@ -350,10 +359,8 @@ def _exponent_and_offset(
     mass: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The first two of `RowTerms`; P = exp(s + prior - lse) * mass, in every softmax."""
-    exponent = mass.log2().sub_(lse.clamp_min(NOTHING), alpha=LOG2_E)
-    if log_prior is not None:
-        exponent.add_(log_prior, alpha=LOG2_E)
+    """The first two of `RowTerms`."""
+    exponent = row_exponent(mass, lse, log_prior)
     if softmax == "per_modality":
         return exponent, torch.zeros_like(mass)  # it needs sums over keys
     if softmax == "partials":

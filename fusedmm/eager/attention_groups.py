@@ -174,14 +174,19 @@ class Group:
             return self.size_q
         return min(self.size_q, max(BLOCK_QUERIES, BLOCK_SCORES // (self.heads * self.size_k)))
 
+    def cut(self, step: int) -> list[Block]:
+        """The queries of a single sample, ``step`` at a time."""
+        first = self.samples[0].start_q
+        last = first + self.size_q
+        starts = range(first, last, step)
+        return [Block(slice(at, min(at + step, last)), min(step, last - at), None) for at in starts]
+
     @cached_property
     def blocks(self) -> list[Block]:
         """The group's queries."""
         first, count = self.samples[0].start_q, len(self.samples)
         if count == 1:
-            last, step = first + self.size_q, self.block_queries
-            starts = range(first, last, step)
-            return [Block(slice(at, min(at + step, last)), min(step, last - at), None) for at in starts]
+            return self.cut(self.block_queries)
         if all(s.size_q == self.size_q and s.start_q == first + i * self.size_q for i, s in enumerate(self.samples)):
             return [Block(slice(first, first + count * self.size_q), self.size_q, None)]
         starts, sizes = torch.tensor([(s.start_q, s.size_q) for s in self.samples], device=self.device).T

@@ -15,6 +15,7 @@ LOG2_E = math.log2(math.e)
 # underflows, below 2 ** -149, is then less than a rounding of the mass, and values up to 1e20 do not overflow.
 LARGEST = 60.0
 LEAST = 2.0**-LARGEST
+NOTHING = -1e30  # stands for the lse of a modality without visible keys: log of its mass stays -inf beside it
 
 
 class Inputs(NamedTuple):
@@ -111,6 +112,12 @@ def shares(start: Tensor) -> Tensor:
     return start.sub(start.amax(-1, keepdim=True).clamp_min_(lowest)).exp2_()
 
 
+def row_exponent(mass: Tensor, lse: Tensor, log_prior: Tensor | None) -> Tensor:
+    """[total_q, Hq, M] added to scores in base 2 so that exp2 gives P = exp(s + prior - lse) * mass of any softmax."""
+    exponent = mass.log2().sub_(lse.clamp_min(NOTHING), alpha=LOG2_E)
+    return exponent if log_prior is None else exponent.add_(log_prior, alpha=LOG2_E)
+
+
 def is_held(sums: Tensor, total: Tensor | None) -> bool:
     """Whether no sum of exponentials, and no total of a row, is beyond `LARGEST`; NaN and 0 count as if they were."""
     low, high = sums.aminmax()
@@ -132,7 +139,7 @@ def block_scores(
     """
     scores = query.new_empty((*query.shape[:2], group.size_k))
     columns = group.columns(scores if len(shape) == 2 else scores.view(*shape, group.size_k))
-    hidden = _hidden(x, group, block)
+    hidden = hidden_scores(x, group, block)
     if hidden is not None:
         scores.view(x.key.shape[1], len(group.samples), -1, block.size, group.size_k).copy_(hidden)
     if start is not None:
@@ -142,7 +149,7 @@ def block_scores(
     return scores.baddbmm_(query, keys.mT, beta=int(is_started), alpha=x.scale * LOG2_E), columns
 
 
-def _hidden(x: Inputs, group: Group, block: Block) -> Tensor | None:
+def hidden_scores(x: Inputs, group: Group, block: Block) -> Tensor | None:
     """What hides keys: 0 or -inf, broadcasts to [Hkv, c, G, n, k]; None: nothing does."""
     if group.padding is None and x.visible is None and x.active is None:
         return None

@@ -45,12 +45,12 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None, scale: float = 1.0
         return torch.addmm(out, a, b, beta=float(add), alpha=scale, out=out)
     # It wants the left operand in rows and gives rows; the right one it lays out anew in any case.
     if out is None:
-        return _linear(a, b.t())
+        return linear(a, b.t())
     if out.stride(0) == 1 or (a.stride(1) != 1 and out.numel() < a.numel()):
         left, right, target = b.t(), a, out.t()
     else:
         left, right, target = a, b.t(), out
-    product = _linear(left, right)
+    product = linear(left, right)
     if add:
         target.add_(product, alpha=scale)
     else:
@@ -58,7 +58,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None, scale: float = 1.0
     return out
 
 
-def _linear(left: Tensor, right: Tensor) -> Tensor:
+def linear(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right.t()`` by oneDNN, which takes a loop a thousand times slower where the right one has gaps."""
     if not (right.is_contiguous() or right.t().is_contiguous()):
         right = right.contiguous()
@@ -66,14 +66,21 @@ def _linear(left: Tensor, right: Tensor) -> Tensor:
     return product
 
 
+def has_onednn(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `linear` is there, and MKL what it is compared with."""
+    return (
+        dtype == torch.float32
+        and device.type == "cpu"
+        and torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
 def _suits_onednn(a: Tensor, b: Tensor) -> bool:
     (rows, depth), columns = a.shape, b.shape[1]
     return (
         2 * rows * depth * columns >= ONEDNN_FLOPS
         and depth >= (ONEDNN_DEPTH if a.stride(1) == 1 else 2 * ONEDNN_DEPTH)
-        and a.dtype == torch.float32
-        and a.device.type == "cpu"
-        and torch.backends.mkl.is_available()
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.backends.mkldnn.enabled)
+        and has_onednn(a.device, a.dtype)
     )

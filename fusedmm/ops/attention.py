@@ -104,7 +104,8 @@ def gated_multimodal_attention(
 
     Cost: ``4 * Hq * D`` FLOPs a visible (query, key) pair forward; backward 2.5 times that (eager; 3.2 times for long
     segments under per_modality) or 3.5 times (Triton, which computes the scores twice; 4.5 under per_modality). Saved
-    for the backward: inputs, output, and mass and lse [total_q, Hq, M]; never a [query, key] matrix.
+    for the backward: inputs, output, and mass and lse [total_q, Hq, M]; never a [query, key] matrix, but of a problem
+    so small that, on a CPU, all it computes with is within 1 MiB.
 
     Source: online softmax of Milakov and Gimelshein 2018; tiling of Dao et al. 2022, "FlashAttention"; output gate of
     Qiu et al. 2025, "Gated attention for LLMs".

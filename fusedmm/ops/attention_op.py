@@ -7,7 +7,7 @@ needs a gradient. The dispatcher is left out where nobody is watching (`fusedmm.
 queries and their gradients then take 0.74 ms instead of 0.90 on one thread of an AMD EPYC.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -16,9 +16,9 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from fusedmm.eager import attention as eager
-from fusedmm.eager import attention_flash as eager_flash
 from fusedmm.eager import attention_small as eager_small
 from fusedmm.eager.attention_inputs import Inputs
+from fusedmm.eager.attention_small import Kept
 from fusedmm.ops.dispatch import is_watched, without_autocast
 
 if TYPE_CHECKING:
@@ -111,12 +111,6 @@ def attention(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Ou
         return _forward(*arguments)
 
 
-def _below_autograd(operator: Callable[..., Any], kernel: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-    """Call an operator, or the kernel that it would come to."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments) if is_watched(arguments) else kernel(*arguments)
-
-
 def _alloc_forward(query: Tensor, problem: Problem) -> Outputs:
     """Output, mass and lse, unwritten; the kernels' and the fake's shapes and strides are these."""
     total_q, heads, dim = query.shape
@@ -138,20 +132,27 @@ def _alloc_backward(
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Outputs:
-    problem = Problem(*arguments)
+    return _forward_and_kept(query, key, value, Problem(*arguments), keep=False)[0]
+
+
+def _forward_and_kept(
+    query: Tensor, key: Tensor, value: Tensor, problem: Problem, *, keep: bool
+) -> tuple[Outputs, Kept | None]:
+    """And, to ``keep``, what of a small problem the eager backward need not make again."""
     if problem.impl == "triton":
         from fusedmm.kernels.attention.select import launchers
 
         given = problem.for_kernels()
         with torch.cuda.device_of(query):
             kernels = launchers("forward", query, key, given)
-            return cast(Outputs, kernels.attention_forward(query, key, value, given))
+            return cast(Outputs, kernels.attention_forward(query, key, value, given)), None
     with without_autocast(query):
-        exact = eager.forward(problem.eager_inputs(query, key, value), problem.softmax)
-    output, mass, lse = exact
+        inputs = problem.eager_inputs(query, key, value)
+        keep = keep and problem.output_gate is None
+        (output, mass, lse), kept = eager.forward(inputs, problem.softmax, keep=keep)
     if problem.output_gate is not None:
         output = output * torch.sigmoid(problem.output_gate.to(output.dtype))
-    return output.to(query.dtype), mass, lse
+    return (output.to(query.dtype), mass, lse), kept
 
 
 def _backward(
@@ -167,6 +168,7 @@ def _backward(
     key: Tensor,
     value: Tensor,
     *arguments: Any,
+    kept: Kept | None = None,
 ) -> Gradients:
     problem = Problem(*arguments)
     if problem.impl == "triton":
@@ -191,7 +193,7 @@ def _backward(
         return cast(Gradients, tuple(query.new_empty((0,)) if g is None else g for g in gradients))
     results = grad_output, grad_mass, grad_lse, output, mass, lse
     with without_autocast(query):
-        return _eager_backward(problem, *results, (needs_log_prior, needs_gate), query, key, value)
+        return _eager_backward(problem, *results, (needs_log_prior, needs_gate), query, key, value, kept)
 
 
 def _eager_backward(
@@ -206,17 +208,13 @@ def _eager_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    kept: Kept | None,
 ) -> Gradients:
     inputs = problem.eager_inputs(query, key, value)
-    modal = *problem[:3], problem.active, problem.visible, problem.seed, grad_mass, grad_lse
     groups = inputs.groups()
-    if eager_flash.fits(groups, problem.softmax, query, key, modal):
-        plain = eager_flash.backward(groups, grad_output, query, key, value, output, lse, problem.scale)
-        return *plain, mass.new_empty((0,)), mass.new_empty((0,)), query.new_empty((0,))
     if problem.output_gate is None and eager_small.fits(inputs, problem.softmax, groups):
-        small = eager_small.backward(inputs, groups[0], grad_output, grad_mass, mass)
-        if small is not None:
-            return *small[:3], *_wanted(small[3:], mass, needs), query.new_empty((0,))
+        small = eager_small.backward(inputs, groups[0], grad_output, grad_mass, mass, lse, kept)
+        return *small[:3], *_wanted(small[3:], mass, needs), query.new_empty((0,))
     grad = grad_output.to(inputs.compute_dtype)
     inner = grad * output.to(grad.dtype)  # the sigmoid moves from one factor to the other: also the ungated product
     grad_output_gate = query.new_empty((0,))
@@ -241,11 +239,16 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Outputs:
         *differentiable, ctx.others = arguments
-        operator = torch.ops.fusedmm.attention_forward.default
-        output, mass, lse = _below_autograd(operator, _forward, (*differentiable, *ctx.others))
-        problem = Problem(*differentiable[3:], *ctx.others)
+        query, key, value, *modal = differentiable
+        problem, kept = Problem(*modal, *ctx.others), None
+        arguments = query, key, value, *problem
+        with torch._C._AutoDispatchBelowAutograd():
+            if is_watched(arguments):
+                output, mass, lse = torch.ops.fusedmm.attention_forward.default(*arguments)
+            else:
+                (output, mass, lse), kept = _forward_and_kept(query, key, value, problem, keep=True)
         # active is saved for what saving notices: a change in place before the backward
-        ctx.save_for_backward(*differentiable, output, mass, lse, problem.active)
+        ctx.save_for_backward(*differentiable, output, mass, lse, problem.active, *(kept or ()))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mass if problem.softmax == "partials" else lse)
         return output, mass, lse
@@ -255,13 +258,18 @@ class _Attention(torch.autograd.Function):
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_mass: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        *differentiable, output, mass, lse, _ = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        (*differentiable, output, mass, lse, _), kept = saved[:10], saved[10:]
         needs = ctx.needs_input_grad[:6]
         if grad_output is None:
             grad_output = torch.zeros_like(output)
         results = grad_output, grad_mass, grad_lse, output, mass, lse
         arguments = *results, needs[3], needs[4], *differentiable, *ctx.others
-        gradients = _below_autograd(torch.ops.fusedmm.attention_backward.default, _backward, arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            if is_watched(arguments):
+                gradients = torch.ops.fusedmm.attention_backward.default(*arguments)
+            else:
+                gradients = _backward(*arguments, kept=Kept(*kept) if kept else None)
         return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None
 
 
@@ -281,7 +289,8 @@ def _differentiable(arguments: Sequence[Any]) -> Outputs:
 def _autograd_forward(*arguments: Any) -> Outputs:
     if _needs_gradient(arguments):
         return _differentiable(arguments)
-    return cast(Outputs, _below_autograd(torch.ops.fusedmm.attention_forward.default, _forward, arguments))
+    with torch._C._AutoDispatchBelowAutograd():
+        return cast(Outputs, torch.ops.fusedmm.attention_forward.default(*arguments))
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Outputs:

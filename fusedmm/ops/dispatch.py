@@ -4,11 +4,14 @@ takes as long as a small problem, and is taken only where someone is watching.
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+PLAIN = frozenset((Tensor, Parameter, NoneType, bool, int, float, str))  # types of arguments that watch nothing
 
 
 def is_watched(arguments: Iterable[Any]) -> bool:
@@ -21,7 +24,7 @@ def is_watched(arguments: Iterable[Any]) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None
         or torch._C._get_tracing_state() is not None
-        or any(isinstance(t, Tensor) and type(t) not in (Tensor, Parameter) for t in arguments)
+        or not PLAIN.issuperset(map(type, arguments))
     )
 
 

@@ -1,0 +1,172 @@
+"""The CPU path's ways through attention: blocks, one block of small samples, large samples a head at a time."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+import fusedmm
+from fusedmm.eager import attention as eager_attention
+from fusedmm.eager import attention_heads, attention_small
+from fusedmm.eager.products import has_onednn
+from fusedmm.testing import (
+    AttentionExample,
+    attention_example,
+    attention_truth,
+    check_attention,
+    over_budget,
+    plain_attention,
+    run_attention,
+)
+
+attend = functools.partial(fusedmm.gated_multimodal_attention, impl="eager")
+needs_onednn = pytest.mark.skipif(
+    not has_onednn(torch.device("cpu"), torch.float32), reason="PyTorch without oneDNN and MKL"
+)
+
+
+def scaled_scores(example: AttentionExample, size: float) -> AttentionExample:
+    return dataclasses.replace(example, tensors={**example.tensors, "query": size * example.tensors["query"]})
+
+
+def forward_complaints(example: AttentionExample) -> list[str]:
+    """`check_attention` of the eager path's outputs alone."""
+    results, truth = run_attention(example, attend), attention_truth(example)
+    return over_budget(results, {name: truth[name] for name in ("output", "mass", "lse")}, plain_attention(example))
+
+
+@pytest.mark.parametrize("softmax", ["joint", "per_modality"])
+@pytest.mark.parametrize("features", [(), ("log_prior", "gate"), ("active", "times")])
+@pytest.mark.parametrize(("size", "is_far"), [(1.0, False), (3.0, False), (60.0, True)])
+def test_peaks_are_taken_off_where_exponentials_would_not_hold_them(
+    size: float, is_far: bool, features: tuple[str, ...], softmax: str, monkeypatch
+) -> None:
+    """Large scores of either sign; modalities that nobody sees are no reason."""
+    calls = []
+    peaks = eager_attention._peaks
+    monkeypatch.setattr(eager_attention, "_peaks", lambda *args: calls.append(args) or peaks(*args))
+    example = attention_example(8, [40, 0, 7], [[30, 0, 30], [5, 5, 5], [1, 60, 9]], softmax=softmax, features=features)
+    assert forward_complaints(scaled_scores(example, size)) == []
+    assert bool(calls) == is_far
+
+
+@pytest.mark.parametrize("features", [(), ("log_prior",), ("gate",), ("log_prior", "gate")])
+@pytest.mark.parametrize(("samples", "heads"), [(1, 1), (1, 4), (3, 1), (3, 2)])
+def test_few_samples_of_one_shape_are_one_block(
+    samples: int, heads: int, features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In few operators, and as any other problem where exponentials without their peak do not hold."""
+    found = []
+    for name in ("forward", "backward"):
+        small = getattr(attention_small, name)
+        monkeypatch.setattr(
+            attention_small, name, lambda *args, small=small, **kept: found.append(small(*args, **kept)) or found[-1]
+        )
+    k_lengths = [[9, 9, 9]] * samples
+    example = attention_example(9, [7] * samples, k_lengths, heads=heads, kv_heads=heads, features=features)
+    assert check_attention(example, attend) == []
+    assert [result is None for result in found] == [False, False]
+    results = run_attention(example, attend)
+    assert all(x.is_contiguous() for x in results.values())
+    found.clear()
+    assert forward_complaints(scaled_scores(example, 60.0)) == []
+    assert [result is None for result in found] == [True, False]
+
+
+@pytest.mark.parametrize("k_lengths", [[[9, 9], [9, 8]], [[9, 8]] * 2, [[1, 0]] * 2, [[9, 9], [0, 0]]])
+def test_other_shapes_are_not(k_lengths: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_small, "forward", None)
+    example = attention_example(9, [7, 7], k_lengths, heads=2, kv_heads=2)
+    assert check_attention(example, attend) == []
+
+
+@pytest.mark.parametrize("features", [(), ("log_prior",), ("gate",), ("log_prior", "gate")])
+def test_a_small_problem_keeps_what_its_backward_needs(
+    features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unchanged, so that a graph may be walked twice, and no more than 1 MiB."""
+    handed = []
+    backward = attention_small.backward
+    monkeypatch.setattr(attention_small, "backward", lambda *args: handed.append(args[-1]) or backward(*args))
+    example = attention_example(9, [7] * 3, [[9, 9, 9]] * 3, heads=2, kv_heads=2, features=features)
+    leaves = {name: x.requires_grad_() for name, x in example.tensors.items()}
+
+    def gradients(times: int) -> list[tuple[torch.Tensor, ...]]:
+        output, mass, _ = attend(layout=example.layout, **leaves)
+        outputs, upstream = (output, mass), (example.grad_output, example.grad_mass)
+        return [torch.autograd.grad(outputs, [*leaves.values()], upstream, retain_graph=True) for _ in range(times)]
+
+    first, second = gradients(2)
+    elements = sum(t.numel() for t in handed[0])
+    monkeypatch.setattr(attention_small, "KEPT", elements - 1)
+    (remade,) = gradients(1)
+    assert [kept is None for kept in handed] == [False, False, True]
+    for once, again, anew in zip(first, second, remade, strict=True):
+        assert torch.equal(once, again)
+        torch.testing.assert_close(once, anew, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def by_head(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every sample a head at a time, in blocks of a few queries; names of what was called."""
+    called = []
+    monkeypatch.setattr(attention_heads, "ONEDNN_FLOPS", 0)
+    monkeypatch.setattr(attention_heads, "LEAST_ROWS", 2)
+    monkeypatch.setattr(attention_heads, "BLOCK_SCORES", 700)
+    for name in ("forward_block", "backward_block"):
+        function = getattr(attention_heads, name)
+        monkeypatch.setattr(
+            attention_heads, name, lambda *args, name=name, function=function: called.append(name) or function(*args)
+        )
+    return called
+
+
+@needs_onednn
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    "features", [(), ("log_prior",), ("gate", "times"), ("log_prior", "gate", "output_gate"), ("log_prior", "active")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_samples_a_head_at_a_time(
+    dtype: torch.dtype, features: tuple[str, ...], kv_heads: int, by_head: list[str]
+) -> None:
+    k_lengths = [[30, 0, 31], [200, 1, 9], [5, 50, 7]]
+    example = attention_example(
+        4, [40, 0, 70], k_lengths, heads=4, kv_heads=kv_heads, head_dim=32, dtype=dtype, features=features
+    )
+    assert check_attention(example, attend) == []
+    assert {"forward_block", "backward_block"} == set(by_head)
+    assert len(by_head) > 4
+
+
+@needs_onednn
+@pytest.mark.parametrize("features", [(), ("log_prior", "gate"), ("times",)])
+def test_peaks_are_taken_off_large_samples_too(features: tuple[str, ...], by_head: list[str]) -> None:
+    example = attention_example(8, [40, 70], [[30, 0, 30], [60, 60, 9]], features=features)
+    assert forward_complaints(scaled_scores(example, 60.0)) == []
+    assert "forward_block" in by_head
+
+
+@needs_onednn
+def test_a_gate_that_overflows_beside_exponentials_does_not_beside_probabilities(by_head: list[str]) -> None:
+    layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([8]), torch.tensor([[8, 4]]))
+    query, key, value = torch.full((8, 1, 16), 2.5), torch.full((12, 1, 16), 2.5), torch.full((12, 1, 16), 3.0)
+    result = attend(query, key, value, layout, gate=torch.tensor([1e28, 0.0]))
+    torch.testing.assert_close(result.output, torch.full((8, 1, 16), 2e28))
+    assert by_head == ["forward_block"]
+
+
+@needs_onednn
+@pytest.mark.parametrize(("queries", "keys", "is_by_head"), [(128, 256, True), (128, 252, False), (48, 1024, False)])
+def test_a_head_pays_for_calls_of_its_own(queries: int, keys: int, is_by_head: bool) -> None:
+    """At 4 MFLOP a product and thread."""
+    layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([queries]), torch.tensor([[keys // 2] * 2]))
+    query, key = torch.empty(queries, 2, 64), torch.empty(keys, 2, 64)
+    x = eager_attention.Inputs(
+        query, key, key, layout.cu_seqlens_q, layout.cu_seqlens_k, 2, None, None, None, None, None, 0.0, 0.125
+    )
+    (group,) = x.groups()
+    assert attention_heads.fits(x, "joint", group) == is_by_head
+    assert not attention_heads.fits(x, "per_modality", group)
+    assert not attention_heads.fits(x._replace(query=query.double()), "joint", group)
