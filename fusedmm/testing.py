@@ -15,7 +15,6 @@ from torch import Tensor
 from fusedmm.layout import ModalityLayout
 from fusedmm.reference import attention as reference
 
-DIFFERENTIABLE = ("query", "key", "value", "log_prior", "gate", "output_gate")
 PACKED = ("query", "key", "value", "output_gate")
 PLAIN_DRAWS = 4
 
