@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import matthews_corrcoef
 
 from fusedmm.train.baselines import Forecast, baseline_forecasts, format_table, main, score_forecasts
-from fusedmm.train.bootstrap import correlation_interval, matthews_correlation, mean_interval, paired_interval
+from fusedmm.train.bootstrap import Bootstrap, matthews_correlation
 from fusedmm.train.format import Dataset, DatasetInfo, write_dataset
 from fusedmm.train.prepare.maec import prepare_maec
 from fusedmm.train.simulate import MarketConfig, simulate
@@ -60,7 +60,7 @@ def test_classification_baselines() -> None:
     dataset, split = small("classification")
     forecasts = baseline_forecasts(dataset, split)
     assert [forecast.name for forecast in forecasts] == ["majority", "logistic", "logistic, call day too"]
-    scores = score_forecasts(dataset, split, forecasts, "logistic", resamples=200)
+    scores = score_forecasts(dataset, split, forecasts, "logistic", Bootstrap(resamples=200))
     majority, logistic = scores[0], scores[1]
     truth = dataset.matrix("target_")[split.test, 0]
     assert majority.headline.value == pytest.approx((truth == 0).mean())
@@ -82,7 +82,7 @@ def test_simulated_data_has_its_oracle_in_the_table() -> None:
     dataset, split = Dataset(info, samples, {}), split_by_date(samples)
     forecasts = baseline_forecasts(dataset, split)
     assert [forecast.name for forecast in forecasts] == ["train mean", "ridge", "oracle"]
-    scores = score_forecasts(dataset, split, forecasts, "ridge", resamples=200)
+    scores = score_forecasts(dataset, split, forecasts, "ridge", Bootstrap(resamples=200))
     assert scores[2].paired is not None
     assert scores[2].paired.high < 0
     assert scores[1].parts == pytest.approx(
@@ -97,9 +97,9 @@ def test_simulated_data_has_its_oracle_in_the_table() -> None:
 def test_scores_refuse_other_shapes_and_names() -> None:
     dataset, split = small()
     with pytest.raises(ValueError, match="reference must be one of a, got 'ridge'"):
-        score_forecasts(dataset, split, [Forecast("a", np.zeros((len(split.test), 2)))], "ridge")
+        score_forecasts(dataset, split, [Forecast("a", np.zeros((len(split.test), 2)))], "ridge", Bootstrap())
     with pytest.raises(ValueError, match=r"prediction of 'a' must have shape \(80, 2\), got \(80, 1\)"):
-        score_forecasts(dataset, split, [Forecast("a", np.zeros((80, 1)))], "a")
+        score_forecasts(dataset, split, [Forecast("a", np.zeros((80, 1)))], "a", Bootstrap())
 
 
 def test_mean_interval_covers_and_knows_that_a_days_samples_are_one_piece_of_news() -> None:
@@ -108,12 +108,12 @@ def test_mean_interval_covers_and_knows_that_a_days_samples_are_one_piece_of_new
     for seed in range(100):
         day = np.repeat(np.arange(60), 10)
         values = np.repeat(rng.standard_normal(60), 10) + 0.1 * rng.standard_normal(600)
-        interval = mean_interval(values, day, resamples=300, seed=seed)
+        interval = Bootstrap(resamples=300, seed=seed).mean(values, day)
         assert interval.low < interval.value < interval.high
         assert interval.value == pytest.approx(values.mean())
         covered += interval.low <= 0 <= interval.high
     assert covered >= 86  # rows resampled one by one would cover about 45 times
-    by_row = mean_interval(values, np.arange(600), resamples=300)
+    by_row = Bootstrap(resamples=300).mean(values, np.arange(600))
     assert interval.high - interval.low > 2.5 * (by_row.high - by_row.low)
 
 
@@ -121,10 +121,10 @@ def test_intervals_are_seeded_and_blocks_widen_them_where_days_hang_together() -
     rng = np.random.default_rng(0)
     values = np.repeat(rng.standard_normal(20), 10)  # runs of ten days
     day = np.arange(200)
-    single, again = mean_interval(values, day, seed=1), mean_interval(values, day, seed=1)
+    single, again = Bootstrap(seed=1).mean(values, day), Bootstrap(seed=1).mean(values, day)
     assert single == again
-    assert single != mean_interval(values, day, seed=2)
-    runs = mean_interval(values, day, block_days=10, seed=1)
+    assert single != Bootstrap(seed=2).mean(values, day)
+    runs = Bootstrap(block_days=10, seed=1).mean(values, day)
     assert runs.high - runs.low > 1.8 * (single.high - single.low)
     assert str(runs).startswith(f"{runs.value:.4f} [")
 
@@ -133,19 +133,19 @@ def test_paired_interval_is_narrow_where_losses_move_together() -> None:
     rng = np.random.default_rng(0)
     day = np.repeat(np.arange(80), 5)
     hard = rng.standard_normal(400) ** 2
-    better = paired_interval(hard - 0.05 + 0.01 * rng.standard_normal(400), hard, day)
+    better = Bootstrap().paired(hard - 0.05 + 0.01 * rng.standard_normal(400), hard, day)
     assert better.value == pytest.approx(-0.05, abs=0.003)
     assert better.high < -0.04
-    assert mean_interval(hard, day).high - mean_interval(hard, day).low > 0.2
+    assert Bootstrap().mean(hard, day).high - Bootstrap().mean(hard, day).low > 0.2
     with pytest.raises(ValueError, match=r"reference_loss must have the shape of loss \(400,\), got \(3,\)"):
-        paired_interval(hard, hard[:3], day)
+        Bootstrap().paired(hard, hard[:3], day)
 
 
 def test_matthews_correlation_is_scikit_learns() -> None:
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 3, 200)
     predicted = np.where(rng.random(200) < 0.5, truth, rng.integers(0, 3, 200))
-    interval = correlation_interval(predicted, truth, np.repeat(np.arange(40), 5), classes=3, resamples=200)
+    interval = Bootstrap(resamples=200).correlation(predicted, truth, np.repeat(np.arange(40), 5), classes=3)
     assert interval.value == pytest.approx(matthews_corrcoef(truth, predicted))
     assert interval.low < interval.value < interval.high
     assert matthews_correlation(np.array([[5.0, 0.0], [7.0, 0.0]])) == 0
@@ -153,9 +153,9 @@ def test_matthews_correlation_is_scikit_learns() -> None:
 
 def test_intervals_refuse_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"day must have one entry a sample \(3\), got 2"):
-        mean_interval([1.0, 2.0, 3.0], [0, 1])
+        Bootstrap().mean([1.0, 2.0, 3.0], [0, 1])
     with pytest.raises(ValueError, match="values must hold at least one sample, got none"):
-        mean_interval([], [])
+        Bootstrap().mean([], [])
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,9 +190,9 @@ def test_maec_gives_the_known_numbers(tmp_path: Path) -> None:
     assert [len(rows) for rows in split] == [1916, 206, 643]
     assert samples["day"].to_numpy()[split.test].size - 643 == 0
     assert len(np.unique(samples["day"].to_numpy()[split.test])) == 84
+    forecasts = baseline_forecasts(dataset, split)
     scores = {
-        score.name: score
-        for score in score_forecasts(dataset, split, baseline_forecasts(dataset, split), "ridge", resamples=500)
+        score.name: score for score in score_forecasts(dataset, split, forecasts, "ridge", Bootstrap(resamples=500))
     }
     assert scores["train mean"].parts == pytest.approx((0.816, 0.462, 0.321, 0.278), abs=6e-4)
     assert scores["persistence, call day too"].headline.value == pytest.approx(0.363, abs=6e-4)

@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from fusedmm.train.bootstrap import Interval, correlation_interval, mean_interval, paired_interval
+from fusedmm.train.bootstrap import Bootstrap, Interval
 from fusedmm.train.format import Dataset, Float64Array, read_dataset
 from fusedmm.train.splits import Split, split_by_date
 
@@ -98,9 +98,7 @@ def score_forecasts(
     split: Split,
     forecasts: Sequence[Forecast],
     reference: str,
-    *,
-    block_days: int = 1,
-    resamples: int = 2000,
+    bootstrap: Bootstrap,
 ) -> list[Score]:
     """Score forecasts on the test rows, with day-block intervals, each paired against ``reference``.
 
@@ -108,7 +106,7 @@ def score_forecasts(
         dataset, split: what was forecast.
         forecasts: baselines and models, rows as in ``split.test``.
         reference: name of one of them, with which the others are paired.
-        block_days, resamples: of the bootstrap.
+        bootstrap: of the intervals.
 
     Raises:
         ValueError: for an unknown reference or a forecast of another shape.
@@ -133,18 +131,11 @@ def score_forecasts(
         correlation = None
         if classification:
             classes = dataset.info.classes or 0
-            correlation = correlation_interval(
-                forecast.prediction[:, 0],
-                targets[:, 0],
-                day,
-                classes=classes,
-                block_days=block_days,
-                resamples=resamples,
-            )
+            correlation = bootstrap.correlation(forecast.prediction[:, 0], targets[:, 0], day, classes=classes)
         paired = None
         if forecast.name != reference:
-            paired = paired_interval(loss, losses[reference], day, block_days=block_days, resamples=resamples)
-        headline = mean_interval(measured, day, block_days=block_days, resamples=resamples)
+            paired = bootstrap.paired(loss, losses[reference], day)
+        headline = bootstrap.mean(measured, day)
         scores.append(Score(forecast.name, tuple(map(float, measured.mean(axis=0))), headline, correlation, paired))
     return scores
 
@@ -225,11 +216,8 @@ def main() -> None:
     print(
         f"train {len(split.train)}, dev {len(split.dev)}, test {len(split.test)} samples on {len(np.unique(days))} days"
     )
-    print(
-        format_table(
-            dataset, score_forecasts(dataset, split, forecasts, reference, block_days=arguments.block_days), reference
-        )
-    )
+    scores = score_forecasts(dataset, split, forecasts, reference, Bootstrap(arguments.block_days))
+    print(format_table(dataset, scores, reference))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from scipy.special import softmax
 
 import fusedmm
 from fusedmm.train.baselines import Forecast, Score, baseline_forecasts, format_table, score_forecasts
-from fusedmm.train.bootstrap import Interval
+from fusedmm.train.bootstrap import Bootstrap, Interval
 from fusedmm.train.config import Recipe, VariantConfig
 from fusedmm.train.evaluate import RunResult
 from fusedmm.train.figure import draw_report
@@ -82,9 +82,9 @@ def build_report(recipe: Recipe, task: Task, results: Mapping[str, Sequence[RunR
         for seed, run in zip(recipe.train.seeds, runs_of, strict=True):
             facts = {"seconds": float(run.seconds), "best_step": int(run.best_step), "parameters": int(run.parameters)}
             runs.append({"variant": variant.name, "seed": seed, **facts})
-    bootstrap = {"block_days": recipe.run.block_days, "resamples": recipe.run.bootstrap}
-    scores = score_forecasts(task.dataset, task.rows, forecasts, reference, **bootstrap)
-    headline = score_forecasts(task.dataset, task.rows, forecasts, headline_variant(recipe).name, **bootstrap)
+    bootstrap = Bootstrap(recipe.run.block_days, recipe.run.bootstrap)
+    scores = score_forecasts(task.dataset, task.rows, forecasts, reference, bootstrap)
+    headline = score_forecasts(task.dataset, task.rows, forecasts, headline_variant(recipe).name, bootstrap)
     margins = {score.name: score.paired for score in headline if score.paired is not None}
     checks = _checks(recipe, scores, uses, switched_off)
     return Report(reference, scores, margins, uses, switched_off, checks, runs)
