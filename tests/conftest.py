@@ -6,9 +6,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.interpreter import mend_interpreter
+
 if not torch.cuda.is_available():
     # Read when triton is first imported, which importing torch and fusedmm does not do.
     os.environ["TRITON_INTERPRET"] = "1"
+    mend_interpreter()
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -267,7 +267,8 @@ def test_every_cpu_variant_is_right(name: str) -> None:
     case = builders("cpu")[name]()
     gate = Gate(case, CPU)
     for variant in case.variants:
-        if variant.name != "compile":
+        absent = variant.name == "torch-linear-ce" and not hasattr(torch.nn.functional, "linear_cross_entropy")
+        if variant.name != "compile" and not absent:
             assert gate.check(variant).complaints == [], variant.name
 
 

@@ -15,6 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from fusedmm import LinearHead, distillation_loss, distillation_scores
 from fusedmm.score_log import ScoreLog
 from fusedmm.selection import select_rows
+from tests.interpreter import mend_interpreter
 
 RANKS, ROWS, CLASSES = 2, 10, 26
 PADDED = 28  # classes of both shards
@@ -123,6 +124,7 @@ def check_score_log_is_shared(rank: int, group: dist.ProcessGroup) -> None:
 
 def run_rank(rank: int, store: str) -> None:
     torch.set_num_threads(1)
+    mend_interpreter()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     group = dist.group.WORLD
     assert group is not None
