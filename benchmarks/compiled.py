@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.machine_code import Function, Loop, parse_sass
-from fusedmm.kernels.launch import KernelSpec
+from fusedmm.kernels.launch import LAUNCH_OPTIONS, KernelSpec
 
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 MAX_WARPS = {"sm_80": 64, "sm_90": 64, "sm_100": 64}
@@ -120,7 +120,8 @@ def compile_spec(spec: KernelSpec) -> Any:
         target = GPUTarget("hip", spec.arch, 64)
     else:
         target = GPUTarget("cuda", int(spec.arch.removeprefix("sm_")), 32)
-    options = {"num_warps": spec.config.num_warps, "num_stages": spec.config.num_stages, **spec.options}
+    chosen = {"num_warps": spec.config.num_warps, "num_stages": spec.config.num_stages}
+    options = {**chosen, **LAUNCH_OPTIONS, **spec.options}
     if spec.config.max_registers is not None and not spec.arch.startswith("gfx"):
         options["maxnreg"] = spec.config.max_registers
     return triton.compile(source, target=target, options=options)

@@ -99,7 +99,7 @@ def specs(arch: str) -> dict[str, KernelSpec]:
 def fingerprint(spec: KernelSpec) -> str:
     """Changes with the code of the kernel and of all it calls (not with comments), its signature, its configuration."""
     parts: list[object] = [sorted(code_of(spec.kernel).items()), sorted(spec.signature.items())]
-    parts += [sorted(spec.constexprs.items(), key=repr), sorted(spec.config.launch_options().items())]
+    parts += [sorted(spec.constexprs.items(), key=repr), sorted(spec.config.chosen().items())]
     parts += [sorted(spec.divisible_by_16), sorted(spec.options.items(), key=repr)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -152,7 +152,7 @@ def analyse_row(spec: KernelSpec) -> Row:
         arch=spec.arch,
         name=spec.name,
         fingerprint=fingerprint(spec),
-        config=spec.config.launch_options(),
+        config=spec.config.chosen(),
         registers=report.registers,
         spills=report.spills,
         # AMD's code is not split into loops here: there a spill anywhere counts.

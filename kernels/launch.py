@@ -14,6 +14,9 @@ from typing import Any
 import torch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Options of every launch. A product and a sum become one instruction: Triton's default until 3.9, which warns where a
+# launch does not say so, because a later version will round twice.
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,18 @@ class LaunchConfig:
     num_stages: int
     max_registers: int | None = None
 
-    def launch_options(self) -> dict[str, Any]:
-        """Keyword arguments of a Triton launch: the tile sizes, ``num_warps`` and ``num_stages``."""
-        options: dict[str, Any] = {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+    def chosen(self) -> dict[str, int]:
+        """What was chosen for this launch: the tile sizes, ``num_warps``, ``num_stages`` and, where capped,
+        ``maxnreg``.
+        """
+        chosen = {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
         if self.max_registers is not None:
-            options["maxnreg"] = self.max_registers
-        return options
+            chosen["maxnreg"] = self.max_registers
+        return chosen
+
+    def launch_options(self) -> dict[str, Any]:
+        """Keyword arguments of a Triton launch: `chosen` and `LAUNCH_OPTIONS`."""
+        return {**self.chosen(), **LAUNCH_OPTIONS}
 
 
 @dataclass(frozen=True)

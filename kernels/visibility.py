@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedmm.kernels.indexing import TILE
+from fusedmm.kernels.launch import LAUNCH_OPTIONS
 
 
 @triton.jit
@@ -102,4 +103,5 @@ def visible_ranges(
         num_modalities=num_modalities,
         steps=max_seqlen_k.bit_length(),
         num_warps=4,
+        **LAUNCH_OPTIONS,
     )

@@ -22,7 +22,7 @@ from benchmarks.compiled import read_compiled
 from benchmarks.results import Result, Run
 from benchmarks.static import Row, faults, read_rows, specs, worsened
 from benchmarks.static_command import problems
-from fusedmm.kernels.launch import ARCHITECTURES
+from fusedmm.kernels.launch import ARCHITECTURES, LAUNCH_OPTIONS, LaunchConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 48
@@ -206,6 +206,19 @@ def test_unchanged_source_that_compiles_differently_is_a_problem() -> None:
 
 def test_a_row_of_a_kernel_that_is_gone_is_a_problem() -> None:
     assert "which is no more" in problems([], {}, [], [ROW.key])[0]
+
+
+def test_every_launch_has_the_options_of_every_launch() -> None:
+    """Triton 3.9 warns of a launch that does not say whether products and sums are fused; a later one stops."""
+    launches = []
+    for file in sorted((ROOT / "kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                unpacked = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg is None]
+                launches.append((f"{file.name}: {ast.unparse(node.func)}", "options" in " ".join(unpacked).lower()))
+    assert len(launches) > 15
+    assert [launch for launch, has_options in launches if not has_options] == []
+    assert LaunchConfig({}, num_warps=4, num_stages=1).launch_options().items() >= LAUNCH_OPTIONS.items()
 
 
 def test_device_functions_return_no_none() -> None:

@@ -214,16 +214,18 @@ def _backward_query(
             "query_tiles_ptr": problem.query_tiles,
             "num_heads": num_heads,
             "DELTA_ONLY": delta_only,
-            **config.launch_options(),
         }
         if spans:
-            _attention_backward_query_spans_kernel[(programs,)](**query_arguments, ONE_HOT=one_hot_dtype(query))
+            _attention_backward_query_spans_kernel[(programs,)](
+                **query_arguments, ONE_HOT=one_hot_dtype(query), **config.launch_options()
+            )
         else:
             _attention_backward_query_kernel[(programs, splits)](
                 **query_arguments,
                 grad_output_stride_m=modality_stride(arguments["grad_output_ptr"]),
                 split_rows=None if splits == 1 else total_q * num_heads,
                 IS_PARTIALS=problem.softmax == "partials",
+                **config.launch_options(),
             )
         if splits > 1:
             for total, part in zip(sums, parts, strict=True):
@@ -254,17 +256,20 @@ def _backward_key_value(
         "cu_seqlens_k_ptr": problem.cu_seqlens_k,
         "num_key_heads": num_key_heads,
         "HAS_GATE": problem.gate is not None,
-        **config.launch_options(),
     }
+    options = config.launch_options()
     if spans:
         tiles = total_k // block_k + problem.batch
-        _attention_backward_key_value_spans_kernel[(tiles * num_key_heads,)](**key_arguments, batch=problem.batch)
+        _attention_backward_key_value_spans_kernel[(tiles * num_key_heads,)](
+            **key_arguments, batch=problem.batch, **options
+        )
     else:
         tiles = problem.key_tiles.shape[0] * (TILE.value // block_k)
         _attention_backward_key_value_kernel[(tiles * num_key_heads,)](
             **key_arguments,
             key_tiles_ptr=problem.key_tiles,
             grad_output_stride_m=modality_stride(arguments["grad_output_ptr"]),
+            **options,
         )
 
 

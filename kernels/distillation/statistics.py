@@ -26,7 +26,7 @@ from fusedmm.kernels.distillation.state import (
     tile_state,
 )
 from fusedmm.kernels.distillation.tiles import FORBIDDEN, logit_slabs, program_tile
-from fusedmm.kernels.launch import device_arch
+from fusedmm.kernels.launch import LAUNCH_OPTIONS, device_arch
 from fusedmm.kernels.softmax import LN_2
 
 SAVED = 16  # rows of saved statistics, see _save
@@ -349,5 +349,6 @@ def merge_statistics(
         IS_UNIT=row_temperature is None and temperature == 1.0,
         BLOCK_N=block_n,
         num_warps=1,
+        **LAUNCH_OPTIONS,
     )
     return saved, fields

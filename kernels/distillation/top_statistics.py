@@ -38,7 +38,7 @@ from fusedmm.kernels.distillation.top_state import (
     merge_top_states,
     top_state,
 )
-from fusedmm.kernels.launch import device_arch
+from fusedmm.kernels.launch import LAUNCH_OPTIONS, device_arch
 from fusedmm.kernels.softmax import LN_2
 
 STUDENT_SAVED = 6  # rows that a gradient needs beside the buckets': see _top_merge_kernel
@@ -332,5 +332,6 @@ def top_statistics(
         BLOCK_N=block_n,
         BLOCK_K=BLOCK_K,
         num_warps=MERGE_WARPS,
+        **LAUNCH_OPTIONS,
     )
     return own, target, numbers

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fusedmm.kernels import indexing
 from fusedmm.kernels.attention.arguments import AttentionProblem, strides_of
+from fusedmm.kernels.launch import LAUNCH_OPTIONS
 
 TILE = indexing.TILE.value  # rows of an entry of the work lists
 
@@ -185,6 +186,8 @@ def query_work(problem: AttentionProblem, query_heads: int, block_k: int) -> Ten
         **active,
         BLOCK_K=block_k,
         BLOCK_M=triton.next_power_of_2(problem.num_modalities),
+        num_warps=4,
+        **LAUNCH_OPTIONS,
     )
     return work
 
@@ -200,6 +203,8 @@ def key_work(problem: AttentionProblem, query_heads: int, block_q: int) -> Tenso
         **active,
         BLOCK_Q=block_q,
         BLOCK_ROWS=BLOCK_ROWS,
+        num_warps=4,
+        **LAUNCH_OPTIONS,
     )
     return work
 
@@ -212,7 +217,6 @@ def _shared_arguments(problem: AttentionProblem, work: Tensor) -> dict[str, Any]
         "work_ptr": work,
         "num_modalities": problem.num_modalities,
         "TILE_ROWS": TILE,
-        "num_warps": 4,
     }
 
 
