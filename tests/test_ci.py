@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -152,6 +153,33 @@ def test_check_refuses_what_it_does_not_know() -> None:
     done = subprocess.run([ROOT / "ci" / "check", "nonsense"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "unknown check 'nonsense', expected one of: lint format types package tests speed." in done.stderr
+
+
+FAKE_PYTHON = """#!/bin/sh
+case "$1 $2" in "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python";; esac
+"""
+
+
+@pytest.mark.parametrize(("version", "folder"), [("", ".venv"), ("2.11.0", ".venv-2.11.0")])
+def test_setup_pins_another_torch_in_a_venv_of_its_own(version: str, folder: str, tmp_path: Path) -> None:
+    pinned = (ROOT / "ci" / "constraints.txt").read_text().splitlines()
+    for name in ("pyproject.toml", "ci/setup", "ci/constraints.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    python = tmp_path / "python"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    environment = {**os.environ, "FUSEDMM_NO_VENV": "0", "FUSEDMM_TORCH": version, "PYTHON": str(python)}
+    done = subprocess.run([tmp_path / "ci" / "setup"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / folder / "bin" / "python")
+    given = (tmp_path / folder / "constraints.txt").read_text().splitlines()
+    if version:
+        others = [line for line in pinned if not line.startswith(("torch==", "triton=="))]
+        assert len(others) == len(pinned) - 2
+        assert given == [*others, f"torch=={version}"]
+    else:
+        assert given == pinned
 
 
 def test_setup_without_a_venv_uses_the_active_python() -> None:
