@@ -240,6 +240,29 @@ def test_either_way_of_few_logits(
         assert float((error / (size + 1e-9)).max()) <= 1e-4
 
 
+@pytest.mark.parametrize("std", [1e-4, 1.0, 30.0])
+@pytest.mark.parametrize("classes", [1, 2, 5, 40])
+@pytest.mark.parametrize("way", ["few", "waves"])
+def test_either_way_of_few_scores(way: str, classes: int, std: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All fields, of a forbidden class, of heads that hardly differ and of saturated ones too."""
+    if way == "waves":
+        monkeypatch.setattr(distillation_small, "SCALAR_ELEMENTS", 0)
+    hidden, weight, bias = draw(ROWS, 6), draw(classes, 6, seed=1), draw(classes, seed=2)
+    bias[3:4] = -torch.inf
+    heads = LinearHead(hidden, weight, bias), LinearHead(hidden, weight + std * draw(classes, 6, seed=3), bias)
+    labels = torch.arange(ROWS) % min(classes, 3)
+    exact, found = (distillation_scores(*heads, labels, impl=impl)._asdict() for impl in HOST)
+    for name, field in exact.items():
+        atol = 1e-5 if name in ("excess_loss", "margin") else 1e-6  # a difference of two logits
+        torch.testing.assert_close(found[name], field, rtol=1e-4, atol=atol, msg=name)
+    without = distillation_scores(*heads, temperature=2.0)
+    expected = distillation_scores(*heads, temperature=2.0, impl="reference")
+    assert without.student_nll is None
+    torch.testing.assert_close(without.grad_norm, expected.grad_norm, rtol=1e-4, atol=1e-6)
+    ties = LinearHead(torch.ones(1, 1), torch.ones(classes, 1)), LinearHead(torch.ones(1, 1), torch.ones(classes, 1))
+    assert float(distillation_scores(*ties).agreement) == 1.0
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_rest_of_forbidden_classes_is_as_unlikely_as_they_are(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedmm import LinearHead, Logits, TopKLogProbs, distillation_loss, distillation_scores
+from fusedmm import LinearHead, Logits, ShapeError, TopKLogProbs, distillation_loss, distillation_scores
 
 IMPLEMENTATIONS = ("eager", "triton")
 
@@ -122,3 +122,28 @@ def test_what_a_newcomer_gets_wrong_is_named() -> None:
     top = torch.randn(4, 5).log_softmax(-1).topk(2)  # values first, as torch.topk returns them
     with pytest.raises(TypeError, match=r"indices must be int64, got float32. Use TopKLogProbs\(indices, log_probs\)"):
         distillation_scores(student, TopKLogProbs(*top))
+
+
+def test_what_passed_once_is_not_remembered_of_anything_else() -> None:
+    """Checks are skipped for what passed them: the same arguments but for one are checked, and cast, anew."""
+    hidden, weight, labels = torch.randn(4, 8), torch.randn(6, 8), torch.randint(0, 6, (4,))
+    head, teacher = LinearHead(hidden, weight), LinearHead(torch.randn(4, 3), torch.randn(6, 3))
+    loss = distillation_loss(head, teacher, labels)
+    assert torch.equal(distillation_loss(head, teacher, labels), loss)
+    for wrong, error in (
+        (lambda: distillation_loss(LinearHead(hidden[:3], weight), teacher, labels), ShapeError),
+        (lambda: distillation_loss(LinearHead(hidden, weight, num_classes=7), teacher, labels), ShapeError),
+        (lambda: distillation_loss(LinearHead(hidden.bfloat16(), weight), teacher, labels), TypeError),
+        (lambda: distillation_loss(head, teacher, labels.int()), TypeError),
+        (lambda: distillation_loss(head, teacher, labels + 6), ValueError),
+        (lambda: distillation_loss(head, teacher, labels, temperature=-1.0), ValueError),
+        (lambda: distillation_loss(LinearHead(hidden, weight, softcap=-1.0), teacher, labels), ValueError),
+        (lambda: distillation_loss(head, teacher, labels, impl="fast"), ValueError),
+    ):
+        with pytest.raises(error):
+            wrong()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = distillation_loss(head, teacher, labels)
+    assert torch.equal(
+        low, distillation_loss(*(LinearHead(h.hidden.bfloat16(), h.weight.bfloat16()) for h in (head, teacher)))
+    )

@@ -33,7 +33,7 @@ class LargestAllocation(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "fusedmm":
-            implementation: Callable[..., Any] = getattr(distillation_op, func._opname.removeprefix("distillation"))
+            implementation: Callable[..., Any] = distillation_op.registered(func._opname)
             with self:
                 return implementation(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))

@@ -35,7 +35,7 @@ def problem(impl: str, requires_grad: bool = False, beta: float = 0.3, is_top: b
         for tensor in (student.hidden, student.weight, student.bias):
             tensor.requires_grad_()
     inputs = check_inputs("distillation_loss", student, teacher, labels, 2.0, impl)
-    return problem_of(inputs, beta=beta, alpha=0.5, label_smoothing=0.1, ignore_index=-100)
+    return problem_of(inputs, beta=beta, alpha=0.5, label_smoothing=0.1, ignore_index=-100).flat()
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])

@@ -37,20 +37,35 @@ def suits(student: Teacher, teacher: Teacher, temperature: Tensor | None, object
     return (
         0 < rows * classes <= limit
         and _is_whole(student, objective.shard)
-        and (
-            objective.alpha == 0.0
-            or (
-                objective.alpha == 1.0
-                and type(teacher) is LinearHead
-                and _is_whole(teacher, objective.shard)
-                and compute_dtype(teacher.hidden) == compute_dtype(student.hidden)
-            )
-        )
+        and (objective.alpha == 0.0 or (objective.alpha == 1.0 and _are_alike(student, teacher, objective.shard)))
+    )
+
+
+def suits_scores(
+    student: Teacher, teacher: Teacher, labels: Tensor | None, temperature: Tensor | None, objective: "Objective"
+) -> bool:
+    """Whether `scores` serves this."""
+    if type(student) is not LinearHead or temperature is not None:
+        return False
+    rows, classes = student.hidden.shape[0], student.weight.shape[0]
+    return (
+        0 < rows * classes <= SCALAR_ELEMENTS * (1 if classes < VECTOR else 2)
+        and (objective.temperature == 1.0 or labels is None)
+        and _is_whole(student, objective.shard)
+        and _are_alike(student, teacher, objective.shard)
     )
 
 
 def _is_whole(head: LinearHead, shard: Shard) -> bool:
     return head.softcap is None and shard.group is None and head.weight.shape[0] == shard.count
+
+
+def _are_alike(student: LinearHead, teacher: Teacher, shard: Shard) -> bool:
+    return (
+        type(teacher) is LinearHead
+        and _is_whole(teacher, shard)
+        and compute_dtype(teacher.hidden) == compute_dtype(student.hidden)
+    )
 
 
 def loss(
@@ -86,14 +101,58 @@ def loss(
     return rows, (grad_input, grad_weight, grad_bias)
 
 
-def _log_probabilities(head: LinearHead, temperature: float) -> Tensor:
+def scores(
+    student: LinearHead, teacher: LinearHead, labels: Tensor | None, objective: "Objective"
+) -> dict[str, Tensor]:
+    """Fields of `fusedmm.eager.distillation_scores` by name, without a second pass, of rows none of which is ignored;
+    grad_norm without the norm of hidden.
+    """
+    logits = torch.stack([_logits(head, objective.temperature) for head in (student, teacher)])
+    logs = torch.log_softmax(logits, -1)
+    probabilities = torch.exp(logs)
+    (log_p, log_t), (p, t) = logs.unbind(), probabilities.unbind()
+    entropy, teacher_entropy = torch.mul(probabilities, logs).sum(-1).neg_().unbind()
+    reverse, forward = torch.mul(probabilities, log_t - log_p).sum(-1).unbind()
+    student_confidence, teacher_confidence = probabilities.amax(-1).unbind()
+    root_p, root_t = probabilities.sqrt().unbind()
+    best, teacher_best = logits.argmax(-1).unbind()
+    fields = {
+        "forward_kl": forward,
+        "reverse_kl": reverse.neg_(),
+        "hellinger": root_t.sub_(root_p).square_().sum(-1).mul_(0.5),  # 1 - sum sqrt(p t), without cancellation
+        "student_entropy": entropy,
+        "teacher_entropy": teacher_entropy,
+        "student_confidence": student_confidence,
+        "teacher_confidence": teacher_confidence,
+        "agreement": (best == teacher_best).to(logs.dtype),
+        "grad_norm": torch.linalg.vector_norm(t.sub_(p), dim=-1),
+    }
+    if labels is not None:
+        index, z = labels[:, None], logits[0]
+        nll, teacher_nll = logs.gather(-1, index.expand(2, -1, 1))[..., 0].neg_().unbind()
+        others = p.scatter_(1, index, 0.0)
+        fields |= {
+            "student_nll": nll,
+            "teacher_nll": teacher_nll,
+            "excess_loss": nll - teacher_nll,
+            "el2n": torch.hypot(others.sum(-1), torch.linalg.vector_norm(others, dim=-1)),
+            "margin": z.gather(1, index)[:, 0] - z.scatter_(1, index, -torch.inf).amax(-1),
+        }
+    return fields
+
+
+def _logits(head: LinearHead, temperature: float) -> Tensor:
     dtype = compute_dtype(head.hidden)
     logits = multiply(cast(head.hidden, dtype), cast(head.weight, dtype).t())
     if head.bias is not None:
         logits.add_(cast(head.bias, dtype).clamp_min(FINITE_MINIMUM))
     if temperature != 1.0:
         logits.div_(temperature)
-    return torch.log_softmax(logits, -1)
+    return logits
+
+
+def _log_probabilities(head: LinearHead, temperature: float) -> Tensor:
+    return torch.log_softmax(_logits(head, temperature), -1)
 
 
 def _powers(logarithms: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Waves of rows: the matmuls around a distillation, so that logits exist only for some rows at a time.
 
-A wave has about `WAVE_ELEMENTS` logits of two heads, never fewer than `MIN_WAVE_ROWS` rows (below that the weight is
-read too often) and, beyond `WHOLE_ELEMENTS`, never half of all rows, unless classes are so few that logits are no
-larger than hidden states. Ignored rows are in no wave. Logits and gradients are formed in float32 from inputs of any
-dtype (float64 from float64): on CUDA by the matmul's own accumulator, elsewhere from a converted copy of a block of the
-weight.
+A wave has about `WAVE_ELEMENTS` logits of two heads, a quarter of that where classes are few and caches serve, never
+fewer than `MIN_WAVE_ROWS` rows (below that the weight is read too often) and, beyond `WHOLE_ELEMENTS`, never half of
+all rows, unless classes are so few that logits are no larger than hidden states. Ignored rows are in no wave. Logits
+and gradients are formed in float32 from inputs of any dtype (float64 from float64): on CUDA by the matmul's own
+accumulator, elsewhere from a converted copy of a block of the weight.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ Rows = slice | Tensor  # consecutive rows, or the numbers of some
 
 def wave_rows(num_rows: int, num_classes: int) -> int:
     """Rows of one wave: a pure function of the sizes, so that results do not depend on the machine."""
-    rows = max(MIN_WAVE_ROWS, WAVE_ELEMENTS // (2 * num_classes))
+    rows = max(MIN_WAVE_ROWS, WAVE_ELEMENTS // ((8 if num_classes <= FEW_CLASSES else 2) * num_classes))
     if num_classes > FEW_CLASSES and num_rows * num_classes > WHOLE_ELEMENTS:
         rows = min(rows, -(-num_rows // 3))  # the logits of two heads then are fewer than those of all rows of one
     return max(1, min(rows, num_rows))

@@ -1,7 +1,6 @@
 """Distillation scores and losses of two heads whose logits are never formed as a whole."""
 
 import math
-from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -11,7 +10,7 @@ from fusedmm.eager.distillation_scores import FIELDS, SECOND_PASS_FIELDS
 from fusedmm.heads import Head, LinearHead, Teacher, TopKLogProbs
 from fusedmm.ops.distillation_autograd import call
 from fusedmm.ops.distillation_inputs import Inputs, check_fraction, check_inputs
-from fusedmm.ops.distillation_op import LABELS, problem_of
+from fusedmm.ops.distillation_op import problem_of
 from fusedmm.reference import distillation as reference
 from fusedmm.shapes import FLOATS, check_device, check_dtype, check_shapes
 
@@ -113,7 +112,7 @@ def distillation_scores(
         return _named({name: field.detach().to(_result_dtype(inputs)) for name, field in fields.items()})
     with torch.no_grad():
         problem = problem_of(inputs, beta=0.0 if beta is None else beta, ignore_index=ignore_index)
-        rows = call("distillation_scores", *problem, second_pass).unbind(0)
+        rows = call("distillation_scores", problem, second_pass)
     given: dict[str, Tensor] = dict(zip(FIELDS, rows, strict=True))
     if beta is not None and not second_pass:
         given["divergence"] = given["forward_kl"] if beta == 0.0 else given["reverse_kl"]
@@ -209,14 +208,9 @@ def distillation_loss(
     _check_weights(op, inputs, row_weight, normalizer)
     if row_weight is not None:  # a row of weight 0 is ignored: what it holds, NaN too, is not looked at
         counts = int(ignore_index == 0) if labels is None else labels
-        inputs = replace(inputs, labels=torch.where(row_weight == 0, ignore_index, counts))
+        inputs = inputs._replace(labels=torch.where(row_weight == 0, ignore_index, counts))
     row_scale = _row_scale(inputs, row_weight, ignore_index, reduction, normalizer, all_count=all_count)
-    teacher_wants = (
-        torch.is_grad_enabled()
-        and not isinstance(inputs.teacher, TopKLogProbs)
-        and any(t.requires_grad for t in _tensors(inputs.teacher))
-    )
-    if teacher_wants and memory == "fast":
+    if memory == "fast" and not isinstance(inputs.teacher, TopKLogProbs) and True in _needs(inputs.teacher):
         raise ValueError(
             f'{op}: teacher must not require grad with memory="fast", got one that does. '
             'Detach it, or pass memory="lean".'
@@ -232,13 +226,13 @@ def distillation_loss(
         )
         rows = rows * row_scale
         return (rows if reduction == "none" else rows.sum()).to(_result_dtype(inputs))
-    problem = problem_of(inputs, beta=beta, alpha=alpha, label_smoothing=label_smoothing, ignore_index=ignore_index)
     if all_count and row_weight is None and alpha == 1.0:  # then labels say nothing
-        problem[LABELS] = None
-    needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in problem[:3]]
-    if memory == "fast" and reduction != "none" and any(needs):
-        return cast(Tensor, call("distillation_fast", *problem, row_scale, *needs)[0])
-    rows = call("distillation_rows", *problem)[0]
+        inputs = inputs._replace(labels=None)
+    problem = problem_of(inputs, beta=beta, alpha=alpha, label_smoothing=label_smoothing, ignore_index=ignore_index)
+    needs = _needs(inputs.student)
+    if memory == "fast" and reduction != "none" and True in needs:
+        return cast(Tensor, call("distillation_fast", problem, row_scale, *needs)[0])
+    rows = call("distillation_rows", problem)[0]
     return rows * row_scale if reduction == "none" else torch.dot(rows, row_scale)
 
 
@@ -322,12 +316,13 @@ def _whole(inputs: Inputs) -> tuple[Head, Teacher, Tensor | None, Tensor]:
     return inputs.student, inputs.teacher, inputs.labels, temperature
 
 
-def _tensors(head: Head) -> list[Tensor]:
-    return [
-        t
-        for t in ((head.hidden, head.weight, head.bias) if isinstance(head, LinearHead) else (head.values,))
-        if t is not None
-    ]
+def _needs(head: Head) -> tuple[bool, bool, bool]:
+    """Whether input, weight and bias get a gradient."""
+    if not torch.is_grad_enabled():
+        return False, False, False
+    if not isinstance(head, LinearHead):
+        return head.values.requires_grad, False, False
+    return head.hidden.requires_grad, head.weight.requires_grad, head.bias is not None and head.bias.requires_grad
 
 
 def _result_dtype(inputs: Inputs) -> torch.dtype:

@@ -4,7 +4,7 @@ Where nothing needs a gradient the autograd functions are skipped, and where not
 dispatcher.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,31 +13,36 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from fusedmm.ops.dispatch import is_watched
-from fusedmm.ops.distillation_op import TENSORS, below_autograd, library
+from fusedmm.ops.distillation_op import TENSORS, Problem, below_autograd, implement, library
 
 
 class _Fast(torch.autograd.Function):
     """The gradient is taken in the forward; the backward multiplies it by the one number that comes from upstream.
 
-    The student's tensors are arguments, all else, which has no gradient, is one: an argument costs a microsecond.
+    The student's tensors are arguments, all else, which has no gradient, is in `run`: an argument costs a microsecond.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, weight: Tensor | None, bias: Tensor | None, others: tuple[Any, ...]
+        ctx: Any,
+        student: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        needs: Sequence[bool],
+        run: Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        loss, *gradients = below_autograd("distillation_fast", (student, weight, bias, *others))
-        ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(*gradients)
+        result = run(student, weight, bias)
+        ctx.save_for_backward(*result[1:])
+        ctx.mark_non_differentiable(*result[1:])
         ctx.set_materialize_grads(False)
-        ctx.needs = others[-3:]
-        return loss, *gradients
+        ctx.needs = needs
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 4
+            return (None,) * 5
         # On a CPU a number is read for nothing, and the upstream of a loss is mostly 1: that saves a pass over the
         # largest tensors. Whoever changes such a gradient in place cannot run this backward again; autograd says so.
         is_one = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
@@ -45,7 +50,7 @@ class _Fast(torch.autograd.Function):
             None if not needed else gradient if is_one else gradient * grad_loss
             for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
         ]
-        return (*gradients, None)
+        return (*gradients, None, None)
 
 
 class _Rows(torch.autograd.Function):
@@ -108,7 +113,7 @@ def _exchange_statistics(statistics: Tensor) -> Tensor:
     return exchanged
 
 
-def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
+def _wants_gradient(arguments: Sequence[Any]) -> bool:
     if forward_ad._current_level >= 0:  # refused by the autograd functions; without them tangents would be lost
         return True
     return torch.is_grad_enabled() and any(
@@ -116,14 +121,13 @@ def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
     )
 
 
-def _scores(*arguments: Any) -> Tensor:
-    return below_autograd("distillation_scores", arguments)  # type: ignore[no-any-return]
-
-
 def _fast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def run(*student: Tensor | None) -> Any:
+        return below_autograd("distillation_fast", (*student, *arguments[3:]))
+
     if _wants_gradient(arguments):
-        return _Fast.apply(*arguments[:3], arguments[3:])  # type: ignore[no-any-return, no-untyped-call]
-    return below_autograd("distillation_fast", arguments)  # type: ignore[no-any-return]
+        return _Fast.apply(*arguments[:3], arguments[-3:], run)  # type: ignore[no-any-return, no-untyped-call]
+    return run(*arguments[:3])  # type: ignore[no-any-return]
 
 
 def _rows(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -132,17 +136,17 @@ def _rows(*arguments: Any) -> tuple[Tensor, Tensor]:
     return below_autograd("distillation_rows", arguments)  # type: ignore[no-any-return]
 
 
-def call(name: str, *arguments: Any) -> Any:
-    """What ``torch.ops.fusedmm.<name>`` gives."""
-    if is_watched(arguments[:TENSORS]):
-        return getattr(torch.ops.fusedmm, name)(*arguments)
-    return _AUTOGRAD[name](*arguments)
+def call(name: str, problem: Problem, *extra: Any) -> Any:
+    """What ``torch.ops.fusedmm.<name>`` gives; scores may come as a sequence of the fields."""
+    tensors = problem.tensors
+    if is_watched(tensors):
+        return getattr(torch.ops.fusedmm, name)(*problem.flat(), *extra)
+    if name == "distillation_scores" or not _wants_gradient(tensors):
+        return implement(name, problem, *extra)
+    if name == "distillation_rows":
+        return _Rows.apply(*problem.flat())  # type: ignore[no-untyped-call]
+    return _Fast.apply(*tensors[:3], extra[-3:], lambda *_: implement(name, problem, *extra))  # type: ignore[no-untyped-call]
 
 
-_AUTOGRAD: dict[str, Callable[..., Any]] = {
-    "distillation_scores": _scores,
-    "distillation_rows": _rows,
-    "distillation_fast": _fast,
-}
 library.impl("distillation_fast", _fast, "Autograd")
 library.impl("distillation_rows", _rows, "Autograd")

@@ -1,15 +1,14 @@
 """The registered operators behind distillation: scores, losses of rows, the loss with its gradient, and the gradient
 alone.
 
-All share one argument list, the "problem": the tensors of both heads, then numbers. ``impl`` ("triton" or "eager") is
-one of them, so that a call means the same on every device. Each has a fake for `torch.compile` and export; the two
-losses have a hand-written autograd function, in `fusedmm.ops.distillation_autograd`.
+All share one argument list, the "problem" laid flat: the tensors of both heads, then numbers. ``impl`` ("triton" or
+"eager") is one of them, so that a call means the same on every device. Each has a fake for `torch.compile` and export;
+the two losses have a hand-written autograd function, in `fusedmm.ops.distillation_autograd`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from fusedmm.ops.distillation_inputs import Inputs
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
-TENSORS, LABELS = 9, 7  # of a problem: how many lead it, and which of them are the labels
+TENSORS, ARGUMENTS = 9, 21  # of a problem laid flat: how many tensors lead it, and all
 library = torch.library.Library("fusedmm", "FRAGMENT")
 _PROBLEM = (
     "Tensor student, Tensor? student_weight, Tensor? student_bias, "
@@ -42,26 +41,59 @@ library.define(
 )
 
 
+class Problem(NamedTuple):
+    """What an operator is asked, in the form that its implementations take."""
+
+    student: Head
+    teacher: Teacher
+    labels: Tensor | None
+    row_temperature: Tensor | None
+    objective: eager.Objective
+    impl: str
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """All of them, as they lead a registered operator's arguments."""
+        indices = self.teacher.indices if isinstance(self.teacher, TopKLogProbs) else None
+        return [*_head_tensors(self.student), *_head_tensors(self.teacher), indices, self.labels, self.row_temperature]
+
+    def flat(self) -> list[Any]:
+        """Arguments of a registered operator."""
+        student, teacher, objective = self.student, self.teacher, self.objective
+        shard = objective.shard
+        numbers = [
+            student.softcap or 0.0,
+            0.0 if isinstance(teacher, TopKLogProbs) else teacher.softcap or 0.0,
+            objective.temperature,
+            objective.beta,
+            objective.alpha,
+            objective.label_smoothing,
+            objective.ignore_index,
+            shard.total,
+            shard.first,
+            shard.count,
+        ]
+        return [*self.tensors, *numbers, "" if shard.group is None else shard.group.group_name, self.impl]
+
+
 def problem_of(
     inputs: Inputs, *, beta: float, alpha: float = 1.0, label_smoothing: float = 0.0, ignore_index: int
-) -> list[Any]:
-    """The argument list of checked inputs."""
-    student, teacher, shard = inputs.student, inputs.teacher, inputs.shard
-    indices, softcap = (teacher.indices, 0.0) if isinstance(teacher, TopKLogProbs) else (None, teacher.softcap or 0.0)
-    tensors = [*_head_tensors(student), *_head_tensors(teacher), indices, inputs.labels, inputs.row_temperature]
-    numbers = [
-        student.softcap or 0.0,
-        softcap,
-        inputs.temperature,
-        beta,
-        alpha,
-        label_smoothing,
-        ignore_index,
-        shard.total,
-        shard.first,
-        shard.count,
-    ]
-    return [*tensors, *numbers, "" if shard.group is None else shard.group.group_name, inputs.impl]
+) -> Problem:
+    """The problem of checked inputs."""
+    objective = eager.Objective(inputs.shard, beta, alpha, inputs.temperature, label_smoothing, ignore_index)
+    return _problem(inputs.student, inputs.teacher, inputs.labels, inputs.row_temperature, objective, inputs.impl)
+
+
+def _problem(
+    student: Head,
+    teacher: Teacher,
+    labels: Tensor | None,
+    row_temperature: Tensor | None,
+    objective: eager.Objective,
+    impl: str,
+) -> Problem:
+    labels, row_temperature = (t if t is None else t.contiguous() for t in (labels, row_temperature))  # for kernels
+    return Problem(student, teacher, labels, row_temperature, objective, impl)
 
 
 def _head_tensors(head: Teacher) -> list[Tensor | None]:
@@ -74,17 +106,17 @@ def _head_tensors(head: Teacher) -> list[Tensor | None]:
             return [head.log_probs, None, None]
 
 
-def _rebuild(problem: tuple[Any, ...]) -> tuple[Head, Teacher, Tensor | None, Tensor | None, eager.Objective]:
-    """Heads, labels, row temperatures and the objective of a problem."""
-    student, student_weight, student_bias, values, weight, bias, indices, labels, row_temperature = problem[:TENSORS]
-    student_softcap, softcap, temperature, beta, alpha, smoothing, ignore_index, total, first, count, group, _ = (
-        problem[TENSORS:]
+def _rebuild(arguments: tuple[Any, ...]) -> Problem:
+    """The problem of a registered operator's arguments."""
+    student, student_weight, student_bias, values, weight, bias, indices, labels, row_temperature = arguments[:TENSORS]
+    student_softcap, softcap, temperature, beta, alpha, smoothing, ignore_index, total, first, count, group, impl = (
+        arguments[TENSORS:]
     )
-    labels, row_temperature = (t if t is None else t.contiguous() for t in (labels, row_temperature))  # for kernels
     shard = Shard(total, first, count, _resolve_process_group(group) if group else None)
     objective = eager.Objective(shard, beta, alpha, temperature, smoothing, ignore_index)
     teacher: Teacher = _head(values, weight, bias, softcap) if indices is None else TopKLogProbs(indices, values)
-    return _head(student, student_weight, student_bias, student_softcap), teacher, labels, row_temperature, objective
+    own = _head(student, student_weight, student_bias, student_softcap)
+    return _problem(own, teacher, labels, row_temperature, objective, impl)
 
 
 def _head(source: Tensor, weight: Tensor | None, bias: Tensor | None, softcap: float) -> Head:
@@ -97,71 +129,50 @@ def _split(arguments: tuple[Any, ...], extra: int) -> tuple[tuple[Any, ...], tup
     return arguments[:-extra], arguments[-extra:]
 
 
-def _exact(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """The implementation with autocast off, for heads are cast before the operator and no product inside rounds again;
-    on the GPU of its tensors, where Triton would launch on the current one."""
-
-    @wraps(implementation)
-    def run(*arguments: Any) -> Any:
-        source = arguments[0]
-        with without_autocast(source), torch.cuda.device_of(source) if source.is_cuda else nullcontext():
-            return implementation(*arguments)
-
-    return run
-
-
-@_exact
-def _scores(*arguments: Any) -> Tensor:
-    problem, (second_pass,) = _split(arguments, 1)
-    student, teacher, labels, row_temperature, objective = _rebuild(problem)
-    if problem[-1] == "triton":
+def _scores(problem: Problem, second_pass: bool) -> Sequence[Tensor]:
+    if problem.impl == "triton":
         from fusedmm.ops import distillation_triton
 
-        return distillation_triton.scores(student, teacher, labels, row_temperature, objective, second_pass)
-    return eager_scores.scores(student, teacher, labels, row_temperature, objective, second_pass)
+        return distillation_triton.scores(*problem[:5], second_pass).unbind(0)
+    return eager_scores.scores(*problem[:5], second_pass)
 
 
-@_exact
-def _rows(*problem: Any) -> tuple[Tensor, Tensor]:
-    student, teacher, labels, row_temperature, objective = _rebuild(problem)
-    if problem[-1] == "triton":
+def _rows(problem: Problem) -> tuple[Tensor, Tensor]:
+    if problem.impl == "triton":
         from fusedmm.ops import distillation_triton
 
-        return distillation_triton.rows(student, teacher, labels, row_temperature, objective)
-    rows, _ = eager.loss(student, teacher, labels, row_temperature, objective)
-    return rows, rows.new_empty((0, rows.shape[0]))
+        return distillation_triton.rows(*problem[:5])
+    losses, _ = eager.loss(*problem[:5])
+    return losses, losses.new_empty((0, losses.shape[0]))
 
 
-@_exact
-def _fast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem, (grad_rows, *needs) = _split(arguments, 4)
-    student, teacher, labels, row_temperature, objective = _rebuild(problem)
-    if problem[-1] == "triton":
+def _fast(
+    problem: Problem, grad_rows: Tensor, needs_input: bool, needs_weight: bool, needs_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs = needs_input, needs_weight, needs_bias
+    if problem.impl == "triton":
         from fusedmm.ops import distillation_triton
 
-        rows, gradients = distillation_triton.fast(
-            student, teacher, labels, row_temperature, objective, grad_rows, (needs[0], needs[1], needs[2])
-        )
+        losses, gradients = distillation_triton.fast(*problem[:5], grad_rows, needs)
     else:
-        rows, gradients = eager.loss(
-            student, teacher, labels, row_temperature, objective, grad_rows, (needs[0], needs[1], needs[2])
-        )
-    return torch.dot(rows, grad_rows), *gradients
+        losses, gradients = eager.loss(*problem[:5], grad_rows, needs)
+    return torch.dot(losses, grad_rows), *gradients
 
 
-@_exact
-def _backward(*arguments: Any) -> Triple:
-    problem, (grad_rows, statistics, *needs) = _split(arguments, 5)
-    student, teacher, labels, row_temperature, objective = _rebuild(problem)
-    if problem[-1] == "triton":
+def _backward(
+    problem: Problem,
+    grad_rows: Tensor,
+    statistics: Tensor,
+    needs_input: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> Triple:
+    needs = needs_input, needs_weight, needs_bias
+    if problem.impl == "triton":
         from fusedmm.ops import distillation_triton
 
-        return distillation_triton.backward(
-            student, teacher, labels, row_temperature, objective, grad_rows, statistics, (needs[0], needs[1], needs[2])
-        )
-    return eager.loss(
-        student, teacher, labels, row_temperature, objective, grad_rows.contiguous(), (needs[0], needs[1], needs[2])
-    )[1]
+        return distillation_triton.backward(*problem[:5], grad_rows, statistics, needs)
+    return eager.loss(*problem[:5], grad_rows.contiguous(), needs)[1]
 
 
 def _statistics_dtype(problem: tuple[Any, ...]) -> torch.dtype:
@@ -205,6 +216,28 @@ def _fake_backward(*arguments: Any) -> Triple:
     return _fake_gradients(problem, tuple(needs))
 
 
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "distillation_scores": _scores,
+    "distillation_rows": _rows,
+    "distillation_fast": _fast,
+    "distillation_backward": _backward,
+}
+
+
+def implement(name: str, problem: Problem, *extra: Any) -> Any:
+    """What an operator computes, past the dispatcher and below autograd; with autocast off, for heads are cast before
+    the operator and no product inside rounds again; on the GPU of its tensors, where Triton would launch on the current
+    one.
+    """
+    source = problem.student.source
+    with (
+        torch._C._AutoDispatchBelowAutograd(),
+        without_autocast(source),
+        torch.cuda.device_of(source) if source.is_cuda else nullcontext(),
+    ):
+        return _IMPLEMENTATIONS[name](problem, *extra)
+
+
 def below_autograd(name: str, arguments: tuple[Any, ...]) -> Any:
     """The registered operator, below autograd; past the dispatcher where nothing traces, records or transforms the
     call, as that takes as long as a small problem.
@@ -212,20 +245,26 @@ def below_autograd(name: str, arguments: tuple[Any, ...]) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         if is_watched(arguments[:TENSORS]):
             return getattr(torch.ops.fusedmm, name)(*arguments)
-        return _IMPLEMENTATIONS[name](*arguments)
+        return registered(name)(*arguments)
 
 
-_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "distillation_scores": _scores,
-    "distillation_rows": _rows,
-    "distillation_fast": _fast,
-    "distillation_backward": _backward,
-}
+def registered(name: str) -> Callable[..., Any]:
+    """The implementation, taking the arguments of the registered operator."""
+
+    def run(*arguments: Any) -> Any:
+        return implement(name, _rebuild(arguments[:ARGUMENTS]), *arguments[ARGUMENTS:])
+
+    def scores(*arguments: Any) -> Tensor:
+        return torch.stack(list(run(*arguments)))
+
+    return scores if name == "distillation_scores" else run
+
+
 for _name, _fake in (
     ("distillation_scores", _fake_scores),
     ("distillation_rows", _fake_rows),
     ("distillation_fast", _fake_fast),
     ("distillation_backward", _fake_backward),
 ):
-    library.impl(_name, _IMPLEMENTATIONS[_name], "CompositeExplicitAutograd")
+    library.impl(_name, registered(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fusedmm::{_name}", _fake, lib=library)
