@@ -74,6 +74,20 @@ def test_few_samples_of_one_shape_are_one_block(
     assert [result is None for result in found] == [True, False]
 
 
+def test_a_row_hidden_by_its_priors_is_nothing_in_one_block_too() -> None:
+    layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([3, 3]), torch.tensor([[4, 4]] * 2))
+    query, key, value = (torch.randn(n, 2, 16, requires_grad=True) for n in (6, 16, 16))
+    prior = torch.zeros(6, 2, 2).index_fill(0, torch.tensor([1]), -torch.inf).requires_grad_()
+    results = attend(query, key, value, layout, log_prior=prior)
+    assert all((x[1] == nothing).all() for x, nothing in zip(results, (0.0, 0.0, -torch.inf), strict=True))
+    expected = attend(query, key, value, layout)
+    torch.testing.assert_close(results.output[2:], expected.output[2:])
+    upstream = torch.ones_like(results.output), torch.ones_like(results.mass)
+    gradients = torch.autograd.grad(results[:2], (query, key, value, prior), upstream)
+    assert all(g.isfinite().all() for g in gradients)
+    assert (gradients[0][1] == 0).all()
+
+
 @pytest.mark.parametrize("k_lengths", [[[9, 9], [9, 8]], [[9, 8]] * 2, [[1, 0]] * 2, [[9, 9], [0, 0]]])
 def test_other_shapes_are_not(k_lengths: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_small, "forward", None)

@@ -70,7 +70,7 @@ def forward(
     x = without_unseen(given)
     results, sums, total = _attend(x, softmax, groups, None)
     is_finite = softmax != "joint" or math.isfinite(results[0].sum())  # values overflow in products with exponentials
-    is_near = not groups or is_held(sums, total) or _count_far(sums, total) == _count_blind(given, x, groups, total)
+    is_near = not groups or is_held(sums) or _count_far(sums, total) == _count_blind(given, x, groups, total)
     if is_finite and is_near:
         return results, None
     beyond = _rows_beyond(results[0], sums, total, visible_counts(given) == 0)

@@ -118,11 +118,10 @@ def row_exponent(mass: Tensor, lse: Tensor, log_prior: Tensor | None) -> Tensor:
     return exponent if log_prior is None else exponent.add_(log_prior, alpha=LOG2_E)
 
 
-def is_held(sums: Tensor, total: Tensor | None) -> bool:
-    """Whether no sum of exponentials, and no total of a row, is beyond `LARGEST`; NaN and 0 count as if they were."""
+def is_held(sums: Tensor) -> bool:
+    """Whether no sum of exponentials is beyond `LARGEST`; NaN and 0 count as if they were."""
     low, high = sums.aminmax()
-    is_in_range = low.item() >= LEAST and high.item() <= 1 / LEAST
-    return bool(is_in_range and (total is None or total.aminmax()[0].item() >= LEAST))
+    return bool(low.item() >= LEAST and high.item() <= 1 / LEAST)
 
 
 def block_scores(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusedmm.eager.attention_groups import Group
-from fusedmm.eager.attention_inputs import LOG2_E, Inputs, is_held, row_exponent, shares
+from fusedmm.eager.attention_inputs import LEAST, LOG2_E, Inputs, is_held, row_exponent, shares
 from fusedmm.eager.attention_rows import product
 
 KEPT = 1 << 18  # elements in all: 1 MiB of float32
@@ -47,8 +47,8 @@ def fits(x: Inputs, softmax: str, groups: tuple[Group, ...]) -> bool:
 
 
 def forward(x: Inputs, group: Group, *, keep: bool = False) -> tuple[tuple[Tensor, Tensor, Tensor], Kept | None] | None:
-    """Output [total_q, H, D], mass and lse [total_q, H, M], and to ``keep`` `Kept` where it is small; None: scores or
-    priors are too far apart.
+    """Output [total_q, H, D], mass and lse [total_q, H, M], and to ``keep`` `Kept` where it is small; None: scores
+    are too far apart.
     """
     query, key, value = (_matrices(t, group) for t in (x.query, x.key, x.value))
     probabilities, columns = _exponentials(x, group, query, key)
@@ -57,9 +57,9 @@ def forward(x: Inputs, group: Group, *, keep: bool = False) -> tuple[tuple[Tenso
     if x.log_prior is not None:
         share = shares(x.log_prior * LOG2_E)
         parts = sums * share
-    total = parts.sum(-1, keepdim=True)
-    if not is_held(sums, total):
+    if not is_held(sums):
         return None
+    total = parts.sum(-1, keepdim=True).clamp_min_(LEAST)  # beneath it only where every prior is -inf
     factor = total.reciprocal() if share is None else share / total
     keep = keep and query.numel() + key.numel() + value.numel() + 2 * probabilities.numel() <= KEPT
     weights = probabilities

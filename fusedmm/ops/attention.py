@@ -113,12 +113,12 @@ def gated_multimodal_attention(
     check_softmax(OP, softmax, log_prior)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{OP}: dropout_p must be in [0, 1), got {dropout_p}.")
-    query, key, value = autocast(query), autocast(key), autocast(value)
+    query, key, value = autocast(query, key, value)
     check_packed(OP, query, key, value, layout)
     rows = (layout.total_q, query.shape[1], layout.num_modalities)
     log_prior = _per_modality_rows("log_prior", log_prior, rows, query)
     gate = _per_modality_rows("gate", gate, rows, query)
-    output_gate = None if output_gate is None else _gate_logits(autocast(output_gate), query)
+    output_gate = None if output_gate is None else _gate_logits(autocast(output_gate)[0], query)
     active = check_active(OP, active, layout, query.shape[1])
     check_device(
         OP,
@@ -289,9 +289,10 @@ def _per_modality_rows(
     return check_broadcast(OP, argument, tensor, shape, ("query", "head", "modality")).to(wanted)
 
 
-def autocast(tensor: Tensor) -> Tensor:
-    """The tensor in the autocast dtype where autocast is on; float64 stays, as in PyTorch's own operators."""
-    device = tensor.device.type
-    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the autocast dtype where autocast is on; float64 stays, as in PyTorch's own operators."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -108,7 +108,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Ou
     if _needs_gradient(arguments):
         return _differentiable(arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward(*arguments)
+        return _forward_and_kept(query, key, value, problem, keep=False)[0]
 
 
 def _alloc_forward(query: Tensor, problem: Problem) -> Outputs:

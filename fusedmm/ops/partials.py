@@ -72,7 +72,7 @@ def modality_partials(
     Cost: the FLOPs of one attention; the output is M times larger.
     """
     op = "modality_partials"
-    query, key, value = autocast(query), autocast(key), autocast(value)
+    query, key, value = autocast(query, key, value)
     check_packed(op, query, key, value, layout)
     active = check_active(op, active, layout, query.shape[1])
     chosen = resolve_impl(op, impl, query.device, unsupported=triton_gaps(query))
