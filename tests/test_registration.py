@@ -137,8 +137,24 @@ def test_second_derivatives_are_refused() -> None:
     layout = make_layout(3)
     tensors = leaves(layout)
     (gradient,) = torch.autograd.grad(loss(*tensors, layout), tensors[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="first_order"):
         gradient.sum().backward()
+
+
+def test_a_penalty_on_the_gradient_of_a_plain_sum_is_refused() -> None:
+    """Whose upstream gradient requires none: it would count as a constant beside another loss."""
+    layout = make_layout(3)
+    tensors = leaves(layout)
+    head = fusedmm.LinearHead(tensors[0][:, 0], tensors[1][:, 0])
+    teacher = fusedmm.Logits(torch.zeros(head.hidden.shape[0], head.weight.shape[0]))
+    losses = [
+        fusedmm.gated_multimodal_attention(*tensors[:3], layout).output.sum(),
+        *(fusedmm.distillation_loss(head, teacher, memory=memory, impl="eager") for memory in ("fast", "lean")),
+    ]
+    for plain in losses:
+        (gradient,) = torch.autograd.grad(plain, tensors[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="first_order"):
+            (tensors[0].square().sum() + gradient.square().sum()).backward()
 
 
 def test_saved_for_backward_is_linear_in_tokens() -> None:

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from fusedmm.eager import attention as eager
 from fusedmm.eager import attention_small as eager_small
 from fusedmm.eager.attention_inputs import Inputs
 from fusedmm.eager.attention_small import Kept
 from fusedmm.ops.dispatch import is_watched, without_autocast
+from fusedmm.ops.first_order import first_order
 
 if TYPE_CHECKING:
     from fusedmm.kernels.attention.arguments import AttentionProblem
@@ -254,7 +254,7 @@ class _Attention(torch.autograd.Function):
         return output, mass, lse
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_mass: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from fusedmm.ops.dispatch import is_watched
 from fusedmm.ops.distillation_op import TENSORS, Problem, below_autograd, implement, library
+from fusedmm.ops.first_order import first_order
 
 
 class _Fast(torch.autograd.Function):
@@ -39,7 +39,7 @@ class _Fast(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 5
@@ -68,7 +68,7 @@ class _Rows(torch.autograd.Function):
         return rows, statistics
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_rows: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         statistics, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad
