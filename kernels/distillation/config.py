@@ -2,8 +2,9 @@
 
 With a weight, two float32 accumulators of [128, 128] take 128 registers of a thread at 8 warps, which leaves room for
 the sums of a tile; the states of rows wait in global memory, which L1 caches (11 KB). A tile of 64 classes would ask
-L2 for half as much again, and steps of 64 dimensions for twice the barriers. Without a weight, a tile is a stretch of
-rows of 4096 elements that need no matmul. Splits of the vocabulary give every multiprocessor a program.
+L2 for half as much again, and steps of 64 dimensions for twice the barriers. One head alone, a top-k teacher's student,
+has the same registers for a tile of 256 classes, which asks L2 for a quarter less. Without a weight, a tile is a
+stretch of rows of 4096 elements that need no matmul. Splits of the vocabulary give every multiprocessor a program.
 """
 
 from typing import Literal
@@ -12,7 +13,7 @@ import triton
 
 from fusedmm.kernels.launch import LaunchConfig
 
-Pass = Literal["scores", "loss", "mixture", "gradient", "mixture_gradient"]
+Pass = Literal["scores", "loss", "mixture", "gradient", "mixture_gradient", "top_sweep", "top_gradient"]
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 ROW_TILE = 4096
@@ -44,32 +45,18 @@ def tile_config(
     if is_float32:
         return _config(32, 16 if is_narrow else 32, 32, slabs=1, num_warps=4, num_stages=2)
     if has_descriptors(arch, has_matmul=has_matmul, is_float32=is_float32, is_aligned=is_aligned):
+        if kind == "top_gradient" or (kind == "top_sweep" and arch == "sm_90"):  # 106 spills in a sweep on sm_100
+            return _config(128, 256, 64, slabs=16, num_warps=8, num_stages=4)
         return _config(128, 128, 128, slabs=8, num_warps=8, num_stages=2 if is_shared else 3)
     if not is_aligned:  # loads of 2 bytes, each with an address of its own
         return _config(32, 64, 32, slabs=8 if kind == "mixture" else 4, num_warps=4, num_stages=2)
     if arch == "gfx942":
         return _config(64, 64, 64, slabs=4, num_warps=4, num_stages=2)
+    if kind in ("top_sweep", "top_gradient"):
+        return _config(64, 128, 64, slabs=8, num_warps=4, num_stages=3)
     if kind == "scores":  # two rows a thread, not four: 22 numbers of each
         return _config(32, 64, 64, slabs=4, num_warps=4, num_stages=3)
     return _config(64, 64, 64, slabs=8 if kind == "mixture" else 4, num_warps=4, num_stages=3)
-
-
-def one_head_config(arch: str, num_classes: int, has_matmul: bool, is_float32: bool, kind: Pass) -> LaunchConfig:
-    """Tiles of a pass over the logits of one head. Narrow but for the gradient: a sweep of 128 x 128 tiles that spills
-    nothing takes minutes to compile.
-    """
-    if not has_matmul:
-        block_v = min(1024, max(16, triton.next_power_of_2(num_classes)))
-        return _config(ROW_TILE // block_v, block_v, 16, slabs=1, num_warps=8, num_stages=2, group=1 << 20)
-    if is_float32:
-        return _config(32, 32 if kind == "gradient" else 16, 32, slabs=1, num_warps=4, num_stages=2)
-    if arch == "sm_80":
-        return _config(64, 64, 64, slabs=2, num_warps=4, num_stages=3)
-    if arch == "gfx942":
-        return _config(64, 64, 64, slabs=2, num_warps=4, num_stages=2)
-    if kind == "gradient":
-        return _config(128, 128, 64, slabs=4, num_warps=8, num_stages=3)
-    return _config(128, 64, 64, slabs=2, num_warps=8, num_stages=4)
 
 
 def _config(

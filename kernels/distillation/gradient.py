@@ -114,27 +114,41 @@ def _gradient_kernel(
             * (alpha / inverse)[:, None]
         )
         if labels_ptr is not None:
-            unit = tl.exp2(
-                (x - tl.load(saved_ptrs + 12 * row_stride)[:, None]) - tl.load(saved_ptrs + 13 * row_stride)[:, None]
-            )
-            at_label = tl.where(
-                is_top, label_smoothing - tl.load(saved_ptrs + 14 * row_stride)[:, None], unit - (1.0 - label_smoothing)
-            )
-            g += (1.0 - alpha) * (
-                tl.where(classes == labels[:, None], at_label, unit) - label_smoothing / total_classes
-            )
-        # Neither rows that do not count, which may hold anything, nor forbidden classes, whose logit is fixed.
-        is_forbidden = x < ALLOWED
-        if student_softcap is not None:
-            share = tl.where(is_forbidden, 0.0, x) * (LN_2 / student_softcap)
-            g *= 1.0 - share * share
-        g = tl.where((grad_rows == 0.0)[:, None] | is_forbidden, 0.0, g * grad_rows[:, None])
-        if grad_logits_ptr.dtype.element_ty == tl.float16:
-            g = tl.minimum(tl.maximum(g, -65504.0), 65504.0)
-        grad_ptrs = grad_logits_ptr + rows[:, None] * grad_stride_n + columns[None, :]
-        tl.store(
-            grad_ptrs, g.to(grad_logits_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_v < last_column)[None, :]
-        )
+            g += (1.0 - alpha) * cross_entropy_gradient(
+                x, is_top, classes == labels[:, None], saved_ptrs + 12 * row_stride, row_stride,
+                label_smoothing, total_classes,
+            )  # fmt: skip
+        store_gradient(
+            grad_logits_ptr + rows[:, None] * grad_stride_n + columns[None, :], g, x, grad_rows, student_softcap,
+            mask_n[:, None] & (offs_v < last_column)[None, :],
+        )  # fmt: skip
+
+
+@triton.jit
+def cross_entropy_gradient(x, is_top, is_label, unit_ptrs, row_stride, label_smoothing, total_classes):
+    """Gradient of the cross entropy in logits `x` (base 2) [BLOCK_N, width], natural, from a row's peak, logarithm of
+    the sum, and share of the others than the most likely class at T = 1, in three rows from `unit_ptrs` on.
+    """
+    unit = tl.exp2((x - tl.load(unit_ptrs)[:, None]) - tl.load(unit_ptrs + row_stride)[:, None])
+    at_label = tl.where(
+        is_top, label_smoothing - tl.load(unit_ptrs + 2 * row_stride)[:, None], unit - (1.0 - label_smoothing)
+    )
+    return tl.where(is_label, at_label, unit) - label_smoothing / total_classes
+
+
+@triton.jit
+def store_gradient(grad_ptrs, g, x, grad_rows, softcap, mask):
+    """Write a gradient in soft-capped logits `x` (base 2) [BLOCK_N, width], times that of the rows."""
+    # Neither rows that do not count, which may hold anything, nor forbidden classes, whose logit is fixed.
+    is_forbidden = x < ALLOWED
+    if softcap is not None:
+        share = tl.where(is_forbidden, 0.0, x) * (LN_2 / softcap)
+        g *= 1.0 - share * share
+    g = tl.where((grad_rows == 0.0)[:, None] | is_forbidden, 0.0, g * grad_rows[:, None])
+    dtype: tl.constexpr = grad_ptrs.dtype.element_ty
+    if dtype == tl.float16:
+        g = tl.minimum(tl.maximum(g, -65504.0), 65504.0)
+    tl.store(grad_ptrs, g.to(dtype), mask=mask)
 
 
 @triton.jit

@@ -1,5 +1,5 @@
-"""The two heads as the distillation kernels are given them: tensors, or the tensor descriptors that TMA reads, and the
-tiles that suit both.
+"""Heads as the distillation kernels are given them: tensors, or the tensor descriptors that TMA reads, and the tiles
+that suit them.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class HeadTensors(NamedTuple):
     bias: torch.Tensor | None
     softcap: float | None
 
-    def arguments(self, role: str, num_classes: int = 0, box: Mapping[str, int] | None = None) -> dict[str, object]:
+    def arguments(self, role: str, num_classes: int, box: Mapping[str, int] | None) -> dict[str, object]:
         """Launch arguments under the names ``<role>_ptr``, ``<role>_weight_ptr`` and so on.
 
         With the tile sizes of a `box` the matrices of a head with a weight are tensor descriptors, which give 0 beyond
@@ -78,23 +78,28 @@ def shares_weight(student: HeadTensors, teacher: HeadTensors) -> bool:
 
 
 def launch_heads(
-    student: HeadTensors, teacher: HeadTensors, *, arch: str, kind: Pass, num_classes: int, columns: int
+    student: HeadTensors,
+    teacher: HeadTensors | None = None,
+    *,
+    arch: str,
+    kind: Pass,
+    num_classes: int,
+    columns: int,
 ) -> tuple[LaunchConfig, dict[str, object]]:
-    """Tiles of a pass over `columns` of the `num_classes` classes of both heads, and the launch arguments that say
-    where their logits come from.
+    """Tiles of a pass over `columns` of the `num_classes` classes of both heads, or of the student's alone, and the
+    launch arguments that say where their logits come from.
     """
-    heads = (student, teacher)
+    heads = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
     traits = {
-        "has_matmul": any(head.weight is not None for head in heads),
-        "is_float32": any(head.source.dtype == torch.float32 for head in heads),
-        "is_aligned": all(head.is_aligned for head in heads),
+        "has_matmul": any(head.weight is not None for head in heads.values()),
+        "is_float32": any(head.source.dtype == torch.float32 for head in heads.values()),
+        "is_aligned": all(head.is_aligned for head in heads.values()),
     }
-    is_shared = shares_weight(student, teacher)
+    is_shared = teacher is not None and shares_weight(student, teacher)
     config = tile_config(arch, columns, kind=kind, is_shared=is_shared, **traits)
     has_rows = student.source.shape[0] > 0  # nothing is launched without, and no descriptor is of nothing
     box = config.blocks if has_rows and has_descriptors(arch, **traits) else None
-    return config, {
-        **student.arguments("student", num_classes, box),
-        **teacher.arguments("teacher", num_classes, box),
-        "IS_SHARED": is_shared,
-    }
+    arguments: dict[str, object] = {} if teacher is None else {"IS_SHARED": is_shared}
+    for role, head in heads.items():
+        arguments |= head.arguments(role, num_classes, box)
+    return config, arguments

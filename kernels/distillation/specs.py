@@ -7,14 +7,14 @@ every combination is listed, but every option is.
 
 import inspect
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
-from fusedmm.kernels.distillation.config import Pass, has_descriptors, one_head_config, row_threads, tile_config
+from fusedmm.kernels.distillation.config import Pass, has_descriptors, row_threads, tile_config
 from fusedmm.kernels.distillation.gradient import _gradient_kernel
 from fusedmm.kernels.distillation.mixture import _mixture_kernel
 from fusedmm.kernels.distillation.statistics import _merge_statistics_kernel, _statistics_kernel
 from fusedmm.kernels.distillation.top_gradient import _top_gradient_kernel
-from fusedmm.kernels.distillation.top_state import TOP_SIZE_LOSS, TOP_SIZE_SCORES
 from fusedmm.kernels.distillation.top_statistics import (
     BLOCK_K,
     MERGE_WARPS,
@@ -118,6 +118,34 @@ def _spec(
     )
 
 
+def _tile_spec(
+    kernel: Any,
+    name: str,
+    kind: Pass,
+    *,
+    arch: str,
+    columns: int,
+    element: str,
+    absent: frozenset[str],
+    traits: Mapping[str, bool],
+    is_shared: bool = False,
+    **constexprs: Any,
+) -> KernelSpec:
+    """A kernel over tiles of logits; `columns` and `traits` as `tile_config` takes them."""
+    config = tile_config(arch, columns, kind=kind, is_shared=is_shared, **traits)
+    return _spec(
+        kernel,
+        f"distillation_{name}",
+        config,
+        arch,
+        element,
+        absent,
+        box=config.blocks if has_descriptors(arch, **traits) else None,
+        is_aligned=traits["is_aligned"],
+        **constexprs,
+    )
+
+
 def kernel_specs(arch: str) -> Iterator[KernelSpec]:
     """All distillation kernels that run on ``arch``."""
     for kind, element, label, present in (
@@ -158,36 +186,30 @@ def _top_specs(arch: str) -> Iterator[KernelSpec]:
         ("heads,everything,bf16", "bf16", "large", OPTIONAL),
         ("heads,plain,fp16", "fp16", "large", ()),
         ("heads,plain,fp32", "fp32", "large", ()),
+        ("unaligned,everything,bf16", "bf16", "large", OPTIONAL),
         ("logits,large,labels", "fp32", "large", LABELS),
         ("logits,large,everything", "fp32", "large", OPTIONAL),
         ("logits,small,labels", "fp32", "small", LABELS),
     ):
-        has_matmul = label.startswith("heads")
+        has_matmul = not label.startswith("logits")
         absent = frozenset((*OPTIONAL, *(() if has_matmul else WEIGHTS))) - set(present)
-        sizes = (CLASSES[classes], has_matmul, element == "fp32")
-        unit = "row_temperature_ptr" in absent
-        kinds: tuple[Pass, ...] = ("scores", "loss")
-        for kind in kinds:
-            yield _spec(
+        traits = {
+            "has_matmul": has_matmul,
+            "is_float32": element == "fp32",
+            "is_aligned": not label.startswith("unaligned"),
+        }
+
+        spec = partial(_tile_spec, arch=arch, columns=CLASSES[classes], element=element, absent=absent, traits=traits)
+        for kind in ("scores", "loss"):
+            yield spec(
                 _top_sweep_kernel,
-                f"distillation_top_sweep[{kind},{label}]",
-                one_head_config(arch, *sizes, kind),
-                arch,
-                element,
-                absent,
+                f"top_sweep[{kind},{label}]",
+                "top_sweep",
+                LANES=row_threads(arch),
                 IS_SCORES=kind == "scores",
-                IS_UNIT=unit,
-                BLOCK_K=BLOCK_K,
+                IS_UNIT="row_temperature_ptr" in absent,
             )
-        yield _spec(
-            _top_gradient_kernel,
-            f"distillation_top_gradient[{label}]",
-            one_head_config(arch, *sizes, "gradient"),
-            arch,
-            element,
-            absent,
-            BLOCK_K=BLOCK_K,
-        )
+        yield spec(_top_gradient_kernel, f"top_gradient[{label}]", "top_gradient")
     for is_scores, unit in ((True, True), (True, False), (False, True), (False, False)):
         yield _spec(
             _top_merge_kernel,
@@ -199,7 +221,6 @@ def _top_specs(arch: str) -> Iterator[KernelSpec]:
             IS_SCORES=is_scores,
             IS_UNIT=unit,
             HAS_REST=True,
-            SIZE=(TOP_SIZE_SCORES if is_scores else TOP_SIZE_LOSS).value,
             BLOCK_K=BLOCK_K,
         )
 
@@ -215,33 +236,27 @@ def _specs(
 ) -> Iterator[KernelSpec]:
     """The kernels over tiles of logits in one variant; `columns` and `traits` as `tile_config` takes them."""
 
-    def spec(kernel: Any, name: str, kind: Pass, **constexprs: Any) -> KernelSpec:
-        config = tile_config(arch, columns, kind=kind, is_shared=is_shared, **traits)
-        name = f"distillation_{name}{label}]"
-        return _spec(
-            kernel,
-            name,
-            config,
-            arch,
-            element,
-            absent,
-            box=config.blocks if has_descriptors(arch, **traits) else None,
-            is_aligned=traits["is_aligned"],
-            IS_SHARED=is_shared,
-            **constexprs,
-        )
-
+    spec = partial(
+        _tile_spec,
+        arch=arch,
+        columns=columns,
+        element=element,
+        absent=absent,
+        traits=traits,
+        is_shared=is_shared,
+        IS_SHARED=is_shared,
+    )
     kinds: tuple[Pass, ...] = ("scores", "loss")
     for kind in kinds:
         yield spec(
             _statistics_kernel,
-            f"statistics[{kind},",
+            f"statistics[{kind},{label}]",
             kind,
             LANES=row_threads(arch),
             IS_SCORES=kind == "scores",
             IS_UNIT="row_temperature_ptr" in absent,
         )
-    yield spec(_mixture_kernel, "mixture[", "mixture")
+    yield spec(_mixture_kernel, f"mixture[{label}]", "mixture")
     for index, name in enumerate(("forward_kl", "reverse_kl", "mixture")):
         kind = "mixture_gradient" if name == "mixture" else "gradient"
-        yield spec(_gradient_kernel, f"gradient[{name},", kind, KIND=index)
+        yield spec(_gradient_kernel, f"gradient[{name},{label}]", kind, KIND=index)

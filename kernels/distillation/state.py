@@ -27,6 +27,9 @@ and u is a difference of logits taken element by element, so that a student near
 import triton
 import triton.language as tl
 
+from fusedmm.kernels.distillation.tiles import PRESENT
+from fusedmm.kernels.softmax import LN_2
+
 SIZE_LOSS = tl.constexpr(13)
 SIZE_SCORES = tl.constexpr(22)
 NOTHING = tl.constexpr(-1e35)  # peak of a state that has seen no class: below any logit
@@ -115,9 +118,9 @@ def tile_state(
                 students[i], teachers[i], student_peak, student_arg - i * width, teacher_peak,
                 teacher_arg - i * width, level, inverse, IS_SCORES, IS_UNIT, LANES,
             )  # fmt: skip
-            sums = _added(sums, slab)
+            sums = added(sums, slab)
     if slabs > 1:
-        sums = _over_lanes(sums)
+        sums = over_lanes(sums)
     base = (
         student_peak, (student_arg + first_class).to(tl.float32),
         sums[0], sums[1] - (sums[2] - level) * sums[0], sums[2],
@@ -163,24 +166,24 @@ def _slab_sums(
         if IS_SCORES:
             teacher_unit = tl.where(is_teacher_peak, 0.0, tl.exp2(y))
     sums = (
-        _row_sum(student_others, LANES), _row_sum(student_others * rise, LANES),
-        _row_sum(tl.where(is_student_peak, u, 0.0), LANES),
-        _row_sum(teacher_others, LANES), _row_sum(teacher_others * rise, LANES),
-        _row_sum(tl.where(is_teacher_peak, u, 0.0), LANES), _row_sum(unit, LANES),
+        row_sum(student_others, LANES), row_sum(student_others * rise, LANES),
+        row_sum(tl.where(is_student_peak, u, 0.0), LANES),
+        row_sum(teacher_others, LANES), row_sum(teacher_others * rise, LANES),
+        row_sum(tl.where(is_teacher_peak, u, 0.0), LANES), row_sum(unit, LANES),
     )  # fmt: skip
     if IS_SCORES:
         difference = a - b
         return sums + (  # noqa: RUF005
-            _row_sum(unit * unit, LANES), _row_sum(teacher_unit, LANES),
-            _row_sum(a * s, LANES), _row_sum(b * t, LANES), _row_sum(tl.exp2(0.5 * (s + t)), LANES),
-            _row_sum(difference * difference, LANES), _row_sum(difference * b, LANES), _row_sum(b * b, LANES),
+            row_sum(unit * unit, LANES), row_sum(teacher_unit, LANES),
+            row_sum(a * s, LANES), row_sum(b * t, LANES), row_sum(tl.exp2(0.5 * (s + t)), LANES),
+            row_sum(difference * difference, LANES), row_sum(difference * b, LANES), row_sum(b * b, LANES),
         )  # fmt: skip
     else:
         return sums
 
 
 @triton.jit
-def _row_sum(x, LANES: tl.constexpr):
+def row_sum(x, LANES: tl.constexpr):
     """Sum of every row [BLOCK_N]; with `LANES` [BLOCK_N, LANES], what each of the threads holds that share a row of a
     matrix accumulator in pairs of columns: no exchange between threads until all slabs are done.
     """
@@ -191,19 +194,19 @@ def _row_sum(x, LANES: tl.constexpr):
 
 
 @triton.jit
-def _added(one, two):
+def added(one, two):
     if len(one) == 1:
         return (one[0] + two[0],)
     else:
-        return (one[0] + two[0],) + _added(one[1:], two[1:])  # noqa: RUF005
+        return (one[0] + two[0],) + added(one[1:], two[1:])  # noqa: RUF005
 
 
 @triton.jit
-def _over_lanes(sums):
+def over_lanes(sums):
     if len(sums) == 1:
         return (tl.sum(sums[0], 1),)
     else:
-        return (tl.sum(sums[0], 1),) + _over_lanes(sums[1:])  # noqa: RUF005
+        return (tl.sum(sums[0], 1),) + over_lanes(sums[1:])  # noqa: RUF005
 
 
 @triton.jit
@@ -277,3 +280,17 @@ def merge_states(one, two, inverse_temperature, IS_SCORES: tl.constexpr):
         )  # fmt: skip
     else:
         return base + (one[11] + two[11], one[12] + two[12])  # noqa: RUF005
+
+
+@triton.jit
+def label_scores(peak, others, squares, label, runner_up):
+    """EL2N and margin from numbers of the student at T = 1: peak, sum and sum of squares of the others' powers, its
+    logit of the label and the largest of another class.
+    """
+    size = 1.0 + others
+    is_peak = label == peak
+    share = tl.exp2(label - peak) / size
+    error = tl.where(is_peak, others / size, 1.0 - share)
+    rest = tl.where(is_peak, squares, 1.0 + squares) / (size * size) - tl.where(is_peak, 0.0, share * share)
+    margin = tl.where(runner_up < PRESENT, float("inf"), (label - runner_up) * LN_2)  # inf: no other class
+    return tl.sqrt(tl.maximum(rest, 0.0) + error * error), margin

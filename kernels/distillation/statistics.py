@@ -17,15 +17,17 @@ import triton.language as tl
 
 from fusedmm.kernels.distillation.config import row_threads, vocabulary_splits
 from fusedmm.kernels.distillation.heads import HeadTensors, launch_heads
+from fusedmm.kernels.distillation.rows import load_state, row_inputs, state_pointers, store_state
 from fusedmm.kernels.distillation.state import (
     SIZE_LOSS,
     SIZE_SCORES,
     empty_state,
+    label_scores,
     merge_states,
     state_size,
     tile_state,
 )
-from fusedmm.kernels.distillation.tiles import FORBIDDEN, logit_slabs, program_tile
+from fusedmm.kernels.distillation.tiles import logit_slabs, program_tile
 from fusedmm.kernels.launch import LAUNCH_OPTIONS, device_arch
 from fusedmm.kernels.softmax import LN_2
 
@@ -70,10 +72,11 @@ def _statistics_kernel(
     GROUP_N: tl.constexpr,
 ):
     row_block, split = program_tile(tl.cdiv(num_rows, BLOCK_N), num_splits, GROUP_N)
+    SIZE: tl.constexpr = state_size(IS_SCORES)
     block_n = row_block * BLOCK_N
     first = split * tiles_per_split * BLOCK_V
-    state_ptrs, mask_n = _state_ptrs(state_ptr, split, block_n, num_rows, BLOCK_N, IS_SCORES)
-    _store_state(empty_state(BLOCK_N, IS_SCORES), state_ptrs, mask_n)
+    state_ptrs, mask_n = state_pointers(state_ptr, split, block_n, num_rows, BLOCK_N, SIZE)
+    store_state(empty_state(BLOCK_N, IS_SCORES), state_ptrs, mask_n)
     for first_v in range(first, tl.minimum(first + tiles_per_split * BLOCK_V, num_classes), BLOCK_V):
         # The compiler cannot see that this adds 0, so it forms addresses of rows when a tile needs them, in place of
         # keeping them in registers beside the logits.
@@ -85,7 +88,7 @@ def _statistics_kernel(
             teacher_stride_n, teacher_weight_stride_v, teacher_size_d, teacher_softcap,
             first_n, num_rows, first_v, num_classes, IS_SHARED, BLOCK_N, BLOCK_V, BLOCK_D, SLABS,
         )  # fmt: skip
-        inverse, labels = _row_inputs(
+        inverse, labels = row_inputs(
             row_temperature_ptr, labels_ptr, first_n, num_rows, inverse_temperature, first_class, num_classes, BLOCK_N
         )
         tile = tile_state(
@@ -94,54 +97,10 @@ def _statistics_kernel(
             IS_SCORES, IS_UNIT, labels_ptr is not None, LANES,
         )  # fmt: skip
         tl.debug_barrier()  # a row's numbers are stored by one thread and loaded by all that share it
-        state_ptrs, mask_n = _state_ptrs(state_ptr, split, first_n, num_rows, BLOCK_N, IS_SCORES)
-        state = _load_state(state_ptrs, mask_n, state_size(IS_SCORES))
+        state_ptrs, mask_n = state_pointers(state_ptr, split, first_n, num_rows, BLOCK_N, SIZE)
+        state = load_state(state_ptrs, mask_n, SIZE)
         tl.debug_barrier()
-        _store_state(merge_states(state, tile, inverse, IS_SCORES), state_ptrs, mask_n)
-
-
-@triton.jit
-def _row_inputs(
-    row_temperature_ptr, labels_ptr, first_n, num_rows, inverse_temperature, first_class, num_classes,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """1 / temperature and label of rows [BLOCK_N], labels counted from this rank's first class, -1 for another's."""
-    offs_n = tl.arange(0, BLOCK_N)
-    mask_n = offs_n < num_rows - first_n
-    inverse = tl.full([BLOCK_N], 1.0, tl.float32) * inverse_temperature
-    if row_temperature_ptr is not None:
-        inverse = 1.0 / tl.load(row_temperature_ptr + first_n.to(tl.int64) + offs_n, mask=mask_n, other=1.0)
-    labels = tl.full([BLOCK_N], -1, tl.int32)
-    if labels_ptr is not None:
-        labels = tl.load(labels_ptr + first_n.to(tl.int64) + offs_n, mask=mask_n, other=-1) - first_class
-        labels = tl.where((labels >= 0) & (labels < num_classes), labels, -1).to(tl.int32)
-    return inverse, labels
-
-
-@triton.jit
-def _state_ptrs(state_ptr, split, first_n, num_rows, BLOCK_N: tl.constexpr, IS_SCORES: tl.constexpr):
-    """Where the states of rows [BLOCK_N] start, and which exist: a row's numbers lie together, so that their offsets
-    are known to the compiler.
-    """
-    size: tl.constexpr = state_size(IS_SCORES)
-    offs_n = tl.arange(0, BLOCK_N)
-    first_row = tl.cast(split, tl.int64) * num_rows + first_n
-    return state_ptr + first_row * size + offs_n * size, offs_n < num_rows - first_n
-
-
-@triton.jit
-def _store_state(state, state_ptrs, mask_n):
-    for i in tl.static_range(len(state)):
-        tl.store(state_ptrs + i, state[i], mask=mask_n)
-
-
-@triton.jit
-def _load_state(state_ptrs, mask_n, SIZE: tl.constexpr):
-    first = (tl.load(state_ptrs, mask=mask_n, other=0.0),)
-    if SIZE == 1:
-        return first
-    else:
-        return first + _load_state(state_ptrs + 1, mask_n, SIZE - 1)
+        store_state(merge_states(state, tile, inverse, IS_SCORES), state_ptrs, mask_n)
 
 
 @triton.jit
@@ -168,10 +127,11 @@ def _merge_statistics_kernel(
     if row_temperature_ptr is not None:
         inverse = 1.0 / tl.load(row_temperature_ptr + rows, mask=mask_n, other=1.0)
     row_stride = tl.full([], 1, tl.int64) * num_rows
+    SIZE: tl.constexpr = state_size(IS_SCORES)
     state = empty_state(BLOCK_N, IS_SCORES)
     for split in range(num_splits):
-        state_ptrs, _ = _state_ptrs(state_ptr, split, first_n, num_rows, BLOCK_N, IS_SCORES)
-        part = _load_state(state_ptrs, mask_n, state_size(IS_SCORES))
+        state_ptrs, _ = state_pointers(state_ptr, split, first_n, num_rows, BLOCK_N, SIZE)
+        part = load_state(state_ptrs, mask_n, SIZE)
         state = merge_states(state, part, inverse, IS_SCORES)
     counts = tl.full([BLOCK_N], 1, tl.int1)
     if labels_ptr is not None:
@@ -200,20 +160,14 @@ def _merge_statistics_kernel(
         if IS_UNIT:
             teacher_unit = state[7]
         teacher_nll = ((state[5] - state[12]) + tl.log2(1.0 + teacher_unit)) * LN_2
-        is_peak = state[11] == state[0]
-        label_share = tl.exp2(state[11] - state[0]) / unit_sum
-        others = tl.where(is_peak, unit_others / unit_sum, 1.0 - label_share)
-        squares = tl.where(is_peak, state[14], 1.0 + state[14]) / (unit_sum * unit_sum) - tl.where(
-            is_peak, 0.0, label_share * label_share
-        )
+        el2n, margin = label_scores(state[0], unit_others, state[14], state[11], state[13])
         fields = (
             forward_kl, reverse_kl, 1.0 - state[18] / tl.sqrt(student_sum * teacher_sum),
             (tl.log2(student_sum) - state[16] / student_sum) * LN_2,
             (tl.log2(teacher_sum) - state[17] / teacher_sum) * LN_2,
             1.0 / student_sum, 1.0 / teacher_sum, tl.where(state[1] == state[6], 1.0, 0.0),
             tl.sqrt(distance) / student_sum, student_nll, teacher_nll, student_nll - teacher_nll,
-            tl.sqrt(tl.maximum(squares, 0.0) + others * others),
-            tl.where(state[13] < FORBIDDEN, float("inf"), (state[11] - state[13]) * LN_2),  # inf: no other class
+            el2n, margin,
         )  # fmt: skip
     else:
         mean = state[12] / total_classes

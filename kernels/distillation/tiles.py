@@ -1,10 +1,10 @@
-"""Tiles of logits of two heads: from a matmul with the vocabulary's weight, or from logits that exist.
+"""Tiles of logits of one head or two: from a matmul with the vocabulary's weight, or from logits that exist.
 
 A tile is [BLOCK_N, BLOCK_V] float32 in base 2, ``log2(e) * z``: the matmul accumulates in float32 (float32 inputs are
 multiplied exactly, without TF32) from the bias on, then the soft-cap, and nothing is rounded in between. A logit of
--inf counts as `FORBIDDEN`, -1e30 in base e: finite, so that ``0 * FORBIDDEN`` is 0. Classes beyond the last lie lower
-still. On Hopper and later TMA copies the 16-bit matrices of a matmul, so that their addresses take no registers beside
-two tiles of logits.
+-inf counts as `LOWEST`, -1e30 in base e: finite, so that 0 times it is 0. Classes beyond the last lie lower still, at
+`ABSENT`. On Hopper and later TMA copies the 16-bit matrices of a matmul, so that their addresses take no registers
+beside two tiles of logits.
 """
 
 import triton
@@ -12,10 +12,11 @@ import triton.language as tl
 
 from fusedmm.kernels.softmax import LOG2_E
 
-FORBIDDEN = tl.constexpr(-1.4426950408889634e30)
-ALLOWED = tl.constexpr(-1.1e30)  # logits in base 2 above it are of classes that are not forbidden
-LOWEST = tl.constexpr(-1e30)  # the same in base e
+LOWEST = tl.constexpr(-1e30)  # of a forbidden class, in base e
 MISSING = tl.constexpr(-2e30)  # of a class beyond the last, in base e
+ABSENT = tl.constexpr(-2.8853900817779268e30)  # the same in base 2
+ALLOWED = tl.constexpr(-1.1e30)  # in base 2, of classes that are not forbidden only more
+PRESENT = tl.constexpr(-2.2e30)  # of classes that are there, forbidden or not, only more
 SATURATED = tl.constexpr(-80.0)  # its sigmoid is 0 beside 1, and nothing overflows on the way
 
 
@@ -54,17 +55,33 @@ def logit_slabs(
             first_n, num_rows, first_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
         students = _finish(slabs(student, SLABS), student_softcap, num_classes - first_v)
+        return students, _finish(slabs(teacher, SLABS), teacher_softcap, num_classes - first_v)
     else:
-        student = _pair_tile(
-            student_ptr, student_weight_ptr, student_bias_ptr, student_stride_n, student_weight_stride_v,
-            student_size_d, first_n, num_rows, first_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
+        students = head_slabs(
+            student_ptr, student_weight_ptr, student_bias_ptr,
+            student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
+            first_n, num_rows, first_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D, SLABS,
         )  # fmt: skip
-        students = _finish(slabs(student, SLABS), student_softcap, num_classes - first_v)
-        teacher = _pair_tile(
-            teacher_ptr, teacher_weight_ptr, teacher_bias_ptr, teacher_stride_n, teacher_weight_stride_v,
-            teacher_size_d, first_n, num_rows, first_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
+        teachers = head_slabs(
+            teacher_ptr, teacher_weight_ptr, teacher_bias_ptr,
+            teacher_stride_n, teacher_weight_stride_v, teacher_size_d, teacher_softcap,
+            first_n, num_rows, first_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D, SLABS,
         )  # fmt: skip
-    return students, _finish(slabs(teacher, SLABS), teacher_softcap, num_classes - first_v)
+        return students, teachers
+
+
+@triton.jit
+def head_slabs(
+    source_ptr, weight_ptr, bias_ptr, stride_n, weight_stride_v, size_d, softcap,
+    first_n, num_rows, first_v, num_classes,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SLABS: tl.constexpr,
+):  # fmt: skip
+    """`logit_slabs` of one head."""
+    tile = _head_tile(
+        source_ptr, weight_ptr, bias_ptr, stride_n, weight_stride_v, size_d,
+        first_n, num_rows, first_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
+    return _finish(slabs(tile, SLABS), softcap, num_classes - first_v)
 
 
 @triton.jit
@@ -105,7 +122,7 @@ def _bias_tile(bias_ptr, first_n, first_v, num_classes, BLOCK_N: tl.constexpr, B
 
 
 @triton.jit
-def _pair_tile(
+def _head_tile(
     source_ptr, weight_ptr, bias_ptr, stride_n, weight_stride_v, size_d, first_n, num_rows, first_v, num_classes,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -148,42 +165,6 @@ def _shared_matmul(
 
 
 @triton.jit
-def head_tile(
-    source_ptr,
-    weight_ptr,
-    stride_n,
-    weight_stride_v,
-    size_d,
-    offs_n,
-    offs_v,
-    num_classes,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """One head's tile [BLOCK_N, BLOCK_V] float32 before `finish`."""
-    if weight_ptr is None:
-        mask = (offs_v < num_classes)[None, :]
-        return tl.load(source_ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_v[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
-    else:
-        offs_d = tl.arange(0, BLOCK_D)
-        safe_v = tl.minimum(offs_v, num_classes - 1).to(tl.int64)
-        source_ptrs = source_ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :]
-        weight_ptrs = weight_ptr + safe_v[None, :] * weight_stride_v + offs_d[:, None]
-        acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-        for first in range(0, size_d, BLOCK_D):
-            mask_d = first + offs_d < size_d
-            source = tl.load(source_ptrs, mask=mask_d[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
-            weight = tl.load(weight_ptrs, mask=mask_d[:, None], other=0.0)  # [BLOCK_D, BLOCK_V]
-            acc = tl.dot(source, weight, acc, input_precision="ieee")
-            source_ptrs += BLOCK_D
-            weight_ptrs += BLOCK_D
-        return acc
-
-
-@triton.jit
 def slabs(x, SLABS: tl.constexpr):
     """Tuple of `SLABS` neighbouring parts of a tile's columns: registers are only renamed, and what is computed from
     one part is gone before the next.
@@ -193,28 +174,6 @@ def slabs(x, SLABS: tl.constexpr):
     else:
         left, right = tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
         return slabs(left, SLABS // 2) + slabs(right, SLABS // 2)
-
-
-@triton.jit
-def after(x, row):
-    """`x` [BLOCK_N, width], but not before `row` [BLOCK_N], which is finite, is known.
-
-    Without a dependence from slab to slab the compiler interleaves them until registers spill (48 spills for a mixture
-    on sm_90); 0 times a number is not folded, as it might be NaN.
-    """
-    return x + (row * 0.0)[:, None]
-
-
-@triton.jit
-def finish(z, bias_ptr, softcap, offs_v, num_classes):
-    """Bias, soft-cap, base 2 and the classes that do not exist; a NaN stays one."""
-    mask_v = offs_v < num_classes
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
-    if softcap is not None:
-        z = softcap * (2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0)
-    z = tl.maximum(z * LOG2_E, FORBIDDEN, propagate_nan=tl.PropagateNan.ALL)
-    return z + tl.where(mask_v, 0.0, 2.0 * FORBIDDEN)[None, :]
 
 
 @triton.jit

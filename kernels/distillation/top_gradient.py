@@ -15,13 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmm.kernels.distillation.config import one_head_config
-from fusedmm.kernels.distillation.heads import HeadTensors
-from fusedmm.kernels.distillation.tiles import ALLOWED, finish, head_tile, program_tile, slabs
+from fusedmm.kernels.distillation.gradient import cross_entropy_gradient, store_gradient
+from fusedmm.kernels.distillation.heads import HeadTensors, launch_heads
+from fusedmm.kernels.distillation.tiles import head_slabs, program_tile
 from fusedmm.kernels.distillation.top_state import class_at, count_below
-from fusedmm.kernels.distillation.top_statistics import BLOCK_K, STUDENT_SAVED
+from fusedmm.kernels.distillation.top_statistics import STUDENT_SAVED
 from fusedmm.kernels.launch import device_arch
-from fusedmm.kernels.softmax import LN_2
 
 FIRST_BUCKET = tl.constexpr(STUDENT_SAVED)
 
@@ -54,25 +53,26 @@ def _top_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     SLABS: tl.constexpr,
     GROUP_N: tl.constexpr,
 ):
     row_block, column_block = program_tile(
         tl.cdiv(num_rows, BLOCK_N), tl.cdiv(last_column - first_column, BLOCK_V), GROUP_N
     )
-    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = row_block * BLOCK_N
+    rows = first_n.to(tl.int64) + tl.arange(0, BLOCK_N)
     mask_n = rows < num_rows
     offs_n = tl.minimum(rows, num_rows - 1)
     inverse = tl.full([BLOCK_N], 1.0, tl.float32) * inverse_temperature
     if row_temperature_ptr is not None:
         inverse = 1.0 / tl.load(row_temperature_ptr + offs_n)
-    first_v = first_column + column_block * BLOCK_V
-    z = head_tile(
-        student_ptr, student_weight_ptr, student_stride_n, student_weight_stride_v, student_size_d,
-        offs_n, first_v + tl.arange(0, BLOCK_V), num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
+    first_tile = column_block * BLOCK_V
+    first_v = first_column + first_tile
+    students = head_slabs(
+        student_ptr, student_weight_ptr, student_bias_ptr,
+        student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
+        first_n, num_rows, first_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D, SLABS,
     )  # fmt: skip
-    parts = slabs(z, SLABS)
     row_stride = tl.full([], 1, tl.int64) * num_rows
     saved_ptrs = saved_ptr + offs_n
     bucket_ptrs = saved_ptrs + FIRST_BUCKET * row_stride
@@ -82,47 +82,32 @@ def _top_gradient_kernel(
         labels = tl.load(labels_ptr + offs_n)
         grad_rows = tl.where(labels == ignore_index, 0.0, grad_rows)
     class_ptrs = classes_ptr + offs_n * size_k
-    position = count_below(class_ptrs, size_k, first_v, BLOCK_N, BLOCK_K)
-    top_class = class_at(class_ptrs, position, size_k)
+    start = count_below(class_ptrs, size_k, first_v)
+    most = tl.max(count_below(class_ptrs, size_k, first_v + BLOCK_V) - start, 0)
     width: tl.constexpr = BLOCK_V // SLABS
     for i in tl.static_range(SLABS):
-        offs_v = first_v + i * width + tl.arange(0, width)
-        x = finish(parts[i], student_bias_ptr, student_softcap, offs_v, num_classes)
+        columns = first_tile + i * width + tl.arange(0, width)
+        offs_v = first_column + columns
         classes = offs_v[None, :]
-        last_v = first_v + (i + 1) * width
+        x = students[i]
         log_share = (x * inverse[:, None] - tl.load(saved_ptrs)[:, None]) - tl.load(saved_ptrs + row_stride)[:, None]
         share = tl.exp2(tl.minimum(log_share, 0.0))  # above 0 only where a class is one of the top-k
         g = share * tl.load(bucket_ptrs + size_k * row_stride)[:, None]
-        while tl.min(top_class, 0) < last_v:
-            is_here = top_class < last_v
-            is_top = classes == tl.where(is_here, top_class, -1)[:, None]
-            bucket = tl.load(bucket_ptrs + position * row_stride, mask=is_here, other=0.0)
-            g = tl.where(is_top, bucket[:, None], g)
-            position += is_here.to(tl.int32)
-            top_class = class_at(class_ptrs, position, size_k)
+        for passed in range(most):
+            position = start + passed
+            bucket = tl.load(bucket_ptrs + position * row_stride, mask=position < size_k, other=0.0)
+            g = tl.where(classes == class_at(class_ptrs, position, size_k)[:, None], bucket[:, None], g)
         g *= (alpha / inverse)[:, None]
         if labels_ptr is not None:
-            unit = tl.exp2(
-                (x - tl.load(saved_ptrs + 2 * row_stride)[:, None]) - tl.load(saved_ptrs + 3 * row_stride)[:, None]
-            )
-            at_label = tl.where(
-                classes == tl.load(saved_ptrs + 5 * row_stride).to(tl.int32)[:, None],
-                label_smoothing - tl.load(saved_ptrs + 4 * row_stride)[:, None],
-                unit - (1.0 - label_smoothing),
-            )
-            g += (1.0 - alpha) * (tl.where(classes == labels[:, None], at_label, unit) - label_smoothing / num_classes)
-        # Neither rows that do not count, which may hold anything, nor forbidden classes, whose logit is fixed.
-        is_forbidden = x < ALLOWED
-        if student_softcap is not None:
-            share = tl.where(is_forbidden, 0.0, x) * (LN_2 / student_softcap)
-            g *= 1.0 - share * share
-        g = tl.where((grad_rows == 0.0)[:, None] | is_forbidden, 0.0, g * grad_rows[:, None])
-        if grad_logits_ptr.dtype.element_ty == tl.float16:
-            g = tl.minimum(tl.maximum(g, -65504.0), 65504.0)
-        grad_ptrs = grad_logits_ptr + rows[:, None] * grad_stride_n + (offs_v - first_column)[None, :]
-        tl.store(
-            grad_ptrs, g.to(grad_logits_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_v < last_column)[None, :]
-        )
+            is_top = classes == tl.load(saved_ptrs + 5 * row_stride).to(tl.int32)[:, None]
+            g += (1.0 - alpha) * cross_entropy_gradient(
+                x, is_top, classes == labels[:, None], saved_ptrs + 2 * row_stride, row_stride,
+                label_smoothing, num_classes,
+            )  # fmt: skip
+        store_gradient(
+            grad_logits_ptr + rows[:, None] * grad_stride_n + columns[None, :], g, x, grad_rows, student_softcap,
+            mask_n[:, None] & (offs_v < last_column)[None, :],
+        )  # fmt: skip
 
 
 def top_gradient_logits(
@@ -150,11 +135,11 @@ def top_gradient_logits(
     num_rows, width = out.shape
     if num_rows == 0:
         return out
-    arch, is_float32 = device_arch(student.source.device), student.source.dtype == torch.float32
-    config = one_head_config(arch, width, student.weight is not None, is_float32, "gradient")
+    arch = device_arch(student.source.device)
+    config, head = launch_heads(student, arch=arch, kind="top_gradient", num_classes=num_classes, columns=width)
     tiles = triton.cdiv(num_rows, config.blocks["BLOCK_N"]) * triton.cdiv(width, config.blocks["BLOCK_V"])
     _top_gradient_kernel[(tiles,)](
-        **student.arguments("student"),
+        **head,
         classes_ptr=classes,
         labels_ptr=labels,
         row_temperature_ptr=row_temperature,
@@ -171,7 +156,6 @@ def top_gradient_logits(
         ignore_index=ignore_index,
         first_column=columns.start,
         last_column=columns.stop,
-        BLOCK_K=BLOCK_K,
         **config.launch_options(),
     )
     return out

@@ -3,21 +3,26 @@ of the vocabulary and the top-k classes themselves, and merged.
 
 With x the logits in base 2, s = x / T and k the most likely class so far, a state is a tuple of [BLOCK_N] float32:
 
-    0 peak x_k, 1 arg k, 2 sum over v != k of 2^(s_v - s_k), 3 the same at T = 1, 4 logit of the label
+    0 peak x_k, 1 arg k, 2 sum over v != k of 2^(s_v - s_k), 3 the same at T = 1, 4 logit of the label, or 0
     loss        5 sum of the logits
     scores      5 largest logit of a class other than the label
                 6 sum over v of 2^(s_v - s_k) (s_v - s_k), 7 sum over v != k of 4^(s_v - s_k), 8 the same at T = 1
-
-Numbers 0 to 3 and 6 to 8 are of the classes that a state is of; 4 and 5 of all, top-k or not.
 """
 
 import triton
 import triton.language as tl
 
-from fusedmm.kernels.distillation.state import NO_CLASS, NOTHING
+from fusedmm.kernels.distillation.state import NO_CLASS, NOTHING, added, over_lanes, row_sum
+from fusedmm.kernels.distillation.tiles import ABSENT, PRESENT
 
 TOP_SIZE_LOSS = tl.constexpr(6)
 TOP_SIZE_SCORES = tl.constexpr(9)
+
+
+@triton.constexpr_function
+def top_state_size(is_scores):
+    """Numbers of a state."""
+    return TOP_SIZE_SCORES if is_scores else TOP_SIZE_LOSS
 
 
 @triton.jit
@@ -32,11 +37,53 @@ def empty_top_state(BLOCK_N: tl.constexpr, IS_SCORES: tl.constexpr):
 
 
 @triton.jit
-def top_state(x, classes, inverse, label, last, IS_SCORES: tl.constexpr, IS_UNIT: tl.constexpr):
-    """The state of logits `x` [BLOCK_N, width] of `classes` ([1 or BLOCK_N, width] int32), with numbers 4 and 5."""
-    peak = tl.max(x, 1)
-    arg = tl.min(tl.where(x == peak[:, None], classes, NO_CLASS), 1)
-    is_peak = classes == arg[:, None]
+def top_tile_state(
+    students, inverse, labels, num_classes, first_class,
+    IS_SCORES: tl.constexpr, IS_UNIT: tl.constexpr, HAS_LABELS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The state of one tile, given as slabs of logits in base 2 [BLOCK_N, width], some of them `ABSENT`; arguments and
+    order of work as in `tile_state`.
+    """
+    slabs: tl.constexpr = len(students)
+    block_n: tl.constexpr = students[0].shape[0]
+    width: tl.constexpr = students[0].shape[1]
+    peak = students[0]
+    for i in tl.static_range(1, slabs):
+        peak = tl.maximum(peak, students[i])
+    peak = tl.max(peak, 1)
+    arg = tl.full([block_n, width], NO_CLASS, tl.int32)
+    label = tl.zeros([block_n, width], tl.float32)
+    last = label
+    if IS_SCORES:
+        last += NOTHING
+    columns = tl.arange(0, width)[None, :]
+    for i in tl.static_range(slabs):
+        if num_classes > i * width:
+            arg = tl.minimum(arg, tl.where(students[i] == peak[:, None], columns + i * width, NO_CLASS))
+            if HAS_LABELS:
+                is_label = columns == (labels - i * width)[:, None]
+                counted = tl.where(students[i] < PRESENT, 0.0, students[i])
+                label += tl.where(is_label, counted, 0.0)
+                if IS_SCORES:
+                    last = tl.maximum(last, tl.where(is_label, NOTHING, students[i]))
+                else:
+                    last += counted
+    arg = tl.min(arg, 1)
+    label = tl.sum(label, 1)
+    last = tl.max(last, 1) if IS_SCORES else tl.sum(last, 1)
+    sums = _slab_sums(students[0], peak, arg, inverse, IS_SCORES, IS_UNIT, LANES if slabs > 1 else 0)
+    for i in tl.static_range(1, slabs):
+        if num_classes > i * width:
+            sums = added(sums, _slab_sums(students[i], peak, arg - i * width, inverse, IS_SCORES, IS_UNIT, LANES))
+    if slabs > 1:
+        sums = over_lanes(sums)
+    return (peak, (arg + first_class).to(tl.float32), sums[0], sums[1], label, last) + sums[2:]  # noqa: RUF005
+
+
+@triton.jit
+def _slab_sums(x, peak, arg, inverse, IS_SCORES: tl.constexpr, IS_UNIT: tl.constexpr, LANES: tl.constexpr):
+    """Numbers 2, 3, and for scores 6 to 8 of a state, over one slab."""
+    is_peak = tl.arange(0, x.shape[1])[None, :] == arg[:, None]
     x -= peak[:, None]
     unit = tl.where(is_peak, 0.0, tl.exp2(x))
     s = x
@@ -44,11 +91,11 @@ def top_state(x, classes, inverse, label, last, IS_SCORES: tl.constexpr, IS_UNIT
     if not IS_UNIT:
         s = x * inverse[:, None]
         a = tl.where(is_peak, 0.0, tl.exp2(s))
-    base = (peak, arg.to(tl.float32), tl.sum(a, 1), tl.sum(unit, 1), label, last)
+    sums = (row_sum(a, LANES), row_sum(unit, LANES))
     if IS_SCORES:
-        return base + (tl.sum(a * s, 1), tl.sum(a * a, 1), tl.sum(unit * unit, 1))  # noqa: RUF005
+        return sums + (row_sum(a * s, LANES), row_sum(a * a, LANES), row_sum(unit * unit, LANES))  # noqa: RUF005
     else:
-        return base
+        return sums
 
 
 @triton.jit
@@ -83,17 +130,61 @@ def merge_top_states(one, two, inverse, IS_SCORES: tl.constexpr):
 
 
 @triton.jit
-def count_below(row_ptrs, size_k, limit, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[BLOCK_N] how many of a row's classes come before `limit`."""
-    count = tl.zeros([BLOCK_N], tl.int32)
-    for first in range(0, size_k, BLOCK_K):
-        offs_k = first + tl.arange(0, BLOCK_K)
-        classes = tl.load(row_ptrs[:, None] + offs_k[None, :], mask=(offs_k < size_k)[None, :], other=NO_CLASS)
-        count += tl.sum((classes < limit).to(tl.int32), 1)
-    return count
+def count_below(class_ptrs, size_k, limit):
+    """[BLOCK_N] how many of a row's classes, which ascend from `class_ptrs`, come before `limit`: by bisection."""
+    low = tl.zeros(class_ptrs.shape, tl.int32)
+    high = low + size_k
+    size = size_k
+    while size > 0:
+        middle = (low + high) // 2
+        is_below = class_at(class_ptrs, middle, size_k) < limit
+        low = tl.where(is_below, middle + 1, low)
+        high = tl.where(is_below, high, middle)
+        size = size // 2
+    return low
 
 
 @triton.jit
-def class_at(row_ptrs, position, size_k):
-    """[BLOCK_N] a row's class at `position` of its sorted top-k, or beyond every class."""
-    return tl.load(row_ptrs + position, mask=position < size_k, other=NO_CLASS)
+def class_at(class_ptrs, position, size_k):
+    """[BLOCK_N] a row's class at `position`, or beyond every class."""
+    return tl.load(class_ptrs + position, mask=position < size_k, other=NO_CLASS)
+
+
+@triton.jit
+def lift(students, class_ptrs, top_ptrs, mask_n, start, end, first_v):
+    """The tile from class `first_v` with `ABSENT` in place of a row's top-k classes, numbers `start` to `end` [BLOCK_N]
+    of them, whose logits go to `top_ptrs`.
+
+    As many passes as the most of them that one row has. Their count is known before the first: the compiler would take
+    a loop until no row has any left for one that threads leave one by one, and keep what steers the matmuls after it in
+    registers of each thread (147 instructions a step of a matmul on sm_90, in place of 95).
+    """
+    for passed in range(tl.max(end - start, 0)):
+        position = start + passed
+        column = class_at(class_ptrs, position, end) - first_v
+        tl.store(top_ptrs + position, tl.sum(_at(students, column), 1), mask=mask_n & (position < end))
+        students = _without(students, column)
+    return students
+
+
+@triton.jit
+def _at(students, column):
+    """[BLOCK_N, width] whose sum over a row is its logit at `column`; 0 where that is beyond the tile."""
+    x = students[0]
+    width: tl.constexpr = x.shape[1]
+    here = tl.where(tl.arange(0, width)[None, :] == column[:, None], x, 0.0)
+    if len(students) == 1:
+        return here
+    else:
+        return here + _at(students[1:], column - width)
+
+
+@triton.jit
+def _without(students, column):
+    x = students[0]
+    width: tl.constexpr = x.shape[1]
+    rest = (tl.where(tl.arange(0, width)[None, :] == column[:, None], ABSENT, x),)
+    if len(students) == 1:
+        return rest
+    else:
+        return rest + _without(students[1:], column - width)

@@ -6,37 +6,32 @@ and not 1 minus a sum, which would cancel for a confident student. `_top_merge_k
 gives the logits of student and teacher over the K classes and the rest as one bucket, for the kernels of two heads;
 and what concerns the student alone, over all classes: rest and top-k merged.
 
-FLOPs: 2 N V Ds, where a teacher's head of the same size would double them; floor: their time, of which 128 x 64 tiles
-reach 40 % by the model of sm_90's machine code: shared memory bounds them (config.py says why they are not wider).
-Bytes: the weight once for every group of row blocks, as statistics.py, and 16 N K of top-k classes and logits; never a
-row of the weight gathered, which would be 2 N K Ds. A tile's extra passes are as many as the most of its classes that
-one row has, 1 to 3 of K = 64 in a vocabulary of 10^5. float32, the teacher's bucket float64; bitwise reproducible.
+FLOPs: 2 N V Ds, where a teacher's head of the same size would double them. Bytes: the weight once for every group of
+row blocks, as statistics.py, and 16 N K of top-k classes and logits; never a row of the weight gathered, which would be
+2 N K Ds. Floor: the time of the FLOPs, ten times that of the bytes at 8192 rows of 4096 dimensions, of which tiles of
+128 x 256 reach 75 % by the model of sm_90's machine code, those of 128 x 128 on sm_100 56 %, of 64 x 128 on sm_80 all.
+Beside it a tile costs log2(K) loads a row, to find its classes, and as many passes as the most of its classes that one
+row has, 1 to 3 of K = 64 in a vocabulary of 10^5. float32, the teacher's bucket float64; bitwise reproducible.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from fusedmm.kernels.distillation.config import one_head_config, vocabulary_splits
-from fusedmm.kernels.distillation.heads import HeadTensors
-from fusedmm.kernels.distillation.state import NOTHING
-from fusedmm.kernels.distillation.tiles import (
-    FORBIDDEN,
-    LOWEST,
-    after,
-    finish,
-    head_tile,
-    program_tile,
-    slabs,
-)
+from fusedmm.kernels.distillation.config import row_threads, vocabulary_splits
+from fusedmm.kernels.distillation.heads import HeadTensors, launch_heads
+from fusedmm.kernels.distillation.rows import load_state, row_inputs, state_pointers, store_state
+from fusedmm.kernels.distillation.state import NO_CLASS, NOTHING, label_scores
+from fusedmm.kernels.distillation.tiles import ABSENT, LOWEST, head_slabs, program_tile
 from fusedmm.kernels.distillation.top_state import (
     TOP_SIZE_LOSS,
     TOP_SIZE_SCORES,
-    class_at,
     count_below,
     empty_top_state,
+    lift,
     merge_top_states,
-    top_state,
+    top_state_size,
+    top_tile_state,
 )
 from fusedmm.kernels.launch import LAUNCH_OPTIONS, device_arch
 from fusedmm.kernels.softmax import LN_2
@@ -73,70 +68,48 @@ def _top_sweep_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     SLABS: tl.constexpr,
+    LANES: tl.constexpr,
     GROUP_N: tl.constexpr,
 ):
     row_block, split = program_tile(tl.cdiv(num_rows, BLOCK_N), num_splits, GROUP_N)
-    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = rows < num_rows
-    offs_n = tl.minimum(rows, num_rows - 1)
-    inverse = tl.full([BLOCK_N], 1.0, tl.float32) * inverse_temperature
-    if row_temperature_ptr is not None:
-        inverse = 1.0 / tl.load(row_temperature_ptr + offs_n)
-    labels = tl.full([BLOCK_N], -1, tl.int32)
-    if labels_ptr is not None:
-        labels = tl.load(labels_ptr + offs_n).to(tl.int32)
+    SIZE: tl.constexpr = top_state_size(IS_SCORES)
+    block_n = row_block * BLOCK_N
     first = split * tiles_per_split * BLOCK_V
-    class_ptrs = classes_ptr + offs_n * size_k
-    top_ptrs = top_ptr + offs_n * size_k
-    position = count_below(class_ptrs, size_k, first, BLOCK_N, BLOCK_K)
-    state = empty_top_state(BLOCK_N, IS_SCORES)
-    size: tl.constexpr = len(state)
-    width: tl.constexpr = BLOCK_V // SLABS
+    state_ptrs, mask_n = state_pointers(state_ptr, split, block_n, num_rows, BLOCK_N, SIZE)
+    store_state(empty_top_state(BLOCK_N, IS_SCORES), state_ptrs, mask_n)
+    start = count_below(_row_pointers(classes_ptr, block_n, num_rows, size_k, BLOCK_N), size_k, first)
     for first_v in range(first, tl.minimum(first + tiles_per_split * BLOCK_V, num_classes), BLOCK_V):
-        z = head_tile(
-            student_ptr, student_weight_ptr, student_stride_n, student_weight_stride_v, student_size_d,
-            offs_n, first_v + tl.arange(0, BLOCK_V), num_classes, BLOCK_N, BLOCK_V, BLOCK_D,
+        first_n = block_n + tl.minimum(first_v, 0)  # see `_statistics_kernel`
+        students = head_slabs(
+            student_ptr, student_weight_ptr, student_bias_ptr,
+            student_stride_n, student_weight_stride_v, student_size_d, student_softcap,
+            first_n, num_rows, first_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D, SLABS,
         )  # fmt: skip
-        parts = slabs(z, SLABS)
-        top_class = class_at(class_ptrs, position, size_k)
-        for i in tl.static_range(SLABS):
-            offs_v = first_v + i * width + tl.arange(0, width)
-            classes = offs_v[None, :]
-            last_v = first_v + (i + 1) * width
-            x = finish(after(parts[i], state[2]), student_bias_ptr, student_softcap, offs_v, num_classes)
-            label = tl.zeros([BLOCK_N], tl.float32)
-            last = tl.zeros([BLOCK_N], tl.float32)
-            if labels_ptr is not None:
-                is_label = classes == labels[:, None]
-                label = tl.sum(tl.where(is_label, x, 0.0), 1)
-                if IS_SCORES:
-                    last = tl.max(tl.where(is_label, NOTHING, x), 1)
-                else:
-                    last = tl.sum(tl.where(classes < num_classes, x, 0.0), 1)
-            while tl.min(top_class, 0) < last_v:
-                is_here = top_class < last_v
-                is_top = classes == tl.where(is_here, top_class, -1)[:, None]
-                tl.store(top_ptrs + position, tl.sum(tl.where(is_top, x, 0.0), 1), mask=is_here & mask_n)
-                x = tl.where(is_top, FORBIDDEN, x)
-                position += is_here.to(tl.int32)
-                top_class = class_at(class_ptrs, position, size_k)
-            tile = top_state(x, classes, inverse, label, last, IS_SCORES, IS_UNIT)
-            state = merge_top_states(state, tile, inverse, IS_SCORES)
-    row_stride = tl.full([], 1, tl.int64) * num_rows
-    state_ptrs = state_ptr + split * size * row_stride + rows
-    for i in tl.static_range(size):
-        tl.store(state_ptrs + i * row_stride, state[i], mask=mask_n)
+        inverse, labels = row_inputs(
+            row_temperature_ptr, labels_ptr, first_n, num_rows, inverse_temperature, 0, num_classes, BLOCK_N
+        )
+        state_ptrs, mask_n = state_pointers(state_ptr, split, first_n, num_rows, BLOCK_N, SIZE)
+        class_ptrs = _row_pointers(classes_ptr, first_n, num_rows, size_k, BLOCK_N)
+        end = count_below(class_ptrs, size_k, first_v + BLOCK_V)
+        top_ptrs = _row_pointers(top_ptr, first_n, num_rows, size_k, BLOCK_N)
+        students = lift(students, class_ptrs, top_ptrs, mask_n, start, end, first_v)
+        start = end
+        tile = top_tile_state(
+            students, inverse, labels - first_v, num_classes - first_v, first_v,
+            IS_SCORES, IS_UNIT, labels_ptr is not None, LANES,
+        )  # fmt: skip
+        tl.debug_barrier()  # a row's numbers are stored by one thread and loaded by all that share it
+        state = load_state(state_ptrs, mask_n, SIZE)
+        tl.debug_barrier()
+        store_state(merge_top_states(state, tile, inverse, IS_SCORES), state_ptrs, mask_n)
 
 
 @triton.jit
-def _load_top_state(state_ptrs, row_stride, mask_n, SIZE: tl.constexpr):
-    first = (tl.load(state_ptrs, mask=mask_n, other=0.0),)
-    if SIZE == 1:
-        return first
-    else:
-        return first + _load_top_state(state_ptrs + row_stride, row_stride, mask_n, SIZE - 1)
+def _row_pointers(ptr, first_n, num_rows, size_k, BLOCK_N: tl.constexpr):
+    """Where rows [BLOCK_N] of a matrix [N, K] start, of those beyond the last the last."""
+    rows = tl.minimum(first_n + tl.arange(0, BLOCK_N), num_rows - 1)
+    return ptr + rows.to(tl.int64) * size_k
 
 
 @triton.jit
@@ -145,6 +118,7 @@ def _top_merge_kernel(
     classes_ptr,
     top_ptr,
     log_probs_ptr,
+    labels_ptr,
     row_temperature_ptr,
     own_ptr,
     target_ptr,
@@ -158,35 +132,36 @@ def _top_merge_kernel(
     IS_SCORES: tl.constexpr,
     IS_UNIT: tl.constexpr,
     HAS_REST: tl.constexpr,
-    SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = rows < num_rows
-    offs_n = tl.minimum(rows, num_rows - 1)
-    inverse = tl.full([BLOCK_N], 1.0, tl.float32) * inverse_temperature
-    if row_temperature_ptr is not None:
-        inverse = 1.0 / tl.load(row_temperature_ptr + offs_n)
+    first_n = tl.program_id(0) * BLOCK_N
+    offs_n = tl.minimum(first_n + tl.arange(0, BLOCK_N), num_rows - 1).to(tl.int64)
+    mask_n = first_n + tl.arange(0, BLOCK_N) < num_rows
+    inverse, labels = row_inputs(
+        row_temperature_ptr, labels_ptr, first_n, num_rows, inverse_temperature, 0, num_classes, BLOCK_N
+    )
     row_stride = tl.full([], 1, tl.int64) * num_rows
+    SIZE: tl.constexpr = top_state_size(IS_SCORES)
     rest = empty_top_state(BLOCK_N, IS_SCORES)
     for split in range(num_splits):
-        state_ptrs = state_ptr + split * SIZE * row_stride + offs_n
-        rest = merge_top_states(rest, _load_top_state(state_ptrs, row_stride, mask_n, SIZE), inverse, IS_SCORES)
+        state_ptrs, _ = state_pointers(state_ptr, split, first_n, num_rows, BLOCK_N, SIZE)
+        rest = merge_top_states(rest, load_state(state_ptrs, mask_n, SIZE), inverse, IS_SCORES)
 
-    zero = tl.zeros([BLOCK_N], tl.float32)
-    none = tl.full([BLOCK_N], NOTHING, tl.float32)
     whole = rest
-    largest = none
+    largest = tl.full([BLOCK_N], NOTHING, tl.float32)
     known = tl.zeros([BLOCK_N], tl.float64)  # the teacher's mass on the top-k
     for first in range(0, size_k, BLOCK_K):
         offs_k = first + tl.arange(0, BLOCK_K)
         at = offs_n[:, None] * size_k + offs_k[None, :]
         mask = (offs_k < size_k)[None, :]
-        classes = tl.load(classes_ptr + at, mask=mask, other=-1)
-        top = tl.load(top_ptr + at, mask=mask, other=FORBIDDEN)  # [BLOCK_N, BLOCK_K]
-        tile = top_state(top, classes, inverse, zero, none if IS_SCORES else zero, IS_SCORES, IS_UNIT)
-        whole = merge_top_states(whole, tile, inverse, IS_SCORES)
+        classes = tl.load(classes_ptr + at, mask=mask, other=NO_CLASS)
+        top = tl.load(top_ptr + at, mask=mask, other=ABSENT)  # [BLOCK_N, BLOCK_K]
+        columns = tl.arange(0, BLOCK_K)[None, :]
+        label = tl.max(tl.where(classes == labels[:, None], columns, -1), 1)
+        tile = top_tile_state((top,), inverse, label, size_k - first, 0, IS_SCORES, IS_UNIT, labels_ptr is not None, 0)
+        arg = tl.sum(tl.where(columns == tile[1].to(tl.int32)[:, None], classes, 0), 1).to(tl.float32)
+        whole = merge_top_states(whole, (tile[0], arg) + tile[2:], inverse, IS_SCORES)  # noqa: RUF005
         log_probs = tl.load(log_probs_ptr + at, mask=mask, other=-float("inf"))
         largest = tl.maximum(largest, tl.max(log_probs.to(tl.float32), 1))
         known += tl.sum(tl.exp(log_probs.to(tl.float64)), 1)
@@ -219,12 +194,7 @@ def _top_merge_kernel(
     if IS_SCORES:
         whole_sum = 1.0 + whole[2]
         rest_sum = 1.0 + rest[2]
-        is_peak = whole[4] == whole[0]
-        label_share = tl.exp2(whole[4] - whole[0]) / unit_sum
-        others = tl.where(is_peak, whole[3] / unit_sum, 1.0 - label_share)
-        squares = tl.where(is_peak, whole[8], 1.0 + whole[8]) / (unit_sum * unit_sum) - tl.where(
-            is_peak, 0.0, label_share * label_share
-        )
+        el2n, margin = label_scores(whole[0], whole[3], whole[8], whole[4], whole[5])
         mass = known.to(tl.float32)
         if HAS_REST:
             mass = tl.maximum(mass, 1.0)
@@ -234,8 +204,8 @@ def _top_merge_kernel(
             tl.exp(largest) / mass,  # confidence of the teacher
             whole[1],  # the most likely class
             nll,
-            tl.sqrt(tl.maximum(squares, 0.0) + others * others),  # el2n
-            tl.where(whole[5] < FORBIDDEN, float("inf"), (whole[4] - whole[5]) * LN_2),  # margin
+            el2n,
+            margin,
             (1.0 + rest[7]) / (rest_sum * rest_sum),  # sum over the rest of the squared shares of it
         )
     else:
@@ -277,22 +247,19 @@ def top_statistics(
     """
     arch = device_arch(student.source.device)
     num_rows, size_k = classes.shape
-    is_float32 = student.source.dtype == torch.float32
-    config = one_head_config(
-        arch, num_classes, student.weight is not None, is_float32, "scores" if for_scores else "loss"
-    )
+    config, head = launch_heads(student, arch=arch, kind="top_sweep", num_classes=num_classes, columns=num_classes)
     splits = vocabulary_splits(arch, num_rows, num_classes, config)
     size = (TOP_SIZE_SCORES if for_scores else TOP_SIZE_LOSS).value
     has_rest = size_k < num_classes
-    state = torch.empty((splits, size, num_rows), dtype=torch.float32, device=classes.device)
-    top = state.new_full((num_rows, size_k), FORBIDDEN.value)  # what a class has that does not exist
+    state = torch.empty((splits, num_rows, size), dtype=torch.float32, device=classes.device)
+    top = state.new_full((num_rows, size_k), ABSENT.value)  # what a class has that does not exist
     own, target = (state.new_empty((num_rows, size_k + has_rest)) for _ in range(2))
     numbers = state.new_empty((STUDENT_SCORES if for_scores else STUDENT_LOSSES, num_rows))
     if num_rows == 0:
         return own, target, numbers
     is_unit = row_temperature is None and temperature == 1.0
     _top_sweep_kernel[(triton.cdiv(num_rows, config.blocks["BLOCK_N"]) * splits,)](
-        **student.arguments("student"),
+        **head,
         classes_ptr=classes,
         labels_ptr=labels,
         row_temperature_ptr=row_temperature,
@@ -306,7 +273,7 @@ def top_statistics(
         num_splits=splits,
         IS_SCORES=for_scores,
         IS_UNIT=is_unit,
-        BLOCK_K=BLOCK_K,
+        LANES=row_threads(arch),
         **config.launch_options(),
     )
     block_n = MERGED_ROWS
@@ -315,6 +282,7 @@ def top_statistics(
         classes_ptr=classes,
         top_ptr=top,
         log_probs_ptr=log_probs,
+        labels_ptr=labels,
         row_temperature_ptr=row_temperature,
         own_ptr=own,
         target_ptr=target,
@@ -328,7 +296,6 @@ def top_statistics(
         IS_SCORES=for_scores,
         IS_UNIT=is_unit,
         HAS_REST=has_rest,
-        SIZE=size,
         BLOCK_N=block_n,
         BLOCK_K=BLOCK_K,
         num_warps=MERGE_WARPS,
