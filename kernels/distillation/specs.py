@@ -5,7 +5,6 @@ exist, with and without bias and soft-cap, a temperature a row or 1, labels or n
 every combination is listed, but every option is.
 """
 
-import inspect
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -98,20 +97,14 @@ def _spec(
     is_aligned: bool = True,
     **constexprs: Any,
 ) -> KernelSpec:
-    parameters = inspect.signature(kernel.fn).parameters
-    values = {key: value for key, value in constexprs.items() if key in parameters} | {
-        key: None for key in parameters if key in absent
-    }
-    fixed = {*values, *config.blocks}
-    signature = {argument: _argument_type(argument, element, box) for argument in parameters if argument not in fixed}
-    return KernelSpec(
-        name=name,
-        kernel=kernel,
-        signature=signature,
-        constexprs=values,
-        config=config,
-        arch=arch,
-        divisible_by_16=tuple(argument for argument in signature if argument in STRIDES and is_aligned),
+    return KernelSpec.of(
+        kernel,
+        name,
+        config,
+        arch,
+        constexprs={**constexprs, **dict.fromkeys(absent)},
+        type_of=lambda argument: _argument_type(argument, element, box),
+        is_multiple_of_16=lambda argument: argument in STRIDES and is_aligned,
         main_loop_flops=0
         if "student_weight_ptr" in absent
         else 2 * config.blocks["BLOCK_N"] * config.blocks["BLOCK_V"] * config.blocks["BLOCK_D"],
