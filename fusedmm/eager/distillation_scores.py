@@ -7,7 +7,6 @@ Sums over few classes are matrix products, which take half the time of a reducti
 operator, hence few of them; the fields are taken from the sums of all waves.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -52,8 +51,8 @@ def scores(
     temperature: Tensor | None,
     objective: Objective,
     second_pass: bool,
-) -> Sequence[Tensor]:
-    """All of `FIELDS`, each [N] in the compute dtype; those that do not apply are 0, as are ignored rows.
+) -> dict[str, Tensor]:
+    """Those of `FIELDS` that apply, each [N] in the compute dtype; ignored rows are 0.
 
     Args:
         student, teacher, labels: as in `fusedmm.distillation_scores`.
@@ -66,7 +65,8 @@ def scores(
     source = student.source
     counted = counted_rows(labels, objective.ignore_index)
     if source.shape[0] == 0 or (counted is not None and counted.shape[0] == 0):
-        return source.new_zeros((len(FIELDS), source.shape[0]), dtype=compute_dtype(source)).unbind()
+        zeros = source.new_zeros((len(FIELDS), source.shape[0]), dtype=compute_dtype(source))
+        return dict(zip(FIELDS, zeros.unbind(), strict=True))
     if (
         counted is None
         and not second_pass
@@ -85,9 +85,9 @@ def scores(
             grad_norm.div_(temperature if counted is None else temperature[counted])
         elif objective.temperature != 1.0:
             grad_norm.div_(objective.temperature)
-    absent = torch.zeros_like(grad_norm)
-    found = [fields.get(name, absent) for name in FIELDS]
-    return found if counted is None else of_all([torch.stack(found)], source, counted).unbind()
+    if counted is None:
+        return fields
+    return dict(zip(fields, of_all([torch.stack(list(fields.values()))], source, counted).unbind(), strict=True))
 
 
 def _fields_of_waves(

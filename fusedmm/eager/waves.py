@@ -78,7 +78,7 @@ class Scratch:
         self.classes, self.counts = num_classes, counts
         self.height = wave_rows(num_rows, num_classes)
         size, total, dtype = self.height * num_classes, sum(counts), compute_dtype(source)
-        if num_classes <= FEW_CLASSES or total * size < num_rows * num_classes:  # one allocation, which malloc keeps
+        if total * size < num_rows * num_classes:  # one allocation, which malloc keeps
             self.flat: tuple[Tensor, ...] = (source.new_empty((total * size,), dtype=dtype),)
         else:
             self.flat = tuple(source.new_empty((count * size,), dtype=dtype) for count in counts)

@@ -112,8 +112,7 @@ def distillation_scores(
         return _named({name: field.detach().to(_result_dtype(inputs)) for name, field in fields.items()})
     with torch.no_grad():
         problem = problem_of(inputs, beta=0.0 if beta is None else beta, ignore_index=ignore_index)
-        rows = call("distillation_scores", problem, second_pass)
-    given: dict[str, Tensor] = dict(zip(FIELDS, rows, strict=True))
+        given: dict[str, Tensor] = call("distillation_scores", problem, second_pass)
     if beta is not None and not second_pass:
         given["divergence"] = given["forward_kl"] if beta == 0.0 else given["reverse_kl"]
     absent = {name for name in SECOND_PASS_FIELDS if beta is None or (name == "total_variation" and not second_pass)}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fusedmm.eager.distillation_scores import FIELDS
 from fusedmm.ops.dispatch import is_watched
 from fusedmm.ops.distillation_op import TENSORS, Problem, below_autograd, implement, library
 from fusedmm.ops.first_order import first_order
@@ -137,10 +138,11 @@ def _rows(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def call(name: str, problem: Problem, *extra: Any) -> Any:
-    """What ``torch.ops.fusedmm.<name>`` gives; scores may come as a sequence of the fields."""
+    """What ``torch.ops.fusedmm.<name>`` gives; of scores the fields by name, those at least that apply."""
     tensors = problem.tensors
     if is_watched(tensors):
-        return getattr(torch.ops.fusedmm, name)(*problem.flat(), *extra)
+        result = getattr(torch.ops.fusedmm, name)(*problem.flat(), *extra)
+        return dict(zip(FIELDS, result.unbind(0), strict=True)) if name == "distillation_scores" else result
     if name == "distillation_scores" or not _wants_gradient(tensors):
         return implement(name, problem, *extra)
     if name == "distillation_rows":

@@ -6,7 +6,7 @@ All share one argument list, the "problem" laid flat: the tensors of both heads,
 the two losses have a hand-written autograd function, in `fusedmm.ops.distillation_autograd`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -129,11 +129,12 @@ def _split(arguments: tuple[Any, ...], extra: int) -> tuple[tuple[Any, ...], tup
     return arguments[:-extra], arguments[-extra:]
 
 
-def _scores(problem: Problem, second_pass: bool) -> Sequence[Tensor]:
+def _scores(problem: Problem, second_pass: bool) -> dict[str, Tensor]:
     if problem.impl == "triton":
         from fusedmm.ops import distillation_triton
 
-        return distillation_triton.scores(*problem[:5], second_pass).unbind(0)
+        fields = distillation_triton.scores(*problem[:5], second_pass)
+        return dict(zip(eager_scores.FIELDS, fields.unbind(0), strict=True))
     return eager_scores.scores(*problem[:5], second_pass)
 
 
@@ -255,7 +256,9 @@ def registered(name: str) -> Callable[..., Any]:
         return implement(name, _rebuild(arguments[:ARGUMENTS]), *arguments[ARGUMENTS:])
 
     def scores(*arguments: Any) -> Tensor:
-        return torch.stack(list(run(*arguments)))
+        fields = run(*arguments)
+        absent = torch.zeros_like(fields["forward_kl"])
+        return torch.stack([fields.get(name, absent) for name in eager_scores.FIELDS])
 
     return scores if name == "distillation_scores" else run
 
