@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 import fusedmm
-from fusedmm.testing import AttentionExample, attention_example, check_attention
+from fusedmm.testing import (
+    AttentionExample,
+    attention_example,
+    attention_truth,
+    check_attention,
+    over_budget,
+    plain_attention,
+    run_attention,
+)
 
 LENGTHS = {
     "one block": ([7] * 3, [[9, 9]] * 3),
@@ -41,6 +49,31 @@ def test_large_values_do_not_overflow_before_they_are_weighed(shape: str, featur
     tensors = {name: x * sizes.get(name, 1.0) for name, x in example.tensors.items()}
     large: AttentionExample = dataclasses.replace(example, tensors=tensors)
     assert check_attention(large, attend) == []
+
+
+def test_sharp_softmaxes_of_few_keys_keep_what_their_gradients_cancel_to() -> None:
+    """The gradient of a score is P * (R - sum P R): next to nothing where one key has all, if that sum is of P that sum
+    to 1, which exponentials relative to a rounded lse do not.
+    """
+    example = attention_example(11, [12, 5], [[2, 3], [2, 2]], kv_heads=2, softmax="per_modality", features=())
+    tensors = {name: x * (30.0 if name == "query" else 1.0) for name, x in example.tensors.items()}
+    sharp: AttentionExample = dataclasses.replace(example, tensors=tensors)
+    results, truth, plain = run_attention(sharp, attend), attention_truth(sharp), plain_attention(sharp)
+    names = "grad_query", "grad_key"
+    assert over_budget(results, {name: truth[name] for name in names}, plain) == []
+
+
+def test_a_head_that_is_off_does_not_read_what_overflows() -> None:
+    """A finite key may have an infinite score, beside which hiding it gives NaN."""
+    layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([3]), torch.tensor([[4, 5]]))
+    query = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    key, value = (torch.randn(9, 1, 16, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    active = torch.tensor([[[True, False], [True, True]]])
+    expected = attend(query, key, value, layout, active=active).output[:, 0]
+    large = (torch.cat([x[:4], torch.full((5, 1, 16), 1e38)]) for x in (key, value))
+    output = attend(query, *large, layout, active=active).output[:, 0]
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), query)[0][:, 0] for x in (output, expected)))
 
 
 def test_nan_in_one_row_does_not_hide_that_another_needs_its_peak() -> None:

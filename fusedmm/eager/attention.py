@@ -315,7 +315,8 @@ def _backward_block(
     sums = group.reduce(columns, torch.sum, 0.0) if needs_sums else None
     if sums is not None and not starts_from_offset:
         gate = None if x.gate is None else x.rows(x.gate, group, block)
-        if softmax == "per_modality":
+        if softmax == "per_modality":  # a rounded lse leaves P no sum of 1, and what it lacks would not cancel below
+            sums = sums.div_(group.reduce(shares, torch.sum, 0.0).clamp_min_(LEAST))
             offset = -sums if gate is None else -gate * sums
         if gate is not None:
             for part, scale in zip(columns, group.factors(gate), strict=True):

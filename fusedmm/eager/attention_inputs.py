@@ -15,6 +15,7 @@ LOG2_E = math.log2(math.e)
 # underflows, below 2 ** -149, is then less than a rounding of the mass, and values up to 1e20 do not overflow.
 LARGEST = 60.0
 LEAST = 2.0**-LARGEST
+MODEST = 1e18  # products of two numbers below it, and sums of a few hundred, are finite
 NOTHING = -1e30  # stands for the lse of a modality without visible keys: log of its mass stays -inf beside it
 
 
@@ -56,14 +57,14 @@ class Inputs(NamedTuple):
 
 
 def ungrouped(x: Inputs) -> Inputs:
-    """A key head for each query head where those of one group differ in what is active and a token holds NaN or inf:
-    a head that is off must not read what the next one reads.
+    """A key head for each query head where those of one group differ in what is active and a token holds NaN or what
+    a product may take to inf: a head that is off must not read what the next one reads.
     """
     kv_heads = x.key.shape[1]
     if x.active is None or x.query.shape[1] == kv_heads:
         return x
     by_group = x.active.unflatten(1, (kv_heads, -1))  # [B, Hkv, G, M]
-    if bool((by_group == by_group[:, :, :1]).all()) or all(bool(t.isfinite().all()) for t in (x.key, x.value)):
+    if bool((by_group == by_group[:, :, :1]).all()) or all(bool((t.abs() < MODEST).all()) for t in (x.key, x.value)):
         return x
     key, value = (t.repeat_interleave(x.query.shape[1] // kv_heads, 1) for t in (x.key, x.value))
     return x._replace(key=key, value=value)
