@@ -9,6 +9,7 @@ import torch
 import fusedmm
 from fusedmm.eager import attention as eager_attention
 from fusedmm.eager import attention_heads, attention_small
+from fusedmm.eager.attention_groups import find_groups
 from fusedmm.eager.products import has_onednn
 from fusedmm.testing import (
     AttentionExample,
@@ -184,3 +185,9 @@ def test_a_head_pays_for_calls_of_its_own(queries: int, keys: int, is_by_head: b
     assert attention_heads.fits(x, "joint", group) == is_by_head
     assert not attention_heads.fits(x, "per_modality", group)
     assert not attention_heads.fits(x._replace(query=query.double()), "joint", group)
+
+
+@pytest.mark.parametrize(("keys", "groups"), [([252, 252], 1), ([256, 252], 2), ([256, 256], 2)])
+def test_a_sample_with_a_head_for_products_of_its_own_shares_no_group(keys: list[int], groups: int) -> None:
+    layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([128] * 2), torch.tensor([[n - 4, 4] for n in keys]))
+    assert len(find_groups(layout.cu_seqlens_q, layout.cu_seqlens_k, 2, None, 2)) == groups

@@ -18,6 +18,7 @@ from torch import Tensor
 BLOCK_SCORES = 1 << 18  # 1 MiB of float32: a block stays in the second-level cache through all passes
 BLOCK_QUERIES = 16  # fewest queries of a block; such a block is no larger than the keys of its sample
 GROUP_COST = 1 << 14  # what a group costs by itself, in scores
+GROUP_SCORES = 1 << 15  # of a head and sample; from there on a head pays for products of its own: 4 MFLOP at 64 dims
 GATHER_COST = 4  # what a key and its value cost to gather, in scores: a sample by itself is read through views
 
 Lengths = tuple[int, ...]
@@ -234,8 +235,8 @@ def _plan(
 
 
 def _gather(samples: list[Sample], heads: int) -> Iterator[tuple[list[Sample], int, Lengths]]:
-    """Samples to pad together, their most queries and widths: neighbours in size, while gathering and padding cost
-    less than another group.
+    """Samples to pad together, their most queries and widths: neighbours in size, while they are small, and gathering
+    and padding cost less than another group.
     """
     members: list[Sample] = []
     size_q, cost = 0, 0
@@ -245,9 +246,11 @@ def _gather(samples: list[Sample], heads: int) -> Iterator[tuple[list[Sample], i
         next_q, next_widths = max(size_q, sample.size_q), sample.sizes_k
         if members and widths != next_widths:
             next_widths = tuple(map(max, widths, next_widths))
-        keys = heads * (len(members) + 1) * sum(next_widths)
+        width = sum(next_widths)
+        keys = heads * (len(members) + 1) * width
         joined = (next_q + GATHER_COST) * keys
-        if members and next_q * keys <= BLOCK_SCORES and joined <= cost + alone + GROUP_COST:
+        is_small = next_q * width < GROUP_SCORES and next_q * keys <= BLOCK_SCORES
+        if members and is_small and joined <= cost + alone + GROUP_COST:
             members.append(sample)
             size_q, widths, cost = next_q, next_widths, joined
         else:
