@@ -177,10 +177,16 @@ class Group:
 
     def cut(self, step: int) -> list[Block]:
         """The queries of a single sample, ``step`` at a time."""
-        first = self.samples[0].start_q
-        last = first + self.size_q
-        starts = range(first, last, step)
-        return [Block(slice(at, min(at + step, last)), min(step, last - at), None) for at in starts]
+        if step not in self._cuts:
+            first = self.samples[0].start_q
+            last = first + self.size_q
+            starts = range(first, last, step)
+            self._cuts[step] = [Block(slice(at, min(at + step, last)), min(step, last - at), None) for at in starts]
+        return self._cuts[step]
+
+    @cached_property
+    def _cuts(self) -> dict[int, list[Block]]:
+        return {}
 
     @cached_property
     def blocks(self) -> list[Block]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+HAS_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 ONEDNN_FLOPS = 1 << 22
 ONEDNN_DEPTH = 32  # length of the sums below which it is no faster, half of what it takes to pay for turning `a`
 # A weight is converted, and laid out anew by oneDNN, in blocks of so many elements: the copy of one at a time is held.
@@ -68,13 +69,7 @@ def linear(left: Tensor, right: Tensor) -> Tensor:
 
 def has_onednn(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `linear` is there, and MKL what it is compared with."""
-    return (
-        dtype == torch.float32
-        and device.type == "cpu"
-        and torch.backends.mkl.is_available()
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.backends.mkldnn.enabled)
-    )
+    return dtype == torch.float32 and device.type == "cpu" and HAS_ONEDNN and bool(torch.backends.mkldnn.enabled)
 
 
 def _suits_onednn(a: Tensor, b: Tensor) -> bool:
