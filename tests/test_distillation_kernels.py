@@ -123,6 +123,31 @@ def test_top_k_classes_wherever_they_lie(dtype: torch.dtype, device: torch.devic
             assert torch.linalg.vector_norm(value - truth) <= allowed * torch.linalg.vector_norm(truth)
 
 
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 24), (torch.float16, 23)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_tiles_of_which_every_class_is_one_of_the_top_k(
+    smoothing: float, dtype: torch.dtype, dim: int, device: torch.device
+) -> None:
+    """Nothing is left of them for the rest; half-precision rows of odd length go without TMA. A label is one of the
+    top-k, or of the rest.
+    """
+    student = head(5, 110, dim, device, dtype, seed=0)
+    log_probs = torch.log_softmax(torch.randn(5, 71, generator=torch.Generator().manual_seed(1)), -1)[:, :70]
+    top = TopKLogProbs(torch.arange(70, device=device).expand(5, -1), log_probs.to(device))
+    labels, results = torch.tensor([0, 63, 69, 70, 109], device=device), []
+    for each, impl in ((student, "triton"), (as_float64(student), "reference")):
+        assert each.bias is not None
+        leaves = [x.detach().requires_grad_() for x in (each.hidden, each.weight, each.bias)]
+        arguments = {"temperature": 2.0, "alpha": 0.6, "label_smoothing": smoothing, "reduction": "sum"}
+        loss = distillation_loss(LinearHead(*leaves), top, labels, memory="lean", impl=impl, **arguments)  # type: ignore[arg-type]
+        scores = distillation_scores(each, top, labels, temperature=2.0, impl=impl)
+        found = [x for x in scores if x is not None]
+        results.append([loss.detach(), *found, *torch.autograd.grad(loss, leaves)])
+    allowed = 2e-3 if dtype == torch.float16 else 2e-5
+    for value, truth in zip(*results, strict=True):
+        assert torch.linalg.vector_norm(value.double() - truth) <= allowed * torch.linalg.vector_norm(truth)
+
+
 @pytest.mark.parametrize("memory", ["fast", "lean"])
 @pytest.mark.parametrize(("reduction", "upstream", "size"), [("mean", 1024.0, 1.0), ("sum", 1.0, 100.0)])
 def test_float16_weight_gradients_over_waves(
