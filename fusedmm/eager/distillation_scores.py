@@ -5,6 +5,11 @@ as much as the passes. A wave is read about two dozen times, by operators that w
 exponential a head gives the roots of the probabilities (for the Hellinger distance), their squares the probabilities.
 Sums over few classes are matrix products, which take half the time of a reduction. A view takes as long as a small
 operator, hence few of them; the fields are taken from the sums of all waves.
+
+4096 rows of 32 classes from 64 features: 34 MFLOP and one pass over 1 MiB of logits, 0.25 ms on a core of an EPYC
+(Zen 5); this takes 1.0 ms, 0.2 of them in the two matmuls and the rest in some 60 unfused operators. Compiled, where
+one loop reads the logits once, ten of the fields take 0.75 ms. Halving the waves, so that L2 holds them, costs more
+calls than it saves.
 """
 
 from dataclasses import replace

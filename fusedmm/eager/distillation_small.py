@@ -1,4 +1,4 @@
-"""Losses of few logits, all rows at once: there the calls of operators cost more than their passes.
+"""Losses and scores of few logits, all rows at once: there the calls of operators cost more than their passes.
 
 PyTorch's fused softmax does in one call what a wave does in five. Of fewer classes than a vector holds it goes number
 by number, ten times as slowly as a wave that lies classes-major. The rest is the same: differences of logarithms are

@@ -138,16 +138,19 @@ def _rows(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def call(name: str, problem: Problem, *extra: Any) -> Any:
-    """What ``torch.ops.fusedmm.<name>`` gives; of scores the fields by name, those at least that apply."""
+    """What ``torch.ops.fusedmm.<name>`` gives; of scores the fields by name, those at least that apply. "fast" is only
+    asked for where a gradient is.
+    """
     tensors = problem.tensors
     if is_watched(tensors):
         result = getattr(torch.ops.fusedmm, name)(*problem.flat(), *extra)
         return dict(zip(FIELDS, result.unbind(0), strict=True)) if name == "distillation_scores" else result
-    if name == "distillation_scores" or not _wants_gradient(tensors):
-        return implement(name, problem, *extra)
-    if name == "distillation_rows":
+    if name == "distillation_fast":
+        own, needs = tensors[:3], extra[-3:]
+        return _Fast.apply(*own, needs, lambda *_: implement(name, problem, *extra))  # type: ignore[no-untyped-call]
+    if name == "distillation_rows" and _wants_gradient(tensors):
         return _Rows.apply(*problem.flat())  # type: ignore[no-untyped-call]
-    return _Fast.apply(*tensors[:3], extra[-3:], lambda *_: implement(name, problem, *extra))  # type: ignore[no-untyped-call]
+    return implement(name, problem, *extra)
 
 
 library.impl("distillation_fast", _fast, "Autograd")
