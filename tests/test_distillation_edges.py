@@ -284,7 +284,10 @@ def test_a_rest_of_forbidden_classes_is_as_unlikely_as_they_are(
 @pytest.mark.parametrize("kind", ["full", "top", "rest"])
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_a_forbidden_class_has_no_gradient(temperature: float, beta: float, kind: str, device: torch.device) -> None:
+@pytest.mark.parametrize("tested", ["eager", "triton"])
+def test_a_forbidden_class_has_no_gradient(
+    tested: str, temperature: float, beta: float, kind: str, device: torch.device
+) -> None:
     """Its logit counts as -1e30 whatever its input, though the teacher or the label may name it."""
     hidden, weight, bias = draw(6, 4), draw(7, 4, seed=1), draw(7, seed=2)
     bias[[2, 5]] = -torch.inf
@@ -292,7 +295,7 @@ def test_a_forbidden_class_has_no_gradient(temperature: float, beta: float, kind
     indices = torch.tensor([[0, 1, 3, 4, 6] if kind == "rest" else [5, 1, 2]]).expand(6, -1)
     teacher = TopKLogProbs(indices.to(device), probabilities.gather(1, indices).to(device))
     gradients = []
-    for impl, dtype in (("reference", torch.float64), ("triton", torch.float32)):
+    for impl, dtype in (("reference", torch.float64), (tested, torch.float32)):
         leaves = [x.to(device, dtype).requires_grad_() for x in (hidden, weight, bias)]
         loss = distillation_loss(
             LinearHead(*leaves),
@@ -304,6 +307,29 @@ def test_a_forbidden_class_has_no_gradient(temperature: float, beta: float, kind
     for truth, found in zip(*gradients, strict=True):
         assert bool((found[[2, 5]] == 0).all()) or found.shape[0] == 6
         torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["linear", "logits"])
+def test_a_forbidden_class_has_no_gradient_on_any_eager_path(kind: str, alpha: float, dtype: torch.dtype) -> None:
+    """Few logits go a way of their own where the loss is all divergence, or all cross entropy."""
+    inputs = [draw(6, 4), draw(7, 4, seed=1), draw(7, seed=2)] if kind == "linear" else [draw(6, 7)]
+    inputs[-1][..., [2, 5]] = -torch.inf
+    teacher = [draw(6, 4, seed=3), draw(7, 4, seed=4)]
+    gradients = []
+    for impl, precision in (("reference", torch.float64), ("eager", dtype)):
+        leaves = [x.to(dtype).to(precision).requires_grad_() for x in inputs]
+        loss = distillation_loss(
+            (LinearHead if kind == "linear" else Logits)(*leaves),
+            LinearHead(*(x.to(dtype).to(precision) for x in teacher)),
+            torch.tensor([0, 2, 3, 5, 1, 6]),
+            alpha=alpha, reduction="sum", impl=impl,
+        )  # fmt: skip
+        gradients.append(torch.autograd.grad(loss, leaves))
+    tolerance = 1e-2 if dtype == torch.float16 else 1e-5
+    for truth, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found.double(), truth, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -19,6 +19,7 @@ from fusedmm.eager.waves import (
     FINITE_MINIMUM,
     HeadGradient,
     Scratch,
+    clear_forbidden,
     counted_rows,
     of_all,
     of_wave,
@@ -126,6 +127,7 @@ def loss(
             grad_logits, factor = wave_gradient
             if slope is not None:
                 grad_logits.mul_(slope)
+            clear_forbidden(grad_logits, losses, student, rows)
             gradient.add(rows, grad_logits, factor * of_wave(grad_rows, rows)[:, None])
     grad_input, grad_weight, grad_bias = gradient.result(weight, bias)
     if needs[0] and isinstance(student, LinearHead):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusedmm.eager.products import cast, compute_dtype, multiply
 from fusedmm.eager.shard import Shard
-from fusedmm.eager.waves import FEW_CLASSES, FINITE_MINIMUM, WHOLE_ELEMENTS
+from fusedmm.eager.waves import FEW_CLASSES, FINITE_MINIMUM, WHOLE_ELEMENTS, clear_forbidden
 from fusedmm.heads import LinearHead, Teacher
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def loss(
     if log_p.amax().item() > SATURATED:
         top = log_p.gt_(SATURATED)  # 1 at a class that saturates its row, else 0
         grad.addcmul_(top, _sum(grad)[:, None], value=-1.0)
+    clear_forbidden(grad, rows, student, slice(None))
     hidden, weight, dtype = student.hidden, student.weight, grad.dtype
     grad_input = cast(multiply(grad, cast(weight, dtype)), hidden.dtype) if needs[0] else empty
     grad_weight = cast(multiply(grad.t(), cast(hidden, dtype)), hidden.dtype) if needs[1] else empty

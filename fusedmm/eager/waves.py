@@ -23,6 +23,7 @@ MIN_WAVE_ROWS = 64
 # then takes a sixth of the time, over 2 a tenth.
 FEW_CLASSES = 64
 FINITE_MINIMUM = -1e30  # stands for -inf, so that a forbidden class gives 0 * 1e30 and not 0 * inf
+FORBIDDEN_LOSS = 1e12  # beyond it a teacher or a label names what the student forbids, with 1e-18 of the mass or more
 
 Rows = slice | Tensor  # consecutive rows, or the numbers of some
 
@@ -183,6 +184,17 @@ def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (
         a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
     )
+
+
+def clear_forbidden(grad_logits: Tensor, losses: Tensor, head: Head, rows: Rows) -> None:
+    """Give classes that the student forbids no gradient, in place: their logit counts as -1e30 whatever its input. Only
+    where the losses of the wave, of any shape, say that there was one.
+    """
+    if head.softcap is not None or not bool((losses > FORBIDDEN_LOSS).any()):  # capped, the logit is not forbidden
+        return
+    logits = head.bias if isinstance(head, LinearHead) else of_wave(head.values, rows)
+    if logits is not None:
+        grad_logits.masked_fill_(cast(logits, grad_logits.dtype) < FINITE_MINIMUM, 0.0)  # half has no -1e30
 
 
 class HeadGradient:
