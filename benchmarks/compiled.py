@@ -19,6 +19,7 @@ from fusedmm.kernels.launch import LAUNCH_OPTIONS, KernelSpec
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 MAX_WARPS = {"sm_80": 64, "sm_90": 64, "sm_100": 64}
 REGISTERS_PER_SM = 65536
+TENSOR_COLUMNS = 512  # of an SM's tensor memory, where there is one
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class KernelReport:
         registers: a thread at launch.
         register_requests: operands of ``setmaxnreg`` in the order of the code; empty without warp specialisation.
         shared_bytes: a CTA, static and dynamic.
+        tensor_columns: of tensor memory a CTA; 0 before sm_100.
         stack_bytes: local memory a thread.
         spills: local-memory loads and stores in the whole kernel; AMD's scalar registers that wait in lanes of a vector
             register touch no memory and do not count.
@@ -44,6 +46,7 @@ class KernelReport:
     registers: int
     register_requests: tuple[int, ...]
     shared_bytes: int
+    tensor_columns: int
     stack_bytes: int
     spills: int
     functions: tuple[Function, ...] = field(repr=False)
@@ -60,13 +63,16 @@ class KernelReport:
 
     @property
     def ctas_per_sm(self) -> int:
-        """CTAs that fit one SM at once by registers, shared memory and warps; 0: it does not fit. Not for AMD."""
+        """CTAs that fit one SM at once by registers, shared memory, tensor memory and warps; 0: it does not fit. Not
+        for AMD.
+        """
         warps = -(-self.threads // 32)
         by_registers = REGISTERS_PER_SM // ((self.registers + 7) // 8 * 8 * 32 * warps)
         by_shared = SHARED_BYTES[self.arch] // (self.shared_bytes + 1024) if self.shared_bytes else 32
         return min(
             by_registers,
             by_shared if self.shared_bytes <= SHARED_BYTES[self.arch] - 1024 else 0,
+            TENSOR_COLUMNS // max(1, self.tensor_columns),
             MAX_WARPS[self.arch] // warps,
             32,
         )
@@ -142,6 +148,7 @@ def read_compiled(name: str, arch: str, compiled: Any) -> KernelReport:
     threads = re.search(r"\.reqntid\s+(\d+)", compiled.asm["ptx"]) or re.search(
         r"\.maxntid\s+(\d+)", compiled.asm["ptx"]
     )
+    columns = re.findall(r"\btcgen05\.alloc\b.*, (\d+);", compiled.asm["ptx"])
     if resources is None or threads is None:
         raise RuntimeError(f"read_compiled: cuobjdump or PTX of {name} misses the resource usage: {usage[-200:]!r}")
     functions = tuple(sorted(parse_sass(text), key=lambda function: -len(function.instructions)))
@@ -155,6 +162,7 @@ def read_compiled(name: str, arch: str, compiled: Any) -> KernelReport:
             int(i.operands.split(",")[-1].strip(), 16) for i in everything if i.base == "USETMAXREG"
         ),
         shared_bytes=int(compiled.metadata.shared),
+        tensor_columns=sum(map(int, columns)),
         stack_bytes=int(resources.group(2)),
         spills=sum(i.is_spill for i in everything),
         functions=functions,
@@ -185,6 +193,7 @@ def _read_amd(name: str, arch: str, compiled: Any) -> KernelReport:
         registers=number("vgpr_count"),
         register_requests=(),
         shared_bytes=int(compiled.metadata.shared),
+        tensor_columns=0,
         stack_bytes=number("private_segment_fixed_size"),
         spills=len(re.findall(r"\bscratch_(?:load|store)", text)),
         functions=(),

@@ -191,7 +191,9 @@ def set_blocks(monkeypatch: pytest.MonkeyPatch, block_q: int, block_k: int, tail
         blocks = {**with_tail(head_dim).blocks, "CARRY_SCORES": carry}
         return LaunchConfig(blocks, num_warps=4, num_stages=2)
 
-    def with_modalities(which: str, head_dim: int, dtype: torch.dtype, arch: str, num_modalities: int) -> LaunchConfig:
+    def with_modalities(
+        which: str, head_dim: int, dtype: torch.dtype, arch: str, num_modalities: int, *, visible: bool
+    ) -> LaunchConfig:
         blocks = {**config(head_dim).blocks, "BLOCK_M": 16 if num_modalities <= 16 else 32}
         return LaunchConfig(blocks, num_warps=4, num_stages=2)
 

@@ -18,7 +18,7 @@ import triton
 
 from benchmarks import results, static_command
 from benchmarks.cases import attention
-from benchmarks.compiled import read_compiled
+from benchmarks.compiled import KernelReport, read_compiled
 from benchmarks.results import Result, Run
 from benchmarks.static import Row, faults, read_rows, specs, worsened
 from benchmarks.static_command import problems
@@ -184,6 +184,13 @@ def test_amd_spills_are_what_goes_through_memory() -> None:
     """
     report = read_compiled("x", "gfx942", SimpleNamespace(asm={"amdgcn": code}, metadata=SimpleNamespace(shared=0)))
     assert (report.spills, report.registers) == (2, 255)
+
+
+@pytest.mark.parametrize(("columns", "programs"), [(0, 4), (256, 2), (512, 1)])
+def test_programs_share_tensor_memory(columns: int, programs: int) -> None:
+    """512 columns a multiprocessor: a program waits until its own are free, however many registers are."""
+    report = KernelReport("x", "sm_100", 128, 128, (), 0, columns, 0, 0, ())
+    assert report.ctas_per_sm == programs
 
 
 def test_no_target_may_spill_in_a_main_loop() -> None:

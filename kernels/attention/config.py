@@ -10,8 +10,10 @@ import torch
 
 from fusedmm.kernels.launch import LaunchConfig
 
-# (pass, bytes of an element): {arch: {BLOCK_D: (BLOCK_Q, BLOCK_K, num_warps, num_stages)}}; a smaller head uses the 64.
-_TABLE = {
+MAX_REGISTERS = 255  # of a thread; where nothing is said the compiler may make room for another program, and spill
+# (pass, bytes of an element): {arch: {BLOCK_D: (BLOCK_Q, BLOCK_K, num_warps, num_stages)}}, with the most registers of
+# a thread behind them where the compiler is not to choose; a smaller head uses the 64.
+_TABLE: dict[tuple[str, int], dict[str, dict[int, tuple[int, ...]]]] = {
     ("forward", 2): {
         "sm_80": {64: (128, 32, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
         "sm_90": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
@@ -27,7 +29,7 @@ _TABLE = {
     ("query", 2): {
         "sm_80": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 2)},
         "sm_90": {64: (64, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        "sm_100": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "sm_100": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2, MAX_REGISTERS)},
         "gfx942": {64: (128, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)},
     },
     # For few queries: 64 rows, a warp group's. With fewer, products read key tiles through shared memory once a warp,
@@ -35,13 +37,13 @@ _TABLE = {
     ("forward few", 2): {
         "sm_80": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
         "sm_90": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
-        "sm_100": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 4, 2)},
+        "sm_100": {64: (64, 64, 4, 3, MAX_REGISTERS), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
         "gfx942": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (64, 16, 4, 1)},
     },
     ("query few", 2): {
         "sm_80": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 2)},
         "sm_90": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 1)},
-        "sm_100": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+        "sm_100": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2, MAX_REGISTERS), 256: (64, 32, 8, 2)},
         "gfx942": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)},
     },
     # Full float32 products run on the vector units from registers: small tiles.
@@ -66,11 +68,11 @@ _TABLE = {
 }
 # The same for passes over queries whose key tiles span segments. Rows of a warp group: samples of short segments have
 # few tiles, and more programs on a multiprocessor hide more of what each of their small products waits for.
-_SPANS = {
+_SPANS: dict[tuple[str, int], dict[str, dict[int, tuple[int, ...]]]] = {
     ("forward", 2): {
         "sm_80": {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
         "sm_90": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
-        "sm_100": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 2)},
+        "sm_100": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (64, 64, 8, 2)},
         "gfx942": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (64, 16, 4, 1)},
     },
     ("query", 2): {
@@ -95,6 +97,8 @@ _SPANS = {
 # (arch, BLOCK_D) of the order of the forward's products that needs them to be asynchronous. From 128 on the second set
 # of scores would spill, and ptxas waits for the products before most of the exp2 that they could hide.
 _CARRY_SCORES = {("sm_90", 64)}
+# The option beside which, at BLOCK_D 256, more than 32 keys a tile spill; tails of more than 16 spill there as well.
+_NARROWING = {"sm_90": "dropout", "sm_100": "visible"}
 # Queries, where not 32, of a tile that spans segments: its pairs have terms of their own, for which larger tiles spill
 # or lack sm_80's shared memory.
 _SPAN_QUERIES = {("sm_90", 64): 64, ("sm_100", 256): 16}
@@ -113,25 +117,36 @@ def head_block(head_dim: int) -> int:
 
 
 def _attention_forward_config(
-    head_dim: int, dtype: torch.dtype, arch: str, mean_queries: int, *, dropout: bool = False
+    head_dim: int,
+    dtype: torch.dtype,
+    arch: str,
+    mean_queries: int,
+    *,
+    dropout: bool = False,
+    visible: bool = False,
+    wide_end: bool = False,
 ) -> LaunchConfig:
-    """Tiles of the forward, where a sample has ``mean_queries`` queries on average. At 256 on sm_90 shorter ones for
-    dropout's counters, and for tails, do not spill."""
+    """Tiles of the forward, where a sample has ``mean_queries`` queries on average.
+
+    With ``wide_end``, under another softmax than the joint one or with an output gate, a second tile of the output's
+    size meets the accumulator behind the loop: at 256 both of 64 rows fit the registers, of 128 they do not.
+    """
     block_d = head_block(head_dim)
-    is_few = mean_queries <= FEW_QUERIES and dtype.itemsize == 2  # float32's tiles have no more rows in any case
+    narrowing = _NARROWING.get(arch) if block_d == 256 and dtype.itemsize == 2 else None
+    # float32's tiles have no more rows in any case
+    is_few = dtype.itemsize == 2 and (mean_queries <= FEW_QUERIES or (wide_end and narrowing is not None))
     table = _TABLE["forward few" if is_few else "forward", dtype.itemsize]
-    block_q, block_k, num_warps, num_stages = table[arch][max(64, block_d)]
-    is_wide = (arch, block_d, dtype.itemsize) == ("sm_90", 256, 2)
-    if dropout and is_wide:
+    block_q, block_k, num_warps, num_stages, *max_registers = table[arch][max(64, block_d)]
+    if (narrowing == "dropout" and dropout) or (narrowing == "visible" and visible):
         block_k = min(block_k, 32)
     blocks = {
         "BLOCK_Q": block_q,
         "BLOCK_K": block_k,
-        "BLOCK_TAIL": min(16 if is_wide else BLOCK_TAIL, block_k),
+        "BLOCK_TAIL": min(BLOCK_TAIL if narrowing is None else 16, block_k),
         "BLOCK_D": block_d,
         "CARRY_SCORES": dtype.itemsize == 2 and not is_few and (arch, max(64, block_d)) in _CARRY_SCORES,
     }
-    return LaunchConfig(blocks=blocks, num_warps=num_warps, num_stages=num_stages)
+    return LaunchConfig(blocks, num_warps, num_stages, *max_registers)
 
 
 def spans_segments(softmax: str, num_modalities: int, mean_segment: int) -> bool:
@@ -168,27 +183,30 @@ def _attention_backward_query_config(
     block_d = head_block(head_dim)
     is_few = mean_queries <= FEW_QUERIES and dtype.itemsize == 2
     table = _TABLE["query few" if is_few else "query", dtype.itemsize]
-    block_q, block_k, num_warps, num_stages = table[arch][max(64, block_d)]
+    block_q, block_k, num_warps, num_stages, *max_registers = table[arch][max(64, block_d)]
     block_tail = min(BLOCK_TAIL, block_k)
     if arch == "sm_90" and dtype.itemsize == 2:  # dropout, and the column masks of 80 and 96, would spill
         num_stages = 1 if dropout and block_d <= 64 else num_stages
         block_tail = block_k if 64 < head_dim < block_d <= 128 and not dropout else block_tail
     blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_TAIL": block_tail, "BLOCK_D": block_d}
-    return LaunchConfig(blocks=blocks, num_warps=num_warps, num_stages=num_stages)
+    return LaunchConfig(blocks, num_warps, num_stages, *max_registers)
 
 
 def _attention_spans_config(
-    which: str, head_dim: int, dtype: torch.dtype, arch: str, num_modalities: int
+    which: str, head_dim: int, dtype: torch.dtype, arch: str, num_modalities: int, *, visible: bool
 ) -> LaunchConfig:
     """Tiles of the forward ("forward") or the backward for queries ("query") that span segments."""
     block_d = head_block(head_dim)
-    block_q, block_k, num_warps, num_stages = _SPANS[which, dtype.itemsize][arch][max(64, block_d)]
+    block_q, block_k, num_warps, num_stages, *max_registers = _SPANS[which, dtype.itemsize][arch][max(64, block_d)]
+    if visible and arch == "sm_100":  # the bounds of each pair are products as well, and want tensor memory
+        block_k = min(block_k, 32)
     block_m = 16 if num_modalities <= 16 else 32
     if block_m == 32:  # wider terms: they would spill, or want more tensor memory than sm_100 has
         block_k = min(block_k, 16 if arch == "sm_100" and block_d == 256 else 32)
         num_warps = 8 if (which, block_d) == ("query", 128) and arch != "gfx942" else num_warps
+        max_registers = [MAX_REGISTERS] if arch == "sm_100" else max_registers  # one fills tensor memory
     blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_M": block_m, "BLOCK_D": block_d}
-    return LaunchConfig(blocks=blocks, num_warps=num_warps, num_stages=num_stages)
+    return LaunchConfig(blocks, num_warps, num_stages, *max_registers)
 
 
 def key_splits(

@@ -75,7 +75,13 @@ def attention_forward(
     total_q, num_heads, head_dim = query.shape
     arch = device_arch(query.device)
     config = _attention_forward_config(
-        head_dim, query.dtype, arch, total_q // max(problem.batch, 1), dropout=problem.seed is not None
+        head_dim,
+        query.dtype,
+        arch,
+        total_q // max(problem.batch, 1),
+        dropout=problem.seed is not None,
+        visible=problem.visible is not None,
+        wide_end=problem.softmax != "joint" or problem.output_gate is not None,
     )
     splits = _splits(query, key, problem, config, results=1 if problem.softmax == "joint" else problem.num_modalities)
     if splits > 1:
@@ -83,7 +89,9 @@ def attention_forward(
         return output, mass, lse
     arguments = _forward_arguments(query, key, value, problem, output, mass, lse)
     if problem.softmax == "joint" and _spans_segments(key, problem) and key.shape[0] <= MAX_COLUMNS:
-        config = _attention_spans_config("forward", head_dim, query.dtype, arch, problem.num_modalities)
+        config = _attention_spans_config(
+            "forward", head_dim, query.dtype, arch, problem.num_modalities, visible=problem.visible is not None
+        )
         _attention_forward_spans_kernel[(_query_programs(problem, config, num_heads),)](
             **arguments, ONE_HOT=one_hot_dtype(query), **config.launch_options()
         )
@@ -198,7 +206,9 @@ def _backward_query(
     splits = _splits(query, key, problem, config)
     spans = splits == 1 and _spans_segments(key, problem) and key.shape[0] <= MAX_COLUMNS
     if spans:
-        config = _attention_spans_config("query", head_dim, query.dtype, arch, problem.num_modalities)
+        config = _attention_spans_config(
+            "query", head_dim, query.dtype, arch, problem.num_modalities, visible=problem.visible is not None
+        )
     programs = _query_programs(problem, config, num_heads)
     for delta_only in (True, False) if problem.softmax == "per_modality" else (False,):
         sums = (row_terms[1],) if delta_only else gradients

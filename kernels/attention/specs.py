@@ -145,7 +145,8 @@ def _joint_specs(
     label = f"[joint,{variant},d{head_dim},{DTYPES[dtype]}]"
     common: dict[str, Any] = {"dtype": dtype, "arch": arch, "present": present, "HEAD_DIM": head_dim}
     options = {"visible": "visible_ptr" in present, "dropout": "seed_ptr" in present}
-    forward = _attention_forward_config(head_dim, dtype, arch, MANY, dropout=options["dropout"])
+    wide_end = "output_gate_ptr" in present
+    forward = _attention_forward_config(head_dim, dtype, arch, MANY, wide_end=wide_end, **options)
     yield _spec(_attention_forward_kernel, f"attention_forward{label}", forward, SOFTMAX="joint", **common)
     for length, mean_segment in SEGMENTS.items():
         if length == "long" or variant == "gated":
@@ -168,7 +169,7 @@ def _joint_specs(
 
 def _other_softmax_specs(arch: str, dtype: torch.dtype, head_dim: int) -> Iterator[KernelSpec]:
     common: dict[str, Any] = {"dtype": dtype, "arch": arch, "present": ("shift_ptr",), "HEAD_DIM": head_dim}
-    forward = _attention_forward_config(head_dim, dtype, arch, MANY)
+    forward = _attention_forward_config(head_dim, dtype, arch, MANY, wide_end=True)
     rows = _attention_backward_rows_config(head_dim)
     query = _attention_backward_query_config(head_dim, dtype, arch, MANY)
     for softmax in ("per_modality", "partials"):
@@ -183,41 +184,45 @@ def _spans_specs(arch: str, dtype: torch.dtype, head_dim: int) -> Iterator[Kerne
     """Passes over queries whose key tiles span segments, for up to 16 modalities and for more."""
     size = f"d{head_dim},{DTYPES[dtype]}"
     common: dict[str, Any] = {"dtype": dtype, "arch": arch, "HEAD_DIM": head_dim}
-    few, many = (
-        {which: _attention_spans_config(which, head_dim, dtype, arch, modalities) for which in ("forward", "query")}
-        for modalities in (8, 25)
-    )
+    few, many = 8, 25
     cases = [(variant, few, present) for variant, present in VARIANTS.items() if dtype == torch.bfloat16]
     cases += (
         [("many,timed", many, VARIANTS["timed"])] if dtype == torch.bfloat16 else [("gated", few, VARIANTS["gated"])]
     )
-    for variant, configs, present in cases:
+
+    def config_of(which: str, modalities: int, present: tuple[str, ...]) -> LaunchConfig:
+        visible = "visible_ptr" in present
+        return _attention_spans_config(which, head_dim, dtype, arch, modalities, visible=visible)
+
+    for variant, modalities, present in cases:
         name = f"attention_forward_spans[joint,{variant},{size}]"
-        yield _spec(_attention_forward_spans_kernel, name, configs["forward"], present=present, **common)
+        config = config_of("forward", modalities, present)
+        yield _spec(_attention_forward_spans_kernel, name, config, present=present, **common)
         name = f"attention_backward_query_spans[joint,{variant},{size}]"
         if variant != "gated" or dtype == torch.float32:  # as in _joint_specs
-            kernel, config = _attention_backward_query_spans_kernel, configs["query"]
+            kernel, config = _attention_backward_query_spans_kernel, config_of("query", modalities, present)
             yield _spec(kernel, name, config, present=present, DELTA_ONLY=False, **common)
     name = f"attention_backward_query_spans[per_modality,plain,{size}]"
-    kernel, config = _attention_backward_query_spans_kernel, few["query"]
+    kernel, config = _attention_backward_query_spans_kernel, config_of("query", few, ())
     yield _spec(kernel, name, config, present=("shift_ptr",), DELTA_ONLY=True, **common)
 
 
 def _few_query_specs(arch: str, dtype: torch.dtype, head_dim: int) -> Iterator[KernelSpec]:
     """Tiles for few queries, and passes whose keys are split."""
-    forward = _attention_forward_config(head_dim, dtype, arch, FEW)
     query = _attention_backward_query_config(head_dim, dtype, arch, FEW)
     size = f"d{head_dim},{DTYPES[dtype]}"
     common: dict[str, Any] = {"dtype": dtype, "arch": arch, "HEAD_DIM": head_dim}
     flags: dict[str, Any] = {"DELTA_ONLY": False, "IS_PARTIALS": False}
     for variant, present in FEW_VARIANTS.items():
         name = f"attention_forward[joint,{variant},{size}]"
+        forward = _attention_forward_config(head_dim, dtype, arch, FEW, visible="visible_ptr" in present)
         yield _spec(_attention_forward_kernel, name, forward, SOFTMAX="joint", present=present, **common)
         if variant != "few,gated":
             name = f"attention_backward_query[joint,{variant},{size}]"
             yield _spec(_attention_backward_query_kernel, name, query, present=present, **flags, **common)
     split: dict[str, Any] = {**common, "present": ("split_rows", "shift_ptr")}
     name = f"attention_forward[partials,split,{size}]"
+    forward = _attention_forward_config(head_dim, dtype, arch, FEW, wide_end=True)
     yield _spec(_attention_forward_kernel, name, forward, SOFTMAX="partials", **split)
     name = f"attention_backward_query[per_modality,split,{size}]"
     yield _spec(_attention_backward_query_kernel, name, query, DELTA_ONLY=True, IS_PARTIALS=False, **split)

@@ -47,7 +47,9 @@ def tile_config(
     if has_descriptors(arch, has_matmul=has_matmul, is_float32=is_float32, is_aligned=is_aligned):
         if kind == "top_gradient" or (kind == "top_sweep" and arch == "sm_90"):  # 106 spills in a sweep on sm_100
             return _config(128, 256, 64, slabs=16, num_warps=8, num_stages=4)
-        return _config(128, 128, 128, slabs=8, num_warps=8, num_stages=2 if is_shared else 3)
+        # On sm_100 a thread has whole rows of a slab: of more than 4 classes they spill beside its sums.
+        slabs = 32 if arch == "sm_100" and kind in ("scores", "loss") else 8
+        return _config(128, 128, 128, slabs=slabs, num_warps=8, num_stages=2 if is_shared else 3)
     if not is_aligned:  # loads of 2 bytes, each with an address of its own
         return _config(32, 64, 32, slabs=8 if kind == "mixture" else 4, num_warps=4, num_stages=2)
     if arch == "gfx942":
