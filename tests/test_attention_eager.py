@@ -187,6 +187,22 @@ def test_a_head_pays_for_calls_of_its_own(queries: int, keys: int, is_by_head: b
     assert not attention_heads.fits(x._replace(query=query.double()), "joint", group)
 
 
+@needs_onednn
+@pytest.mark.parametrize("features", [(), ("log_prior", "gate")])
+@pytest.mark.parametrize("size", [8.0, 20.0])
+def test_gradients_of_sharp_softmaxes_stay_within_the_budget(
+    size: float, features: tuple[str, ...], by_head: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of P that sum to 1 but for their own rounding: one that does not adds its lack times the output's gradient."""
+    monkeypatch.setattr(attention_small, "KEPT", 0)
+    for seed in range(6):
+        small = attention_example(seed, [7] * 3, [[9, 9, 9]] * 3, heads=2, kv_heads=2, features=features)
+        large = attention_example(seed, [17], [[9, 30, 9]], heads=2, kv_heads=2, features=features)
+        for example in (small, large):
+            assert check_attention(scaled_scores(example, size), attend) == []
+    assert by_head.count("backward_block") > 0 or size > 8
+
+
 @pytest.mark.parametrize(("keys", "groups"), [([252, 252], 1), ([256, 252], 2), ([256, 256], 2)])
 def test_a_sample_with_a_head_for_products_of_its_own_shares_no_group(keys: list[int], groups: int) -> None:
     layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([128] * 2), torch.tensor([[n - 4, 4] for n in keys]))

@@ -5,11 +5,12 @@ keys and a head of 64; and the scores of one head stay in the second-level cache
 row is computed for all heads at once, so exponentials meet their sum only after the product with the values. The
 backward forms everything transposed, which suits two of its last three products::
 
-    E = exp2(s)                    output = ((E * share[m] * gate[m]) @ v) / sum_m share[m] * sums[m]
-    P = exp2(s + exponent[m])      dz = P * (gate[m] * R + offset[m])                     R = dO @ v^T
+    E = exp2(s)                         output = ((E * share[m] * gate[m]) @ v) / sum_m share[m] * sums[m]
+    P ~ exp2(s + exponent[m])           dz = P * (gate[m] * R + offset[m])                     R = dO @ v^T
 
-512 queries of 256 keys, 4 heads of 64, take 1.2 ms, of which products are 0.8; with gradients 4.6, of which 2.7 (one
-thread of an AMD EPYC, Zen 5). `fusedmm.eager.attention` alone takes 1.6 and 6.0.
+where P is made to sum to the mass that the forward gave. 512 queries of 256 keys, 4 heads of 64, take 1.4 ms, of which
+products are 0.8; with gradients 5.2, of which 2.8 (one thread of an AMD EPYC, Zen 5). `fusedmm.eager.attention` alone
+takes 1.7 and 6.3, and the first call after other work 0.5 more.
 """
 
 import torch
@@ -58,13 +59,13 @@ def forward_block(
     keys, values = (t.contiguous() for t in tokens)
     query, share, gate = (None if t is None else x.rows(t, group, block) for t in (x.query, share, x.gate))
     assert query is not None
-    queries = _scaled(as_matrices(query), x.scale * LOG2_E)
+    queries = as_matrices(query).contiguous()
     factor = share if gate is None else gate if share is None else share * gate
     factors = None if factor is None else as_matrices(factor)
     hidden = hidden_scores(x, group, block)
     outputs, parts = [], []
     for head, key in enumerate(keys):
-        weights = linear(queries[head], key)  # [G * n, k]
+        weights = linear(queries[head], key).mul_(x.scale * LOG2_E)  # [G * n, k]; not its factors, to round but once
         if hidden is not None:
             _hide(weights, hidden, head, block)
         columns = group.columns(weights.exp2_())
@@ -84,31 +85,35 @@ def backward_block(
     group: Group,
     block: Block,
     tokens: tuple[Tensor, Tensor],
-    packed: tuple[Tensor, Tensor, Tensor],
+    packed: tuple[Tensor, Tensor, Tensor, Tensor],
     token_sums: tuple[Tensor, Tensor, bool],
 ) -> tuple[Tensor, Tensor | None]:
     """The query's gradient, and by modality the sum of P * R with a gate, else of dz, if anything needs it; writes the
     gradients of keys and values to two buffers [total_k, Hkv, D], or adds them.
 
     Args:
-        packed: gradient of the output, exponent and offset, [total_q, Hq, D or M].
+        packed: gradient of the output, mass, exponent and offset, [total_q, Hq, D or M].
     """
     (keys, values), (grad_key, grad_value, add) = tokens, token_sums
     query = x.rows(x.query, group, block)
-    queries, keys = _scaled(as_matrices(query), LOG2_E), _scaled(keys, x.scale)
+    queries, keys = as_matrices(query).contiguous(), keys.contiguous()
     gradient, *terms = (as_matrices(x.rows(t, group, block)) for t in (*packed, x.gate) if t is not None)
     gradients, values = gradient.contiguous(), values.contiguous()
-    exponents, offsets, *gates = (t.mT.contiguous().mT for t in terms)  # rows lie together, as in the scores
-    hidden = hidden_scores(x, group, block)
+    masses, exponents, offsets, *gates = (t.mT.contiguous().mT for t in terms)  # rows lie together, as in the scores
+    hidden, tiny = hidden_scores(x, group, block), torch.finfo(x.compute_dtype).tiny
     grad_queries, grad_keys, grad_values, parts = [], [], [], []
     for head, key in enumerate(keys):
         probabilities = linear(key, queries[head]).mT  # [G * n, k]
-        if hidden is not None:
-            _hide(probabilities, hidden, head, block)
         shares = group.columns(probabilities)
         for share, exponent in zip(shares, group.factors(exponents[head]), strict=True):
-            share.add_(exponent)
+            torch.add(exponent, share, alpha=x.scale * LOG2_E, out=share)
+        if hidden is not None:
+            _hide(probabilities, hidden, head, block)
         probabilities.exp2_()
+        # Scores are not rounded as those of the forward, so that its lse leaves P no sum of 1.
+        held = masses[head] / group.reduce(shares, _sum_transposed, 0.0).clamp_min_(tiny)
+        for share, factor in zip(shares, group.factors(held), strict=True):
+            share.mul_(factor)
         products = linear(values[head], gradients[head]).mT
         columns = group.columns(products)
         offset = group.factors(offsets[head])
@@ -125,14 +130,10 @@ def backward_block(
         grad_queries.append(linear(key.mT, products).mT)
         grad_keys.append(linear(products.mT, queries[head].mT))
         grad_values.append(linear(probabilities.mT, gradients[head].mT))
-    add_keys(grad_key, group, torch.stack(grad_keys).mul_(x.scale / LOG2_E), add)
+    add_keys(grad_key, group, torch.stack(grad_keys).mul_(x.scale), add)
     add_keys(grad_value, group, torch.stack(grad_values), add)
-    return torch.stack(grad_queries), torch.stack(parts).view(*query.shape[:-1], -1) if parts else None
-
-
-def _scaled(matrices: Tensor, scale: float) -> Tensor:
-    """``scale * matrices``, contiguous."""
-    return torch.mul(matrices, scale, out=matrices.new_empty(matrices.shape))
+    grad_query = torch.stack(grad_queries).mul_(x.scale)
+    return grad_query, torch.stack(parts).view(*query.shape[:-1], -1) if parts else None
 
 
 def _hide(scores: Tensor, hidden: Tensor, head: int, block: Block) -> None:

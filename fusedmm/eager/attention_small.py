@@ -89,6 +89,9 @@ def backward(
     if kept is None:
         query, key, value = (_matrices(t, group) for t in (x.query, x.key, x.value))
         probabilities, columns = _exponentials(x, group, query, key, row_exponent(mass, lse, x.log_prior))
+        # a rounded lse leaves P no sum of 1, and what it lacks would not cancel below
+        sums = _packed(columns.sum(-1)).clamp_min_(torch.finfo(mass.dtype).tiny)
+        columns.mul_(_factors(mass / sums, group))
         weights = probabilities if x.gate is None else _gated(columns, x.gate, group)
         kept = Kept(query, key, value, probabilities, weights)
     gradient = _matrices(grad_output, group)
