@@ -197,7 +197,7 @@ def divergence(
         between    beta KL(t || mix) + (1 - beta) KL(p || mix)      (1 - beta) p (sum p s - s)
 
     s is log1p of the odds of the teacher, beta t to (1 - beta) p: where those are small, so is it, and keeps its
-    digits.
+    digits; so does ``log(mix / (beta t))``, log1p of the inverse, where they are large.
     """
     z, u = shard.shift(logits)
     ratio = torch.sub(u, z, out=memory[0])
@@ -217,13 +217,14 @@ def divergence(
         if not wants_gradient:
             return rows, None
         return rows, (_balance(ratio.sub_(mean).mul_(p), top, shard), -LN_2 / p_size)
-    ratio.add_(log_sizes + math.log2(beta / (1 - beta))).clamp_(max=EXP2_LIMIT)
-    log_share = torch.exp2(ratio, out=memory[1]).log1p_()  # s
-    of_teacher = ratio.sub_(log_share, alpha=LOG2_E).mul_(t).sum(-1, keepdim=True)  # t log2(beta t / mix)
+    ratio.add_(log_sizes + math.log2(beta / (1 - beta))).clamp_(-EXP2_LIMIT, EXP2_LIMIT)
+    odds = torch.exp2(ratio, out=memory[1])
+    of_teacher = torch.reciprocal(odds, out=ratio).log1p_().mul_(t).sum(-1, keepdim=True)  # t log(mix / (beta t))
+    log_share = odds.log1p_()  # s
     of_student = torch.mul(p, log_share, out=t).sum(-1, keepdim=True)
     of_teacher, of_student = shard.sum(torch.stack([of_teacher / t_size, of_student / p_size]))
     entropy = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)
-    rows = entropy + (beta * LN_2) * of_teacher - (1 - beta) * of_student
+    rows = entropy - beta * of_teacher - (1 - beta) * of_student
     if not wants_gradient:
         return rows, None
     return rows, (_balance(log_share.sub_(of_student).mul_(p), top, shard), (beta - 1) / p_size)

@@ -194,10 +194,10 @@ def _divergence(log_p: Tensor, log_t: Tensor, beta: float, factor: Tensor | None
     t = _powers(log_t)
     odds = log_t.sub_(log_p).add_(math.log(beta / (1 - beta)))
     log_share = F.softplus(odds)
-    of_teacher = _sum(odds.sub_(log_share).mul_(t))
+    of_teacher = _sum(F.softplus(odds.neg_()).mul_(t))
     of_student = _sum(torch.mul(p, log_share, out=t))
     entropy = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)
-    rows = of_teacher.mul_(beta).sub_(of_student, alpha=1 - beta).add_(entropy)
+    rows = entropy - of_teacher.mul_(beta).add_(of_student, alpha=1 - beta)
     if factor is None:
         return rows, None
     return rows, torch._softmax_backward_data(log_share.mul_(factor * (beta - 1)), p, -1, p.dtype)
