@@ -339,3 +339,20 @@ def test_of_equal_classes_a_top_k_teacher_means_the_first_it_names(impl: str, de
     teacher = TopKLogProbs(torch.tensor([[5, 2, 9]] * 3).to(device), torch.tensor([[-1.0, -1.0, -2.0]] * 3).to(device))
     scores = distillation_scores(Logits(values.to(device)), teacher, impl=impl)
     assert scores.agreement.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_sums_are_not_rounded_where_products_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over few classes are products with ones, but not where float32 products are rounded to bfloat16."""
+    monkeypatch.setattr(distillation_small, "SCALAR_ELEMENTS", 0)
+    heads = LinearHead(draw(ROWS, 6), draw(5, 6, seed=1)), LinearHead(draw(ROWS, 6, seed=2), draw(5, 6, seed=3))
+    expected = distillation_scores(*heads, impl="eager")
+    monkeypatch.setattr(torch.Tensor, "__matmul__", None)
+    with pytest.raises(TypeError):
+        distillation_scores(*heads, impl="eager")
+    torch.backends.mkldnn.matmul.fp32_precision, before = "bf16", torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        found = distillation_scores(*heads, impl="eager")
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    torch.testing.assert_close(found.forward_kl, expected.forward_kl)
+    torch.testing.assert_close(found.hellinger, expected.hellinger)

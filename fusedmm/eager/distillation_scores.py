@@ -174,8 +174,11 @@ def _pair_sums(
 
 
 def _ones(x: Tensor) -> Tensor | None:
-    """What sums the classes of `x` as a product with it, where they are major."""
-    return None if x.stride(-1) == 1 else x.new_ones((x.shape[-1],))
+    """What sums the classes of `x` as a product with it, where they are major, and where products of float32 are not
+    rounded to less at a user's wish: that is a wish for logits.
+    """
+    precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    return None if x.stride(-1) == 1 or precision in ("bf16", "tf32") else x.new_ones((x.shape[-1],))
 
 
 def _sum(x: Tensor, ones: Tensor | None) -> Tensor:

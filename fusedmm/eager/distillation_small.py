@@ -93,7 +93,7 @@ def loss(
         return rows, (empty, empty, empty)
     if log_p.amax().item() > SATURATED:
         top = log_p.gt_(SATURATED)  # 1 at a class that saturates its row, else 0
-        grad.addcmul_(top, _sum(grad)[:, None], value=-1.0)
+        grad.addcmul_(top, grad.sum(-1, keepdim=True), value=-1.0)
     clear_forbidden(grad, rows, student, slice(None))
     hidden, weight, dtype = student.hidden, student.weight, grad.dtype
     grad_input = cast(multiply(grad, cast(weight, dtype)), hidden.dtype) if needs[0] else empty
@@ -163,11 +163,6 @@ def _powers(logarithms: Tensor) -> Tensor:
     return torch.mul(logarithms, LOG2_E).exp2_()
 
 
-def _sum(x: Tensor) -> Tensor:
-    """Sum of each row, as a product: two thirds of a reduction's time."""
-    return torch.mv(x, x.new_ones((x.shape[1],)))
-
-
 def _cross_entropy(log_p: Tensor, labels: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """[rows] and, with a factor [rows, 1], its gradient in the logits times that."""
     rows = F.nll_loss(log_p, labels, reduction="none")
@@ -182,20 +177,20 @@ def _divergence(log_p: Tensor, log_t: Tensor, beta: float, factor: Tensor | None
     """
     if beta == 0.0:
         t = _powers(log_t)
-        rows = _sum(log_t.sub_(log_p).mul_(t))
+        rows = log_t.sub_(log_p).mul_(t).sum(-1)
         if factor is None:
             return rows, None
         return rows, torch._log_softmax_backward_data(t.mul_(-factor), log_p, -1, log_p.dtype, out=log_t)
     p = _powers(log_p)
     if beta == 1.0:
         ratio = torch.sub(log_p, log_t, out=log_t)
-        rows = _sum(p * ratio)
+        rows = (p * ratio).sum(-1)
         return rows, None if factor is None else torch._softmax_backward_data(ratio.mul_(factor), p, -1, p.dtype)
     t = _powers(log_t)
     odds = log_t.sub_(log_p).add_(math.log(beta / (1 - beta)))
     log_share = F.softplus(odds)
-    of_teacher = _sum(F.softplus(odds.neg_()).mul_(t))
-    of_student = _sum(torch.mul(p, log_share, out=t))
+    of_teacher = F.softplus(odds.neg_()).mul_(t).sum(-1)
+    of_student = torch.mul(p, log_share, out=t).sum(-1)
     entropy = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)
     rows = entropy - of_teacher.mul_(beta).add_(of_student, alpha=1 - beta)
     if factor is None:
