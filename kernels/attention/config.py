@@ -15,19 +15,19 @@ MAX_REGISTERS = 255  # of a thread; where nothing is said the compiler may make 
 # a thread behind them where the compiler is not to choose; a smaller head uses the 64.
 _TABLE: dict[tuple[str, int], dict[str, dict[int, tuple[int, ...]]]] = {
     ("forward", 2): {
-        "sm_80": {64: (128, 32, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+        "sm_80": {64: (128, 32, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
         "sm_90": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
         "sm_100": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
         "gfx942": {64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)},
     },
     ("key_value", 2): {
-        "sm_80": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)},
+        "sm_80": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 1)},
         "sm_90": {64: (64, 64, 4, 3), 128: (32, 128, 8, 2), 256: (32, 32, 8, 2)},
         "sm_100": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
         "gfx942": {64: (32, 64, 4, 1), 128: (32, 64, 4, 1), 256: (16, 64, 8, 1)},
     },
     ("query", 2): {
-        "sm_80": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 2)},
+        "sm_80": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 2)},
         "sm_90": {64: (64, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
         "sm_100": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2, MAX_REGISTERS)},
         "gfx942": {64: (128, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)},
@@ -35,13 +35,13 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, tuple[int, ...]]]] = {
     # For few queries: 64 rows, a warp group's. With fewer, products read key tiles through shared memory once a warp,
     # which costs sm_90 what the rows save.
     ("forward few", 2): {
-        "sm_80": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
+        "sm_80": {64: (64, 64, 4, 3), 128: (32, 128, 4, 2), 256: (64, 64, 8, 2)},
         "sm_90": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
         "sm_100": {64: (64, 64, 4, 3, MAX_REGISTERS), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
         "gfx942": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (64, 16, 4, 1)},
     },
     ("query few", 2): {
-        "sm_80": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 2)},
+        "sm_80": {64: (64, 64, 4, 3), 128: (32, 64, 4, 2), 256: (32, 32, 4, 2)},
         "sm_90": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 1)},
         "sm_100": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2, MAX_REGISTERS), 256: (64, 32, 8, 2)},
         "gfx942": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)},
@@ -65,43 +65,77 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, tuple[int, ...]]]] = {
         "sm_100": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
         "gfx942": {64: (32, 16, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 2)},
     },
-}
-# The same for passes over queries whose key tiles span segments. Rows of a warp group: samples of short segments have
-# few tiles, and more programs on a multiprocessor hide more of what each of their small products waits for.
-_SPANS: dict[tuple[str, int], dict[str, dict[int, tuple[int, ...]]]] = {
-    ("forward", 2): {
+    # Of key tiles that span segments. Rows of a warp group: samples of short segments have few tiles, and more programs
+    # on a multiprocessor hide more of what each of their small products waits for. The pass over keys, whose pairs have
+    # terms of their own, takes fewer queries.
+    ("forward spans", 2): {
         "sm_80": {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
         "sm_90": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
         "sm_100": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (64, 64, 8, 2)},
         "gfx942": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (64, 16, 4, 1)},
     },
-    ("query", 2): {
-        "sm_80": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)},
+    ("key_value spans", 2): {
+        "sm_80": {64: (32, 64, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 2)},
+        "sm_90": {64: (64, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+        "sm_100": {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
+        "gfx942": {64: (32, 64, 4, 1), 128: (32, 64, 4, 1), 256: (16, 32, 8, 1)},
+    },
+    ("query spans", 2): {
+        "sm_80": {64: (64, 32, 8, 2), 128: (64, 32, 4, 2), 256: (64, 16, 8, 2)},
         "sm_90": {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
         "sm_100": {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
         "gfx942": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)},
     },
-    ("forward", 4): {
+    ("forward spans", 4): {
         "sm_80": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2)},
         "sm_90": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 32, 8, 2)},
         "sm_100": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 32, 8, 2)},
         "gfx942": {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
     },
-    ("query", 4): {
+    ("key_value spans", 4): {
+        "sm_80": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
+        "sm_90": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
+        "sm_100": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
+        "gfx942": {64: (16, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
+    },
+    ("query spans", 4): {
         "sm_80": {64: (32, 32, 8, 2), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
         "sm_90": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 4, 2)},
         "sm_100": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
         "gfx942": {64: (32, 16, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
     },
 }
+# Tiles of a variant that would spill in those above, of 16-bit inputs: counters of dropout, masks of visible ranges or
+# of columns (heads of 80, 96) and the tile of an output gate take registers; few keys are fewer rows than four warps
+# hold. (variant, pass, arch, BLOCK_D): as above.
+_VARIANTS: dict[tuple[str, str, str, int], tuple[int, ...]] = {
+    ("dropout", "forward", "sm_80", 128): (32, 128, 4, 2),
+    ("dropout", "key_value", "sm_80", 64): (32, 64, 4, 2),
+    ("dropout", "key_value", "sm_80", 128): (64, 32, 4, 2),
+    ("dropout", "key_value", "sm_90", 64): (32, 64, 4, 3),
+    ("dropout", "key_value", "sm_100", 64): (32, 128, 8, 2),
+    ("dropout", "key_value spans", "sm_90", 64): (16, 64, 4, 2),
+    ("dropout", "query", "sm_80", 64): (64, 32, 4, 2),
+    ("dropout", "query", "sm_80", 128): (32, 64, 4, 2),
+    ("dropout", "query", "sm_90", 64): (64, 64, 4, 1),
+    ("dropout", "query few", "sm_80", 64): (64, 32, 4, 2),
+    ("dropout", "query few", "sm_90", 64): (64, 64, 4, 1),
+    ("visible", "forward spans", "sm_80", 128): (64, 32, 4, 2),
+    ("visible", "key_value", "sm_80", 128): (32, 64, 4, 2),
+    ("visible", "key_value", "sm_90", 64): (32, 64, 4, 2),  # under Triton 3.6
+    ("visible", "key_value spans", "sm_80", 64): (16, 64, 4, 2),
+    ("visible", "key_value spans", "sm_90", 64): (16, 64, 4, 2),
+    ("output gate", "forward", "sm_80", 64): (128, 32, 4, 2),
+    ("output gate", "forward", "sm_80", 128): (32, 128, 4, 2),
+    ("short", "key_value", "sm_80", 64): (64, 32, 2, 2),
+    ("short", "key_value", "sm_80", 128): (32, 32, 2, 2),
+    ("masked columns", "forward spans", "sm_80", 128): (32, 32, 4, 2),
+}
 # (arch, BLOCK_D) of the order of the forward's products that needs them to be asynchronous. From 128 on the second set
 # of scores would spill, and ptxas waits for the products before most of the exp2 that they could hide.
 _CARRY_SCORES = {("sm_90", 64)}
 # The option beside which, at BLOCK_D 256, more than 32 keys a tile spill; tails of more than 16 spill there as well.
 _NARROWING = {"sm_90": "dropout", "sm_100": "visible"}
-# Queries, where not 32, of a tile that spans segments: its pairs have terms of their own, for which larger tiles spill
-# or lack sm_80's shared memory.
-_SPAN_QUERIES = {("sm_90", 64): 64, ("sm_100", 256): 16}
 BLOCK_TAIL = 32  # keys of the tile that finishes a segment: a segment of 5 keys costs 32 columns, not BLOCK_K
 BLOCK_ROWS = 32  # queries of a program of the backward's first pass, which only streams
 FEW_QUERIES = 64  # queries of the average sample up to which tiles have so many rows
@@ -116,6 +150,19 @@ def head_block(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+def _tiles(
+    which: str, block_d: int, dtype: torch.dtype, arch: str, variants: dict[str, bool] | None = None
+) -> tuple[int, ...]:
+    """(BLOCK_Q, BLOCK_K, num_warps, num_stages) of a pass, and the most registers where they are given: of the first
+    variant in use that has its own, if any."""
+    size = max(64, block_d)
+    if dtype.itemsize == 2:
+        for variant in (name for name, is_used in (variants or {}).items() if is_used):
+            if own := _VARIANTS.get((variant, which, arch, size)):
+                return own
+    return _TABLE[which, dtype.itemsize][arch][size]
+
+
 def _attention_forward_config(
     head_dim: int,
     dtype: torch.dtype,
@@ -125,6 +172,7 @@ def _attention_forward_config(
     dropout: bool = False,
     visible: bool = False,
     wide_end: bool = False,
+    output_gate: bool = False,
 ) -> LaunchConfig:
     """Tiles of the forward, where a sample has ``mean_queries`` queries on average.
 
@@ -135,8 +183,9 @@ def _attention_forward_config(
     narrowing = _NARROWING.get(arch) if block_d == 256 and dtype.itemsize == 2 else None
     # float32's tiles have no more rows in any case
     is_few = dtype.itemsize == 2 and (mean_queries <= FEW_QUERIES or (wide_end and narrowing is not None))
-    table = _TABLE["forward few" if is_few else "forward", dtype.itemsize]
-    block_q, block_k, num_warps, num_stages, *max_registers = table[arch][max(64, block_d)]
+    which = "forward few" if is_few else "forward"
+    variants = {"dropout": dropout, "output gate": output_gate}
+    block_q, block_k, num_warps, num_stages, *max_registers = _tiles(which, block_d, dtype, arch, variants)
     if (narrowing == "dropout" and dropout) or (narrowing == "visible" and visible):
         block_k = min(block_k, 32)
     blocks = {
@@ -158,22 +207,17 @@ def _attention_backward_key_value_config(
     head_dim: int, dtype: torch.dtype, arch: str, mean_keys: int, *, spans: bool, visible: bool, dropout: bool
 ) -> LaunchConfig:
     """Tiles of the backward for keys and values, where a segment, or with ``spans`` a sample, has ``mean_keys`` keys
-    on average. Dropout, whose counters need registers and take most of the time, gets fewer queries a tile."""
+    on average."""
     block_d = head_block(head_dim)
-    block_q, block_k, num_warps, num_stages = _TABLE["key_value", dtype.itemsize][arch][max(64, block_d)]
-    if spans:
-        block_q = min(block_q, _SPAN_QUERIES.get((arch, max(64, block_d)), 32))
-        block_k = min(block_k, 64 if block_d <= 128 else 32)
-        num_stages = min(num_stages, 2)
-    if (dropout and block_d <= 64) or (spans and visible):
-        block_q = min(block_q, 16 if spans and block_d <= 64 and arch == "sm_90" else 32)
-    elif visible and block_d <= 64 and arch == "sm_90":  # more would spill under Triton 3.6
-        block_q, num_stages = min(block_q, 32), min(num_stages, 2)
-    if mean_keys <= SHORT_SEGMENT:
+    short = mean_keys <= SHORT_SEGMENT
+    which = "key_value spans" if spans else "key_value"
+    variants = {"dropout": dropout, "visible": visible, "short": short}
+    block_q, block_k, num_warps, num_stages, *max_registers = _tiles(which, block_d, dtype, arch, variants)
+    if short:
         block_k = min(block_k, SHORT_SEGMENT)
-        num_warps = 4 if dtype.itemsize == 2 and block_d <= 128 else num_warps
+        num_warps = min(num_warps, 4) if dtype.itemsize == 2 and block_d <= 128 else num_warps
     blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_D": block_d}
-    return LaunchConfig(blocks=blocks, num_warps=num_warps, num_stages=num_stages)
+    return LaunchConfig(blocks, num_warps, num_stages, *max_registers)
 
 
 def _attention_backward_query_config(
@@ -182,12 +226,11 @@ def _attention_backward_query_config(
     """Tiles of the backward for queries, gates and priors, where a sample has ``mean_queries`` on average."""
     block_d = head_block(head_dim)
     is_few = mean_queries <= FEW_QUERIES and dtype.itemsize == 2
-    table = _TABLE["query few" if is_few else "query", dtype.itemsize]
-    block_q, block_k, num_warps, num_stages, *max_registers = table[arch][max(64, block_d)]
+    which = "query few" if is_few else "query"
+    block_q, block_k, num_warps, num_stages, *max_registers = _tiles(which, block_d, dtype, arch, {"dropout": dropout})
     block_tail = min(BLOCK_TAIL, block_k)
-    if arch == "sm_90" and dtype.itemsize == 2:  # dropout, and the column masks of 80 and 96, would spill
-        num_stages = 1 if dropout and block_d <= 64 else num_stages
-        block_tail = block_k if 64 < head_dim < block_d <= 128 and not dropout else block_tail
+    if arch == "sm_90" and dtype.itemsize == 2 and 64 < head_dim < block_d <= 128 and not dropout:
+        block_tail = block_k  # the column masks of 80 and 96 would spill
     blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_TAIL": block_tail, "BLOCK_D": block_d}
     return LaunchConfig(blocks, num_warps, num_stages, *max_registers)
 
@@ -197,7 +240,8 @@ def _attention_spans_config(
 ) -> LaunchConfig:
     """Tiles of the forward ("forward") or the backward for queries ("query") that span segments."""
     block_d = head_block(head_dim)
-    block_q, block_k, num_warps, num_stages, *max_registers = _SPANS[which, dtype.itemsize][arch][max(64, block_d)]
+    variants = {"visible": visible, "masked columns": head_dim < block_d}
+    block_q, block_k, num_warps, num_stages, *max_registers = _tiles(f"{which} spans", block_d, dtype, arch, variants)
     if visible and arch == "sm_100":  # the bounds of each pair are products as well, and want tensor memory
         block_k = min(block_k, 32)
     block_m = 16 if num_modalities <= 16 else 32

@@ -224,7 +224,7 @@ def _attention_forward_kernel(
                     weight = weight * tl.load(gate_ptrs, mask=mask_q, other=0.0)
                 total += acc * weight[:, None]
 
-    if BLOCK_D > 128:  # Once more: carried through the loops they would spill.
+    if BLOCK_D > 64 and query.dtype != tl.float32:  # Once more: carried through the loops they would spill.
         sample, first_query, head = load_work(query_tiles_ptr, num_heads + hidden_zero(num_heads), BLOCK_Q)
         query_stop = tl.load(cu_seqlens_q_ptr + sample + 1)
     if SOFTMAX == "joint":

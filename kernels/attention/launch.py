@@ -82,6 +82,7 @@ def attention_forward(
         dropout=problem.seed is not None,
         visible=problem.visible is not None,
         wide_end=problem.softmax != "joint" or problem.output_gate is not None,
+        output_gate=problem.output_gate is not None,
     )
     splits = _splits(query, key, problem, config, results=1 if problem.softmax == "joint" else problem.num_modalities)
     if splits > 1:

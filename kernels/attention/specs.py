@@ -145,8 +145,8 @@ def _joint_specs(
     label = f"[joint,{variant},d{head_dim},{DTYPES[dtype]}]"
     common: dict[str, Any] = {"dtype": dtype, "arch": arch, "present": present, "HEAD_DIM": head_dim}
     options = {"visible": "visible_ptr" in present, "dropout": "seed_ptr" in present}
-    wide_end = "output_gate_ptr" in present
-    forward = _attention_forward_config(head_dim, dtype, arch, MANY, wide_end=wide_end, **options)
+    gated = "output_gate_ptr" in present
+    forward = _attention_forward_config(head_dim, dtype, arch, MANY, wide_end=gated, output_gate=gated, **options)
     yield _spec(_attention_forward_kernel, f"attention_forward{label}", forward, SOFTMAX="joint", **common)
     for length, mean_segment in SEGMENTS.items():
         if length == "long" or variant == "gated":

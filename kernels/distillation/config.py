@@ -58,7 +58,9 @@ def tile_config(
         return _config(64, 128, 64, slabs=8, num_warps=4, num_stages=3)
     if kind == "scores":  # two rows a thread, not four: 22 numbers of each
         return _config(32, 64, 64, slabs=4, num_warps=4, num_stages=3)
-    return _config(64, 64, 64, slabs=8 if kind == "mixture" else 4, num_warps=4, num_stages=3)
+    if kind == "mixture":  # a third stage would spill
+        return _config(64, 64, 64, slabs=8, num_warps=4, num_stages=2 if is_shared else 3)
+    return _config(64, 64, 64, slabs=4, num_warps=4, num_stages=3)
 
 
 def _config(
