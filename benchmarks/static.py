@@ -212,15 +212,13 @@ def write_rows(file: Path, rows: Sequence[Row]) -> None:
 
 
 def faults(row: Row) -> list[str]:
-    """What no kernel may have: spills in its main loop, on sm_90 anywhere; more shared memory or registers than the
-    chip; no code.
-    """
+    """What no kernel may have: spills, more shared memory or registers than the chip, no code."""
     found = []
     if row.registers < LEAST_REGISTERS:
         found.append(f"{row.registers} registers: nothing but a trap, as Triton writes where tensor memory runs out")
     if row.main_spills:
         found.append(f"{row.main_spills} spills in the main loop")
-    elif row.spills and row.arch == "sm_90":
+    elif row.spills:
         found.append(f"{row.spills} spills")
     if row.shared > SHARED_BYTES[row.arch]:
         found.append(f"{row.shared} bytes of shared memory, {row.arch} has {SHARED_BYTES[row.arch]}")

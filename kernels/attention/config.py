@@ -1,8 +1,8 @@
 """Tile sizes of the attention kernels, from head size, dtype and architecture: pure functions over one table.
 
-Chosen by what the compiler makes of them, not by timings yet. No entry spills registers in a main loop or asks for more
-shared memory than its architecture has: `python -m benchmarks static` compiles them all and says so. A head of 80 or 96
-runs in tiles of 128, whose padding is multiplied but not read: 64 + 32 would save a quarter of the products, and take
+Chosen by what the compiler makes of them, not by timings yet. No entry spills registers or asks for more shared
+memory than its architecture has: `python -m benchmarks static` compiles them all and says so. A head of 80 or 96 runs
+in tiles of 128, whose padding is multiplied but not read: 64 + 32 would save a quarter of the products, and take
 two loads, products and accumulators for each one of every kernel.
 """
 
