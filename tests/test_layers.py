@@ -24,6 +24,7 @@ LEVELS = {
     "ops": 4,
     "score_log": 4,
     "selection": 4,
+    "flops": 5,
     "scoring": 5,
     "nn": 6,
     "train": 7,
