@@ -15,13 +15,18 @@ from benchmarks.peers import require
 
 CHUNK = 1024  # rows of the chunked compositions
 MODES = ("forward", "both")  # a fast path takes the gradient in the forward: the backward alone says nothing
+# every score of a pair of heads and labels that needs one pass
 FIELDS = (
     "forward_kl",
     "reverse_kl",
     "hellinger",
     "student_entropy",
     "teacher_entropy",
+    "student_confidence",
+    "teacher_confidence",
+    "agreement",
     "student_nll",
+    "teacher_nll",
     "excess_loss",
     "el2n",
     "margin",
@@ -271,7 +276,11 @@ def _row_scores(
         1 - (p * t).sqrt().sum(-1),
         -(p * log_p).sum(-1),
         -(t * log_t).sum(-1),
+        p.amax(-1),
+        t.amax(-1),
+        (z.argmax(-1) == u.argmax(-1)).float(),
         student_nll,
+        teacher_nll,
         student_nll - teacher_nll,
         p.scatter_add(1, label, -torch.ones_like(label, dtype=p.dtype)).norm(dim=-1),
         z.gather(1, label)[:, 0] - others.amax(-1),
