@@ -34,12 +34,15 @@ def check_shapes(
 
     Raises:
         ShapeError: naming the argument, what it has and what was expected.
+        TypeError: for what is no tensor, a list among them.
     """
     sizes = dict(known or {})
     owners: dict[str, str] = {}
     for argument, (tensor, dims) in shapes.items():
         if tensor is None:
             continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {argument} must be a tensor, got {type(tensor).__name__}. Use torch.as_tensor.")
         shape = tensor.shape
         if len(shape) != len(dims):
             raise ShapeError(

@@ -119,6 +119,12 @@ def test_what_a_newcomer_gets_wrong_is_named() -> None:
     student, teacher = heads()
     with pytest.raises(TypeError, match=r"student.weight must be a tensor, got Linear. Use LinearHead\(hidden, linear"):
         distillation_loss(LinearHead(student.hidden, torch.nn.Linear(16, 5)), teacher)
+    with pytest.raises(
+        TypeError, match=r"student must be LinearHead .* got Tensor. Wrap it: LinearHead\(hidden, weight"
+    ):
+        distillation_loss(student.hidden, teacher)
+    with pytest.raises(TypeError, match=r"teacher must be .* got Tensor. Wrap it: LinearHead\(hidden, weight"):
+        distillation_loss(student, teacher.hidden)
     top = torch.randn(4, 5).log_softmax(-1).topk(2)  # values first, as torch.topk returns them
     with pytest.raises(TypeError, match=r"indices must be int64, got float32. Use TopKLogProbs\(indices, log_probs\)"):
         distillation_scores(student, TopKLogProbs(*top))

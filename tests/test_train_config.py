@@ -57,6 +57,7 @@ def test_values_and_overrides(tmp_path: Path) -> None:
         ("[train]\nseeds = []", (), ("train.seeds", "at least one")),
         ("[train]\nseeds = [1, 1]", (), ("train.seeds", "distinct")),
         ("[train]\nsteps = 10\nwarmup = 20", (), ("train.warmup", "at most train.steps=10", "got 20")),
+        ("[train]\nsteps = 10", (), ("train.warmup", "at most train.steps=10", "where it is not given, 20")),
         ("[model]\ndim = 40\nheads = 4", (), ("model.heads", "dim=40", "got 4")),
         ('[[variant]]\nfusion = "gatd"', (), ("variant.fusion", "'gated', 'plain', 'concat'", "got 'gatd'")),
         ('[[variant]]\nname = "../a"', (), ("variant.name", "got '../a'")),

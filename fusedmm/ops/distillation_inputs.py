@@ -19,6 +19,7 @@ from fusedmm.heads import Head, LinearHead, Logits, Teacher, TopKLogProbs
 from fusedmm.impl import resolve_impl
 from fusedmm.shapes import FLOATS, ShapeError, check_device, check_dtype, check_shapes
 
+ADVICE = "Wrap it: LinearHead(hidden, weight, bias), or Logits(logits)."
 MOST_PASSED = 256  # signatures that are remembered, before all are forgotten
 _PASSED: dict[Hashable, tuple[Shard, str]] = {}
 
@@ -65,12 +66,11 @@ def check_inputs(
     if not isinstance(student, LinearHead | Logits):
         raise TypeError(
             f"{op}: student must be LinearHead or Logits, got {type(student).__name__}. "
-            "Its gradient needs the logits of all classes."
+            f"{ADVICE} Its gradient needs the logits of all classes."
         )
     if not isinstance(teacher, LinearHead | Logits | TopKLogProbs):
         raise TypeError(
-            f"{op}: teacher must be LinearHead, Logits or TopKLogProbs, got {type(teacher).__name__}. "
-            "Wrap it in one of them."
+            f"{op}: teacher must be LinearHead, Logits or TopKLogProbs, got {type(teacher).__name__}. {ADVICE}"
         )
     student, sharded_classes = _localize(op, "student", student)
     shapes = _head_shapes("student", student)

@@ -269,7 +269,8 @@ def _check_together(recipe: Recipe, origin: str) -> None:
         )
     if train.warmup > train.steps:
         raise RecipeError(
-            f"train: train.warmup in {origin} must be at most train.steps={train.steps}, got {train.warmup}."
+            f"train: train.warmup in {origin} must be at most train.steps={train.steps}, got {train.warmup} "
+            f"(where it is not given, {TrainConfig().warmup})."
         )
     for what, names in (("train.seeds", train.seeds), ("variant.name", [variant.name for variant in recipe.variant])):
         if not names or len(set(names)) != len(names):
