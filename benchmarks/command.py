@@ -67,7 +67,11 @@ def _bench(words: list[str]) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--json", type=Path, help="append the results to this file, each as soon as it exists")
     parser.add_argument("--save", action="store_true", help="append the results to benchmarks/results/<device>.jsonl")
-    parser.add_argument("--against", metavar="REV", help="beside another commit, naming what got slower")
+    parser.add_argument(
+        "--against",
+        metavar="REV",
+        help="case by case after this tree, another commit too, naming what got slower: wants an idle machine",
+    )
     parser.add_argument("--isolate", action="store_true", help="survive crashes and hangs: run in a child process")
     parser.add_argument("--case-limit-s", type=float, default=120.0, help="with --isolate: most seconds of one case")
     parser.add_argument("--list", action="store_true", help="only name the cases")
