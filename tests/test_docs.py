@@ -1,0 +1,69 @@
+"""The Python of the documents runs as it stands."""
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def blocks(page: str) -> list[str]:
+    """The Python blocks of a page, in order."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Run every block of a page, one after another, with ``names`` defined beforehand."""
+    found = blocks(page)
+    assert found
+    for place, block in enumerate(found):
+        exec(compile(block, f"{page}, block {place}", "exec"), names)
+    return names
+
+
+def test_readme() -> None:
+    shapes = {"price": (20, 16), "text": (9, 384), "audio": (12, 29)}
+    names = {name: torch.randn(4, *shape) for name, shape in shapes.items()}
+    names |= {f"{name}_mask": torch.rand(4, shape[0]) > 0.3 for name, shape in shapes.items()}
+    names |= {f"{name}_time": torch.randint(0, 100, (4, shape[0])) for name, shape in shapes.items()}
+    # "Before" needs tokens and query of one width; "after" is what must run with tokens as they are.
+    before, after = blocks("README.md")
+    same_width = {"query": torch.randn(4, 6, 256), **{name: torch.randn(4, 9, 256) for name in shapes}}
+    exec(before, {"torch": torch, "nn": nn, **same_width})
+    names |= {"query": torch.randn(4, 6, 256), "now": torch.full((4, 6), 50)}
+    found: dict[str, Any] = names
+    exec(after, found)
+    assert found["out"].shape == (4, 6, 256)
+    assert found["mass"].shape == (4, 6, 8, 3)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch, "compile", partial(torch.compile, backend="aot_eager")
+    )  # traced whole, without a compiler
+    found = run("docs/guide.md", {"path": tmp_path / "model.pt"})
+    assert found["scores"].shape == (16, 8, 3)
+    assert found["squared"].shape == (16, 8, 3)
+    assert found["gate"].active(1).all()
+    torch.testing.assert_close(found["same"], found["result"].output)
+    assert found["logits"].dtype == torch.bfloat16
+
+
+def test_distillation() -> None:
+    names = {
+        "hidden": torch.randn(10, 16, requires_grad=True),
+        "head": nn.Linear(16, 40),
+        "teacher_hidden": torch.randn(10, 24),
+        "teacher_head": nn.Linear(24, 40),
+        "labels": torch.randint(0, 40, (10,)),
+    }
+    found = run("docs/distillation.md", names)
+    assert found["keep"].sum() == 6
+    found["loss"].backward()
+    assert found["head"].weight.grad.isfinite().all()
