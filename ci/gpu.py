@@ -28,6 +28,7 @@ ELSEWHERE = (
         "benchmarks",
         "ci",
         "cpu_speed",
+        "docs",
         "hopper_numerics",
         "hopper_overlap",
         "hopper_protocol",

@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from fusedmm.train.config import load_recipe
+from fusedmm.train.task import load_task
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -53,6 +56,21 @@ def test_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["gate"].active(1).all()
     torch.testing.assert_close(found["same"], found["result"].output)
     assert found["logits"].dtype == torch.bfloat16
+
+
+def test_data_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = run("docs/data-format.md", {})
+    batch = found["batch"]
+    assert {name: x.shape[1:] for name, x in batch.tokens.items()} == {
+        "price": (8, 3),
+        "text": (1, 32),
+        "audio": (5, 4),
+    }
+    (recipe,) = re.findall(r"^```toml\n(.*?)^```", (ROOT / "docs/data-format.md").read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "mine.toml").write_text(recipe)
+    task = load_task(load_recipe("mine.toml"))
+    assert len(task.train) > len(task.split("test")) > 0
 
 
 def test_distillation() -> None:

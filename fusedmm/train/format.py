@@ -354,7 +354,7 @@ def _read_tokens(directory: Path, name: str, modality: ModalityInfo, samples: pd
 def _fixed_size_values(table: pa.Table, file: str, modality: ModalityInfo) -> Float32Array:
     kind = table.schema.field("values").type
     if not (pa.types.is_fixed_size_list(kind) and pa.types.is_float32(kind.value_type)):
-        raise _fail(file, "values", None, f"must be a fixed-size list of float32, got {kind}.")
+        raise _fail(file, "values", None, f"must be a fixed-size list of float32, got {kind}. Use write_dataset.")
     if modality.units and len(modality.units) != kind.list_size:
         raise _fail(
             file, "values", None, f"has width {kind.list_size}, but dataset.json gives {len(modality.units)} units."
