@@ -152,6 +152,7 @@ def _measure(args: argparse.Namespace, kind: str, chosen: dict[str, Builder], se
     telemetry, ceilings = Telemetry(device), roofline.measure(device)
     run = results.describe_run(device, ceilings, telemetry)
     print(f"{run.device}: copy {run.copy_gb_s} GB/s, matrix product {run.matrix_tflops} TFLOP/s, commit {run.commit}")
+    print("median [20th, 80th percentile]; of ceiling: share of what bounds it, above; x: times as long as fusedmm")
     if kind == "cuda" and telemetry.missing:
         print(f"clocks, power and energy are not read ({telemetry.missing}): no ratios are shown")
     files = _files(args, run)
