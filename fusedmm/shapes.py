@@ -1,4 +1,4 @@
-"""Checks of what a user passes: one helper for shapes, one for dtypes, one form of error.
+"""Checks of what a user passes: one helper for shapes, one for dtypes, one for types, one form of error.
 
 Every message reads ``op: argument rule, got value. What to do.`` Nothing here reads a tensor's values, so no check
 waits for a GPU.
@@ -64,6 +64,12 @@ def check_shapes(
 
 def _named(dims: Sequence[Dim]) -> str:
     return "[" + ", ".join(str(dim) for dim in dims) + "]"
+
+
+def check_type(op: str, argument: str, value: object, wanted: type, advice: str) -> None:
+    """Complain with ``TypeError`` where an argument is no ``wanted``; ``advice`` says how one is made."""
+    if not isinstance(value, wanted):
+        raise TypeError(f"{op}: {argument} must be a {wanted.__name__}, got {type(value).__name__}. {advice}")
 
 
 def check_broadcast(op: str, argument: str, tensor: Tensor, shape: Sequence[int], dims: Sequence[str]) -> Tensor:

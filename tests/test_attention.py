@@ -281,6 +281,8 @@ class TestBadInput:
             ({"output_gate": torch.randn(5, 2, 8)}, fusedmm.ShapeError, "output_gate must broadcast"),
             ({"active": torch.ones(2, 3).bool()}, fusedmm.ShapeError, "active has modality=3, but the layout has"),
             ({"active": torch.ones(2, 2)}, TypeError, "active must be bool, got float32"),
+            ({"layout": None}, TypeError, "layout must be a ModalityLayout, got NoneType. Build one with"),
+            ({"layout": torch.ones(2, 2)}, TypeError, "layout must be a ModalityLayout, got Tensor"),
             ({"softmax": "sparse"}, ValueError, 'softmax must be "joint" or "per_modality"'),
             ({"softmax": "per_modality", "log_prior": torch.zeros(2)}, ValueError, "log_prior must be None"),
             ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),

@@ -76,3 +76,9 @@ def test_bad_input(packed) -> None:
         fusedmm.merge_modalities(partials, torch.zeros(3), softmax="per_modality")
     with pytest.raises(fusedmm.ShapeError, match=r"modality_partials: query has query=13"):
         fusedmm.modality_partials(query[1:], key, value, layout)
+    with pytest.raises(TypeError, match=r"modality_partials: layout must be a ModalityLayout, got NoneType\. Build"):
+        fusedmm.modality_partials(query, key, value, None)
+    for op in (fusedmm.merge_modalities, fusedmm.leave_one_out):
+        wanted = rf"^{op.__name__}: partials must be a ModalityPartials, got Tensor\. Pass what modality_partials"
+        with pytest.raises(TypeError, match=wanted):
+            op(partials.output)

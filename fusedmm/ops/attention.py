@@ -13,7 +13,7 @@ from fusedmm.impl import resolve_impl
 from fusedmm.layout import ModalityLayout
 from fusedmm.ops.attention_op import Problem, attention
 from fusedmm.reference import attention as reference
-from fusedmm.shapes import FLOATS, ShapeError, check_broadcast, check_device, check_dtype, check_shapes
+from fusedmm.shapes import FLOATS, ShapeError, check_broadcast, check_device, check_dtype, check_shapes, check_type
 from fusedmm.visibility import Visibility, find_visible
 
 OP = "gated_multimodal_attention"
@@ -98,7 +98,7 @@ def gated_multimodal_attention(
 
     Raises:
         ShapeError: shapes that disagree, among themselves or with the layout.
-        TypeError: wrong dtypes; float times among them.
+        TypeError: wrong dtypes, float times among them; a layout that is no ModalityLayout.
         ValueError: bad values, such as a log_prior beside softmax="per_modality".
         NotImplementedError: no Triton kernel for this call, with all reasons.
 
@@ -169,7 +169,8 @@ def gated_multimodal_attention(
 
 
 def check_packed(op: str, query: Tensor, key: Tensor, value: Tensor, layout: ModalityLayout) -> None:
-    """Shapes, dtypes and devices of packed query, key and value."""
+    """Shapes, dtypes and devices of packed query, key and value, and that they come with a layout."""
+    check_type(op, "layout", layout, ModalityLayout, "Build one with ModalityLayout.from_lengths or from_masks.")
     check_shapes(
         op,
         {

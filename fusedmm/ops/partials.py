@@ -23,7 +23,7 @@ from fusedmm.ops.attention import (
 )
 from fusedmm.ops.attention_op import Problem, attention
 from fusedmm.reference import attention as reference
-from fusedmm.shapes import check_broadcast, check_shapes
+from fusedmm.shapes import check_broadcast, check_shapes, check_type
 
 
 class ModalityPartials(NamedTuple):
@@ -120,6 +120,11 @@ def merge_modalities(
     Returns:
         AttentionOutput(output, mass, lse), lse with the prior added and without gradient.
 
+    Raises:
+        TypeError: where partials are no ModalityPartials.
+        ShapeError: where they, log_prior or gate disagree.
+        ValueError: for an unknown softmax, or a log_prior under per_modality.
+
     Cost: reads the partials once; ``2 * total_q * Hq * M * D`` FLOPs.
     """
     op = "merge_modalities"
@@ -151,6 +156,11 @@ def leave_one_out(
     Returns:
         [total_q, Hq, M, D], the partials' dtype.
 
+    Raises:
+        TypeError: where partials are no ModalityPartials.
+        ShapeError: where they, log_prior or gate disagree.
+        ValueError: for an unknown softmax, or a log_prior under per_modality.
+
     Cost: ``2 * total_q * Hq * M**2 * D`` FLOPs, no key is read again.
     """
     lse = _scores("leave_one_out", partials, log_prior, softmax)
@@ -171,6 +181,7 @@ def _weighted(weights: Tensor, outputs: Tensor) -> Tensor:
 
 def _scores(op: str, partials: ModalityPartials, log_prior: Tensor | None, softmax: str) -> Tensor:
     """[total_q, Hq, M]: what the modalities compete with, their lse and priors."""
+    check_type(op, "partials", partials, ModalityPartials, "Pass what modality_partials gives.")
     check_softmax(op, softmax, log_prior)
     check_shapes(
         op,
