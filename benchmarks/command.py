@@ -25,7 +25,7 @@ from benchmarks import (
     static_command,
     targets,
 )
-from benchmarks.against import Against, against
+from benchmarks.against import ROUNDS, Against, against
 from benchmarks.cases import Builder, builders
 from benchmarks.harness import Harness, ratio
 from benchmarks.results import ROOT, Result, Run
@@ -70,11 +70,12 @@ def _bench(words: list[str]) -> int:
     parser.add_argument(
         "--against",
         metavar="REV",
-        help="case by case after this tree, another commit too, naming what got slower: wants an idle machine",
+        help="time this project's variants here and at another commit, in processes that take turns, and name what got "
+        "slower beyond what processes of one tree differ by: wants an idle machine",
     )
     parser.add_argument("--isolate", action="store_true", help="survive crashes and hangs: run in a child process")
     parser.add_argument("--case-limit-s", type=float, default=120.0, help="with --isolate: most seconds of one case")
-    parser.add_argument("--list", action="store_true", help="only name the cases")
+    parser.add_argument("--list", action="store_true", help="only name the cases, in the order in which they run")
     parser.add_argument("--plan", action="store_true", help="only name the cases and when each should be done")
     args = parser.parse_args(words)
     if args.threads is not None:
@@ -86,6 +87,7 @@ def _bench(words: list[str]) -> int:
         print(f"benchmarks: no case for {kind} contains {', '.join(args.cases)}. See --list.", file=sys.stderr)
         return 2
     if args.list:
+        print(f"{len(chosen)} cases in the order in which they run: what the targets ask for first", file=sys.stderr)
         print("\n".join(chosen))
         return 0
     if args.plan:
@@ -169,7 +171,8 @@ def _measure(args: argparse.Namespace, kind: str, chosen: dict[str, Builder], se
     )
     found: list[Result] = []
     theirs: list[Result] = []
-    options = ["--device", kind, "--seconds", str(seconds), "--threads", str(torch.get_num_threads())]
+    each = max(QUICK_SECONDS, seconds / ROUNDS)  # of a process, which takes seconds to start
+    options = ["--device", kind, "--seconds", str(each), "--threads", str(torch.get_num_threads())]
     with against(args.against, options) if args.against else nullcontext() as other:
         for name, build in chosen.items():
             if time.monotonic() > deadline:
@@ -192,7 +195,7 @@ def _measure(args: argparse.Namespace, kind: str, chosen: dict[str, Builder], se
 def _case(
     name: str, build: Builder, harness: Harness, other: Against | None, *, quick: bool
 ) -> tuple[list[Result], list[Result]]:
-    """One case here and, if asked for, on the other commit; printed as one table."""
+    """One case here or, if asked for, in turn with the other commit; printed as one table."""
     if PROGRESS in os.environ:
         with open(os.environ[PROGRESS], "a") as progress:
             progress.write(f"{name}\n")
@@ -208,12 +211,24 @@ def _case(
     if harness.only and not set(harness.only) & set(named):
         print(f"{name}: nothing to run, its variants are {', '.join(named)}", flush=True)
         return [], []
-    rows = harness.results(case)
-    beside: list[Result] = []
-    if other is not None:
-        ours = [v.name for v in case.variants if v.ours and (not harness.only or v.name in harness.only)]
-        beside = other.results(name, ours)
-    print(table(name, [*rows, *(other.renamed(beside) if other else ())]), flush=True)
+    if other is None:
+        rows = harness.results(case)
+        print(table(name, rows), flush=True)
+        return rows, []
+    ours = [v for v in case.variants if v.ours and v.name not in harness.without]
+    blanks = [
+        Result(harness.run, name, mode, variant.name, dict(case.sizes), status="")
+        for mode in case.modes
+        for variant in ours
+        if mode in variant.modes and (not harness.only or variant.name in harness.only)
+    ]
+    if not blanks:
+        print(f"{name}: nothing to compare, none of its variants is this project's", flush=True)
+        return [], []
+    rows, beside = other.results(blanks)
+    for row in rows:
+        harness.keep(row)
+    print(table(name, [*rows, *other.renamed(beside)]), flush=True)
     return rows, beside
 
 

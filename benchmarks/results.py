@@ -73,7 +73,8 @@ class Result:
         status: "timed", "skipped", "wrong" (the gate is red), "out of memory", "failed", or "crashed": the process
             that ran the case ended or was ended, and no variant of it has a time.
         reason: why there is no time.
-        median_ms, p20_ms, p80_ms: of one call; None without a time.
+        median_ms, p20_ms, p80_ms: of one call; None without a time. Of several processes (``--against``) as
+            `benchmarks.against.over_rounds` says.
         repeats: calls that were timed.
         peak_mib: most memory that the call held beyond its inputs.
         tflops: on the FLOPs of the visible work, whoever does it.
