@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+from sklearn.preprocessing import normalize
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -32,28 +33,23 @@ class HashingEncoder:
     of threads.
 
     Attributes:
-        hasher: words to ``2**k`` buckets.
-        weights: inverse document frequencies of the train sentences.
+        weights: [buckets] float32, inverse document frequencies of the train sentences.
         projection: [buckets, dim] float32, the leading right singular vectors over their spread on train: components
             have unit variance there.
         center: [dim] float32, the train mean.
     """
 
-    hasher: HashingVectorizer
-    weights: TfidfTransformer
+    weights: Float32Array
     projection: Float32Array
     center: Float32Array
 
     @classmethod
     def fit(cls, sentences: Sequence[str], *, dim: int, buckets: int, seed: int) -> "HashingEncoder":
         """Fit on train sentences: [T] strings to a ``dim``-dimensional encoder."""
-        hasher = HashingVectorizer(
-            n_features=buckets, alternate_sign=False, norm=None, dtype=np.float32, token_pattern=r"(?u)[\w$%'-]+"
-        )
-        counts = hasher.transform(sentences)
-        weights = TfidfTransformer(sublinear_tf=True).fit(counts)
-        weighted = weights.transform(counts)
-        rank = min(dim, counts.shape[0], counts.shape[1] - 1)
+        counts = _counts(sentences, buckets)
+        weights = TfidfTransformer().fit(counts).idf_.astype(np.float32)
+        weighted = _weighted(counts, weights)
+        rank = min(dim, weighted.shape[0], weighted.shape[1] - 1)
         svd = TruncatedSVD(n_components=rank, n_iter=4, random_state=seed)
         with np.errstate(invalid="ignore"):  # the share of explained variance, not used, is 0/0 for equal sentences
             scores = svd.fit_transform(weighted)
@@ -63,24 +59,46 @@ class HashingEncoder:
         projection[:, :rank] = svd.components_.T / spread
         center = np.zeros(dim, np.float32)
         center[:rank] = scores.mean(axis=0) / spread
-        return cls(hasher, weights, projection, center)
+        return cls(weights, projection, center)
 
     def transform(self, sentences: Sequence[str]) -> Float32Array:
         """[T] strings to [T, dim] float32, about 100,000 short sentences a second on one core."""
         encoded = np.empty((len(sentences), self.projection.shape[1]), np.float32)
         for start in range(0, len(sentences), CHUNK_SENTENCES):
             chunk = sentences[start : start + CHUNK_SENTENCES]
-            encoded[start : start + len(chunk)] = (
-                self.weights.transform(self.hasher.transform(chunk)) @ self.projection - self.center
-            )
+            weighted = _weighted(_counts(chunk, len(self.weights)), self.weights)
+            encoded[start : start + len(chunk)] = weighted @ self.projection - self.center
         return encoded
+
+
+def _counts(sentences: Sequence[str], buckets: int) -> Any:
+    """How often each bucket's words occur: [T] strings to a sparse [T, buckets] float32."""
+    hasher = HashingVectorizer(
+        n_features=buckets, alternate_sign=False, norm=None, dtype=np.float32, token_pattern=r"(?u)[\w$%'-]+"
+    )
+    return hasher.transform(sentences)
+
+
+def _weighted(counts: Any, weights: Float32Array) -> Any:
+    """Rows of unit length of (1 + log count) * weight; overwrites the counts."""
+    np.log(counts.data, out=counts.data)
+    counts.data += 1.0
+    counts.data *= weights[counts.indices]
+    return normalize(counts, copy=False)
 
 
 @dataclass(frozen=True)
 class ModelEncoder:
-    """Embeddings of a sentence-transformers model, reduced by a PCA that is fitted on train sentences."""
+    """Embeddings of a sentence-transformers model, reduced by a PCA that is fitted on train sentences.
 
-    pca: PCA
+    Attributes:
+        components: [dim, E] float32.
+        mean: [E] float32, of the train embeddings.
+        spread: [dim] float32, of the train scores.
+    """
+
+    components: Float32Array
+    mean: Float32Array
     spread: Float32Array
 
     @classmethod
@@ -93,11 +111,12 @@ class ModelEncoder:
                 f"{embeddings.shape}), got {dim}."
             )
         pca = PCA(n_components=dim, random_state=seed).fit(embeddings)
-        return cls(pca, np.maximum(np.sqrt(pca.explained_variance_), 1e-6).astype(np.float32))
+        return cls(pca.components_, pca.mean_, np.maximum(np.sqrt(pca.explained_variance_), 1e-6).astype(np.float32))
 
     def transform(self, embeddings: Float32Array) -> Float32Array:
         """[T, E] embeddings to [T, dim] float32."""
-        reduced: Float32Array = (self.pca.transform(embeddings) / self.spread).astype(np.float32)
+        scores = embeddings @ self.components.T - self.mean @ self.components.T
+        reduced: Float32Array = (scores / self.spread).astype(np.float32)
         return reduced
 
 
