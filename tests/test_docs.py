@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fusedmm.train.__main__ import main
 from fusedmm.train.config import load_recipe
 from fusedmm.train.task import load_task
 
@@ -50,12 +51,16 @@ def test_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch, "compile", partial(torch.compile, backend="aot_eager")
     )  # traced whole, without a compiler
-    found = run("docs/guide.md", {"path": tmp_path / "model.pt"})
+    (tmp_path / "recipe.toml").write_text("[train]\nsteps = 0\n[data]\nsimulate_days = 80\n[run]\ntensorboard = false")
+    assert main([str(tmp_path / "recipe.toml"), f"run.out={tmp_path}", "run.bootstrap=100"]) in (0, 2)
+    names = {"path": tmp_path / "model.pt", "run": tmp_path / "runs" / "gated-seed0"}
+    found = run("docs/guide.md", names)
     assert found["scores"].shape == (16, 8, 3)
     assert found["squared"].shape == (16, 8, 3)
     assert found["gate"].active(1).all()
     torch.testing.assert_close(found["same"], found["result"].output)
     assert found["logits"].dtype == torch.bfloat16
+    assert "skip_weight" in found["stored"].weights
 
 
 def test_data_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

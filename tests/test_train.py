@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fusedmm.train.__main__ import main
+from fusedmm.train.stored import StoredModel
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = """
@@ -128,6 +130,10 @@ def test_two_ranks_are_one_and_one_rank_continues_them(recipe: Path, finished: P
     assert (out / "report.json").is_file(), done.stderr[-2000:]
     np.testing.assert_allclose(list(losses(out).values()), list(losses(finished).values()), rtol=1e-5)
     np.testing.assert_allclose(result(out)["test"], result(finished)["test"], atol=1e-5)
+    sharded, whole = (StoredModel.load(path / "runs" / "gated-seed0").weights for path in (out, finished))
+    assert list(sharded) == list(whole)
+    for name, weight in whole.items():
+        torch.testing.assert_close(sharded[name], weight, rtol=0, atol=1e-4)
     alone = interrupted_copy(out, tmp_path / "alone")
     assert main([str(recipe), f"run.out={alone}", NO_EVENTS]) in DONE
     np.testing.assert_allclose(result(alone)["test"], result(out)["test"], atol=1e-5)
@@ -201,11 +207,8 @@ def test_other_recipe_in_the_same_directory_is_refused(
 def test_refusals_come_before_any_work(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
 ) -> None:
-    if "run.device=cuda" in overrides:
-        import torch
-
-        if torch.cuda.is_available():
-            pytest.skip("this machine has the CUDA device that the test asks for in vain")
+    if "run.device=cuda" in overrides and torch.cuda.is_available():
+        pytest.skip("this machine has the CUDA device that the test asks for in vain")
     out = tmp_path / "out"
     assert main([str(recipe), f"run.out={out}", NO_EVENTS, *overrides]) == 1
     error = capsys.readouterr().err

@@ -47,7 +47,7 @@ def test_values_and_overrides(tmp_path: Path) -> None:
         ("[train]\nlearning_rat = 1", (), ("'learning_rat'", "recipe.toml", "[train]")),
         ("[train]\nstep = 1", (), ("'step'", "Did you mean 'steps'?")),
         ("[trian]\nsteps = 1", (), ("'trian'", "Did you mean 'train'?", "recipe.toml")),
-        ("[train]\nsteps = 0", (), ("train.steps", "recipe.toml", "at least 1", "got 0")),
+        ("[train]\nsteps = -1", (), ("train.steps", "recipe.toml", "at least 0", "got -1")),
         ("[train]\nlr = nan", (), ("train.lr", "got nan")),
         ("[model]\ndropout = 2.0", (), ("model.dropout", "from 0 to 0.9", "got 2.0")),
         ('[train]\nsteps = "many"', (), ("train.steps", "must be int", "got 'many'")),

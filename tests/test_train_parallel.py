@@ -13,8 +13,7 @@ from fusedmm.train.augment import uniform_hash
 from fusedmm.train.config import ModelConfig, TrainConfig
 from fusedmm.train.model import Forecaster, Sizes
 from fusedmm.train.optim import MIN_WINDOW, SpikeGuard, WeightAverage, build_optimizer, learning_rate
-from fusedmm.train.parallel import join_world, open_world, shard_model
-from fusedmm.train.trainer import full
+from fusedmm.train.parallel import full, join_world, open_world, shard_model
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(lr=0.1, warmup=4, steps=20)

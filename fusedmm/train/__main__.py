@@ -17,6 +17,8 @@ The demo, a simulated market with known truth:  python -m fusedmm.train recipes/
 MAEC or StockNet, in one go:                    python -m fusedmm.train recipes/maec.toml --data SOURCE
 The same in two steps:                          python -m fusedmm.train.prepare maec SOURCE DIR
                                                 python -m fusedmm.train recipes/maec.toml data.path=DIR
+Fine-tune finished runs on other data:          python -m fusedmm.train RECIPE data.path=DIR run.out=NEW train.init=OLD
+Forecast with a finished run:                   python -m fusedmm.train.predict RUN --data DIR --out FILE
 On two processes:                               torchrun --nproc-per-node 2 -m fusedmm.train recipes/demo.toml
 
 With --data, a recipe named after the data set and lying beside RECIPE is used instead of RECIPE.

@@ -77,7 +77,12 @@ class ModelConfig:
 class TrainConfig:
     """The optimiser's loop."""
 
-    steps: int = key(300, "optimiser steps of one run", low=1)
+    steps: int = key(300, "optimiser steps of one run; 0: only evaluate the start", low=0)
+    init: str = key(
+        "",
+        "what to start from: a finished run's folder, or a run.out with runs of the same variants and seeds; their "
+        "featurizer is kept. Empty: from nothing",
+    )
     batch_size: int = key(64, "samples of one step over all ranks; the ranks must divide it", low=1)
     lr: float = key(2e-3, "peak learning rate of AdamW", low=0.0, high=1.0)
     weight_decay: float = key(0.05, "decoupled weight decay of the matrices", low=0.0, high=10.0)
@@ -267,7 +272,7 @@ def _check_together(recipe: Recipe, origin: str) -> None:
             f"train: model.heads in {origin} must divide model.dim={model.dim} into heads of 16 or more, "
             f"got {model.heads}."
         )
-    if train.warmup > train.steps:
+    if train.warmup > train.steps > 0:
         raise RecipeError(
             f"train: train.warmup in {origin} must be at most train.steps={train.steps}, got {train.warmup} "
             f"(where it is not given, {TrainConfig().warmup})."

@@ -135,8 +135,8 @@ def write_dataset(directory: Path, info: DatasetInfo, samples: pd.DataFrame, tok
     (directory / "dataset.json").write_text(json.dumps(asdict(info), indent=1) + "\n")
 
 
-def read_dataset(directory: Path | str) -> Dataset:
-    """Read and check a data set.
+def read_dataset(directory: Path | str, *, need_targets: bool = True) -> Dataset:
+    """Read and check a data set; one to be forecast need not have targets.
 
     Raises:
         DataFormatError: the first thing that is not as ``docs/data-format.md`` says.
@@ -146,7 +146,7 @@ def read_dataset(directory: Path | str) -> Dataset:
     """
     directory = Path(directory)
     info = _read_info(directory)
-    samples = _read_samples(directory, info)
+    samples = _read_samples(directory, info, need_targets)
     tokens = {name: _read_tokens(directory, name, modality, samples) for name, modality in info.modalities.items()}
     return Dataset(info=info, samples=samples, tokens=tokens)
 
@@ -241,7 +241,7 @@ def _integer_column(table: pa.Table, file: str, column: str) -> Int64Array:
     return values
 
 
-def _read_samples(directory: Path, info: DatasetInfo) -> pd.DataFrame:
+def _read_samples(directory: Path, info: DatasetInfo, need_targets: bool) -> pd.DataFrame:
     file = "samples.parquet"
     required = {
         "sample": "the key",
@@ -276,7 +276,7 @@ def _read_samples(directory: Path, info: DatasetInfo) -> pd.DataFrame:
             row = int(early.argmax())
             raise _fail(file, "label_end", row, f"must not be before time={time[row]}, got {label_end[row]}.")
     targets = [name for name in table.column_names if name.startswith("target_")]
-    if not targets:
+    if need_targets and not targets:
         raise _fail(file, "target_<name>", None, f"is missing; the file has {', '.join(table.column_names)}.")
     if info.persistence is not None and info.persistence not in table.column_names:
         raise _fail(file, info.persistence, None, "is missing: dataset.json names it as the forecast by persistence.")
@@ -287,7 +287,7 @@ def _read_samples(directory: Path, info: DatasetInfo) -> pd.DataFrame:
         if name.startswith(("target_", "past_", "callday_", "importance_", "oracle_"))
     ]:
         _check_finite(file, column, samples)
-    if info.task == "classification":
+    if info.task == "classification" and targets:
         _check_classes(file, targets, samples, info.classes or 0)
     return samples
 

@@ -48,7 +48,7 @@ class RunLog:
         path = directory / "log.jsonl"
         kept = (
             [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
-            if path.exists()
+            if start and path.exists()
             else []
         )
         path.write_text("".join(line + "\n" for line in kept))

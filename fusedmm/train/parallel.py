@@ -117,6 +117,11 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], world: World, dtype: 
     return model
 
 
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor, which every rank must ask for; another tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 class StopSignal:
     """SIGTERM and SIGINT ask for a checkpoint and a clean end instead of killing the step that runs; a second SIGINT
     interrupts at once.

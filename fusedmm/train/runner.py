@@ -1,8 +1,8 @@
 """All runs of a recipe: every variant with every seed, one after the other, then the report.
 
-What a run leaves: ``<out>/runs/<variant>-seed<n>/{log.jsonl, tensorboard, checkpoints, result.npz}``. A finished run is
-not repeated, an interrupted one continues from its newest checkpoint: the command that was stopped is the command that
-goes on.
+What a run leaves: ``<out>/runs/<variant>-seed<n>/{log.jsonl, tensorboard, checkpoints, model.pt, result.npz}``. A
+finished run is not repeated, an interrupted one continues from its newest checkpoint: the command that was stopped is
+the command that goes on.
 """
 
 import dataclasses
@@ -19,8 +19,9 @@ import torch
 from fusedmm.train.config import Recipe, RecipeError, VariantConfig
 from fusedmm.train.evaluate import RunResult
 from fusedmm.train.logs import require_tensorboard, run_directory
-from fusedmm.train.parallel import StopSignal, World, open_world
+from fusedmm.train.parallel import StopSignal, World, full, open_world
 from fusedmm.train.report import write_report
+from fusedmm.train.stored import StoredModel
 from fusedmm.train.task import Task, load_task
 from fusedmm.train.trainer import Interrupted, Trainer
 
@@ -91,7 +92,9 @@ def _run_once(
             int(trainer.progress["best_step"]),
             parameters,
         )
+        weights = {name: full(tensor).cpu() for name, tensor in trainer.best.items()}
         if world.is_main:
+            StoredModel(recipe.data, recipe.model, variant, task.needs, task.featurizer, weights).save(directory)
             _write_result(finished, result)
         world.barrier()
         if world.any(stop.received):

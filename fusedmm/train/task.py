@@ -1,5 +1,5 @@
-"""What is learned from what: data read, split by date, featurised on the training split, with the frozen ridge that
-models start from.
+"""What is learned from what: data read, split by date, featurised on the training split or as the run was that this one
+starts from, with the frozen ridge that models start from.
 """
 
 import difflib
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from fusedmm.train.batches import MultimodalDataset
-from fusedmm.train.config import Recipe, RecipeError, VariantConfig
+from fusedmm.train.config import DataConfig, Recipe, RecipeError, VariantConfig
 from fusedmm.train.features import FeatureConfig, Features, Featurizer
 from fusedmm.train.format import Dataset, read_dataset, write_dataset
 from fusedmm.train.model import Sizes
 from fusedmm.train.pool import pool_dataset
 from fusedmm.train.simulate import MarketConfig, simulate
 from fusedmm.train.splits import Split, split_by_date
+from fusedmm.train.stored import check_start, data_needs, load_start
 
 RIDGE_PENALTY = 10.0
 """Of the frozen ridge on scaled features: a few features and a thousand rows leave it without influence."""
@@ -30,6 +31,7 @@ class Task:
     """A data set that is ready to be learned."""
 
     dataset: Dataset
+    featurizer: Featurizer
     features: Features
     rows: Split
     train: MultimodalDataset
@@ -37,6 +39,11 @@ class Task:
     test: MultimodalDataset
     target_scale: float
     """Root of the targets' mean train variance (1 for classes): predictions and losses are in its units."""
+
+    @property
+    def needs(self) -> dict[str, str]:
+        """What a model that has learned this must find in other data."""
+        return data_needs(self.dataset)
 
     @property
     def classes(self) -> int | None:
@@ -102,15 +109,33 @@ def load_task(recipe: Recipe) -> Task:
         test_end=data.test_end or None,
         embargo_days=data.embargo_days,
     )
-    config = FeatureConfig(text_dim=data.text_dim, text_model=data.text_model, text_cache=data.text_cache)
-    features = Featurizer.fit(dataset, rows.train, config).transform(dataset)
-    caps = {
-        name: data.max_tokens
-        for name, modality in dataset.info.modalities.items()
-        if data.max_tokens and modality.kind != "image"
-    }
+    featurizer = _starting_featurizer(recipe, dataset)
+    if featurizer is None:
+        config = FeatureConfig(text_dim=data.text_dim, text_model=data.text_model, text_cache=data.text_cache)
+        featurizer = Featurizer.fit(dataset, rows.train, config)
+    features = featurizer.transform(dataset)
+    caps = token_caps(data, dataset)
     train, dev, test = (MultimodalDataset(features, split, caps) for split in (rows.train, rows.dev, rows.test))
-    return Task(dataset, features, rows, train, dev, test, float(np.sqrt(np.square(features.target_std).mean())))
+    scale = float(np.sqrt(np.square(features.target_std).mean()))
+    return Task(dataset, featurizer, features, rows, train, dev, test, scale)
+
+
+def token_caps(data: DataConfig, dataset: Dataset) -> dict[str, int]:
+    """The most tokens of a sample, for each modality that has a limit: half an image is none."""
+    kinds = dataset.info.modalities.items()
+    return {name: data.max_tokens for name, modality in kinds if data.max_tokens and modality.kind != "image"}
+
+
+def _starting_featurizer(recipe: Recipe, dataset: Dataset) -> Featurizer | None:
+    """That of the runs ``train.init`` names, each checked; runs of one ``run.out`` have the same."""
+    featurizer = None
+    for variant in recipe.variant:
+        for seed in recipe.train.seeds:
+            stored = load_start(recipe, variant, seed)
+            if stored is not None:
+                check_start(stored, recipe, variant, dataset)
+                featurizer = featurizer or stored.featurizer
+    return featurizer
 
 
 def _check_variants(recipe: Recipe, known: Mapping[str, object]) -> None:

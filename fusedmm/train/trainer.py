@@ -22,7 +22,8 @@ from fusedmm.train.filter import START, active_modalities, modality_importance, 
 from fusedmm.train.logs import RunLog
 from fusedmm.train.model import Forecaster
 from fusedmm.train.optim import SpikeGuard, WeightAverage, build_optimizer, copy_weights, learning_rate, put_weights
-from fusedmm.train.parallel import StopSignal, World, shard_model
+from fusedmm.train.parallel import StopSignal, World, full, shard_model
+from fusedmm.train.stored import load_start
 from fusedmm.train.task import Task
 
 LOG_EVERY = 10
@@ -81,6 +82,8 @@ class Trainer:
         )
         began = time.monotonic()
         try:
+            if start == 0 and (self.config.init or not self.config.steps):
+                self.look_at_dev(log)  # what fine-tuning has to beat
             for step in range(start, self.config.steps):
                 if self.finished():
                     break
@@ -233,8 +236,11 @@ def build_model(recipe: Recipe, variant: VariantConfig, seed: int, task: Task, w
     """
     torch.manual_seed(seed)
     model = Forecaster(task.sizes_of(variant), recipe.model, variant.fusion, variant.filter)
-    weight, bias = task.skip(recipe.model.skip)
-    model.set_skip(weight, bias, task.target_scale)
+    stored = load_start(recipe, variant, seed)
+    if stored is None:
+        model.set_skip(*task.skip(recipe.model.skip), task.target_scale)
+    else:
+        model.load_state_dict(stored.weights)
     precision = recipe.train.precision
     dtype = (
         torch.bfloat16
@@ -242,8 +248,3 @@ def build_model(recipe: Recipe, variant: VariantConfig, seed: int, task: Task, w
         else torch.float32
     )
     return shard_model(model.to(world.device), list(model.blocks), world, dtype)
-
-
-def full(norm: Tensor) -> Tensor:
-    """The whole of a DTensor."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
