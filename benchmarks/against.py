@@ -95,6 +95,12 @@ def over_rounds(rows: Sequence[Result]) -> Result:
     )
 
 
+def is_commit(revision: str) -> bool:
+    """Whether git knows a commit by that name here."""
+    command = ["git", "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+
+
 @contextmanager
 def against(revision: str, options: Sequence[str]) -> Iterator[Against]:
     """That commit in a worktree which is thrown away, with this tree's benchmarks beside either package."""

@@ -25,7 +25,7 @@ from benchmarks import (
     static_command,
     targets,
 )
-from benchmarks.against import ROUNDS, Against, against
+from benchmarks.against import ROUNDS, Against, against, is_commit
 from benchmarks.cases import Builder, builders
 from benchmarks.harness import Harness, ratio
 from benchmarks.results import ROOT, Result, Run
@@ -78,6 +78,8 @@ def _bench(words: list[str]) -> int:
     parser.add_argument("--list", action="store_true", help="only name the cases, in the order in which they run")
     parser.add_argument("--plan", action="store_true", help="only name the cases and when each should be done")
     args = parser.parse_args(words)
+    if args.against is not None and not is_commit(args.against):
+        parser.error(f"--against: no such commit here: {args.against}")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     kind = _kind(args.device)

@@ -273,6 +273,19 @@ def test_an_unknown_case_is_an_error(capsys: pytest.CaptureFixture[str]) -> None
     assert "no case for cpu contains no-such-case" in capsys.readouterr().err
 
 
+def test_an_unknown_commit_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["attention/tiny", "--against", "no-such-commit"])
+    assert "--against: no such commit here: no-such-commit" in capsys.readouterr().err
+
+
+def test_the_list_says_its_order_beside_the_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list", "--device", "cpu"]) == 0
+    shown = capsys.readouterr()
+    assert sorted(shown.out.split()) == sorted(builders("cpu"))
+    assert "in the order in which they run" in shown.err
+
+
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_every_case_can_be_built(kind: str) -> None:
     for name, build in builders(kind).items():
