@@ -33,7 +33,6 @@ from benchmarks.telemetry import Telemetry
 
 QUICK_SECONDS = 0.2  # at least timing.MIN_ROUNDS calls all the same
 FULL_SECONDS = 4.0
-PROGRESS = "FUSEDMM_BENCH_PROGRESS"  # file that a process under `isolate` tells the case at hand
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,7 +134,6 @@ def _isolated(args: argparse.Namespace, words: list[str], names: list[str]) -> i
     options = [word for word in words if word not in args.cases and word != "--isolate"]
     with tempfile.TemporaryDirectory() as folder:
         progress = Path(folder) / "progress"
-        os.environ[PROGRESS] = str(progress)
 
         def command(left: Sequence[str]) -> list[str]:
             budget = ["--budget-s", str(max(0.0, deadline - time.monotonic()))]
@@ -198,8 +196,8 @@ def _case(
     name: str, build: Builder, harness: Harness, other: Against | None, *, quick: bool
 ) -> tuple[list[Result], list[Result]]:
     """One case here or, if asked for, in turn with the other commit; printed as one table."""
-    if PROGRESS in os.environ:
-        with open(os.environ[PROGRESS], "a") as progress:
+    if isolate.PROGRESS in os.environ:
+        with open(os.environ[isolate.PROGRESS], "a") as progress:
             progress.write(f"{name}\n")
     try:
         case = build()

@@ -1,12 +1,14 @@
 """Cases in a child process that is started anew after a crash or a hang: it costs the case at hand, and no other."""
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+PROGRESS = "FUSEDMM_BENCH_PROGRESS"  # to a child, names the file that it tells the case at hand
 POLL_S = 0.2
 KILL_S = 10.0
 CRASHED = 70  # exit status of a child whose GPU no longer answers; signals are negative, argparse's is 2
@@ -31,7 +33,8 @@ def run(
     left, worst = list(names), 0
     while left:
         progress.write_text("")
-        status, why = _watch(subprocess.Popen(command(left)), progress, case_limit_s)
+        child = subprocess.Popen(command(left), env={**os.environ, PROGRESS: str(progress)})
+        status, why = _watch(child, progress, case_limit_s)
         if status in (0, 1):
             return max(worst, status)
         begun = progress.read_text().split()

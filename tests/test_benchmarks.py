@@ -182,6 +182,8 @@ def test_against_takes_turns_and_names_what_is_slower(tmp_path: Path, monkeypatc
     options = ["--device", "cpu", "--seconds", "0.05", "--threads", "1"]
     ours, theirs = Against("before", here, there, options).results(blanks)
     assert turns == [here, there, there, here]
+    ended = {(row.status, row.reason) for row in (*ours, *theirs) if row.variant == "fusedmm"}
+    assert ended == {("timed", "")}
     found = {change.key[1:]: change.verdict for change in compare.changes(theirs, ours)}
     assert found["forward", "fusedmm"] == "slower"
     assert {row.status for row in theirs if row.variant == "missing"} == {"crashed"}
