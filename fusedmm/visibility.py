@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from fusedmm.shapes import ShapeError, check_device, check_dtype, check_shapes
 
@@ -167,11 +167,11 @@ def _first_later(sorted_times: Tensor, limit: Tensor, first: Tensor, last: Tenso
     return low
 
 
-_library = torch.library.Library("fusedmm", "FRAGMENT")
+_library = library.Library("fusedmm", "FRAGMENT")
 _library.define(
     "visible_ranges(Tensor query_time, Tensor key_time, Tensor? lookback, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
     "Tensor query_tiles, int num_modalities, int max_seqlen_k) -> Tensor"
 )
 _library.impl("visible_ranges", _visible_ranges, "CPU")
 _library.impl("visible_ranges", _visible_ranges_cuda, "CUDA")
-torch.library.register_fake("fusedmm::visible_ranges", _fake_visible_ranges, lib=_library)
+library.register_fake("fusedmm::visible_ranges", _fake_visible_ranges, lib=_library)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.overrides import TorchFunctionMode
 
 from fusedmm import LinearHead, Logits, ShapeError, TopKLogProbs, distillation_loss, distillation_scores
@@ -45,12 +45,12 @@ def problem(impl: str, requires_grad: bool = False, beta: float = 0.3, is_top: b
 def test_opcheck(is_top: bool, impl: str, requires_grad: bool) -> None:
     grad_rows, needs = torch.rand(6), (True, True, True)
     arguments = problem(impl, requires_grad, is_top=is_top)
-    torch.library.opcheck(OPERATORS.distillation_rows.default, tuple(arguments))
-    torch.library.opcheck(OPERATORS.distillation_fast.default, (*arguments, grad_rows, *needs))
+    library.opcheck(OPERATORS.distillation_rows.default, tuple(arguments))
+    library.opcheck(OPERATORS.distillation_fast.default, (*arguments, grad_rows, *needs))
     frozen = problem(impl, is_top=is_top)
     statistics = OPERATORS.distillation_rows(*frozen)[1]
-    torch.library.opcheck(OPERATORS.distillation_scores.default, (*frozen, True))
-    torch.library.opcheck(OPERATORS.distillation_backward.default, (*frozen, grad_rows, statistics, *needs))
+    library.opcheck(OPERATORS.distillation_scores.default, (*frozen, True))
+    library.opcheck(OPERATORS.distillation_backward.default, (*frozen, grad_rows, statistics, *needs))
 
 
 @pytest.mark.parametrize("memory", ["fast", "lean"])

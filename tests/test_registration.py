@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -50,12 +51,12 @@ def test_opcheck_of_both_operators(softmax: str, permuted: bool, device: torch.d
         impl="triton" if device.type == "cuda" else "eager",
         **layout_arguments(layout, None),
     )
-    torch.library.opcheck(torch.ops.fusedmm.attention_forward, (query, key, value, *problem))
+    library.opcheck(torch.ops.fusedmm.attention_forward, (query, key, value, *problem))
     with torch.no_grad():
         outputs = torch.ops.fusedmm.attention_forward(query, key, value, *problem)
         detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in (query, key, value, *problem)]
         backward = (torch.randn_like(outputs[0]), None, None, *outputs, softmax == "joint", softmax != "partials")
-        torch.library.opcheck(torch.ops.fusedmm.attention_backward, (*backward, *detached))
+        library.opcheck(torch.ops.fusedmm.attention_backward, (*backward, *detached))
 
 
 @pytest.mark.parametrize("impl", ["auto", "triton"])
@@ -104,7 +105,7 @@ def test_opcheck_of_visible_ranges() -> None:
     times = torch.arange(layout.total_q), torch.arange(layout.total_k)
     tables = layout.cu_seqlens_q, layout.cu_seqlens_k, layout.query_tiles
     sizes = layout.num_modalities, layout.max_seqlen_k
-    torch.library.opcheck(torch.ops.fusedmm.visible_ranges, (*times, torch.tensor([2, 3]), *tables, *sizes))
+    library.opcheck(torch.ops.fusedmm.visible_ranges, (*times, torch.tensor([2, 3]), *tables, *sizes))
 
 
 def test_no_graph_where_nothing_needs_a_gradient() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd import forward_ad
 
 from fusedmm.eager import attention as eager
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Outputs = tuple[Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-_library = torch.library.Library("fusedmm", "DEF")
+_library = library.Library("fusedmm", "DEF")
 _PROBLEM = (
     "Tensor? log_prior, Tensor? gate, Tensor? output_gate, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
     "Tensor query_tiles, Tensor key_tiles, Tensor? active, Tensor? visible, Tensor? seed, "
@@ -318,5 +318,5 @@ def _fake_backward(
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 _library.impl("attention_forward", _autograd_forward, "Autograd")
-torch.library.register_fake("fusedmm::attention_forward", _fake_forward, lib=_library)
-torch.library.register_fake("fusedmm::attention_backward", _fake_backward, lib=_library)
+library.register_fake("fusedmm::attention_forward", _fake_forward, lib=_library)
+library.register_fake("fusedmm::attention_backward", _fake_backward, lib=_library)

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from fusedmm.eager.distillation_scores import FIELDS
 from fusedmm.ops.dispatch import is_watched
-from fusedmm.ops.distillation_op import TENSORS, Problem, below_autograd, implement, library
+from fusedmm.ops.distillation_op import TENSORS, Problem, below_autograd, fragment, implement
 from fusedmm.ops.first_order import first_order
 
 
@@ -153,5 +153,5 @@ def call(name: str, problem: Problem, *extra: Any) -> Any:
     return implement(name, problem, *extra)
 
 
-library.impl("distillation_fast", _fast, "Autograd")
-library.impl("distillation_rows", _rows, "Autograd")
+fragment.impl("distillation_fast", _fast, "Autograd")
+fragment.impl("distillation_rows", _rows, "Autograd")

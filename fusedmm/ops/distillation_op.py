@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from fusedmm.eager import distillation as eager
@@ -24,7 +24,7 @@ from fusedmm.ops.distillation_inputs import Inputs
 Triple = tuple[Tensor, Tensor, Tensor]
 
 TENSORS, ARGUMENTS = 9, 21  # of a problem laid flat: how many tensors lead it, and all
-library = torch.library.Library("fusedmm", "FRAGMENT")
+fragment = library.Library("fusedmm", "FRAGMENT")
 _PROBLEM = (
     "Tensor student, Tensor? student_weight, Tensor? student_bias, "
     "Tensor teacher, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_indices, "
@@ -33,10 +33,10 @@ _PROBLEM = (
     "int ignore_index, int total_classes, int first_class, int num_classes, str group, str impl"
 )
 _NEEDS = "bool needs_input, bool needs_weight, bool needs_bias"
-library.define(f"distillation_scores({_PROBLEM}, bool second_pass) -> Tensor")
-library.define(f"distillation_rows({_PROBLEM}) -> (Tensor, Tensor)")
-library.define(f"distillation_fast({_PROBLEM}, Tensor grad_rows, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)")
-library.define(
+fragment.define(f"distillation_scores({_PROBLEM}, bool second_pass) -> Tensor")
+fragment.define(f"distillation_rows({_PROBLEM}) -> (Tensor, Tensor)")
+fragment.define(f"distillation_fast({_PROBLEM}, Tensor grad_rows, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)")
+fragment.define(
     f"distillation_backward({_PROBLEM}, Tensor grad_rows, Tensor statistics, {_NEEDS}) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -269,5 +269,5 @@ for _name, _fake in (
     ("distillation_fast", _fake_fast),
     ("distillation_backward", _fake_backward),
 ):
-    library.impl(_name, registered(_name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fusedmm::{_name}", _fake, lib=library)
+    fragment.impl(_name, registered(_name), "CompositeExplicitAutograd")
+    library.register_fake(f"fusedmm::{_name}", _fake, lib=fragment)
