@@ -63,6 +63,21 @@ def test_sharp_softmaxes_of_few_keys_keep_what_their_gradients_cancel_to() -> No
     assert over_budget(results, {name: truth[name] for name in names}, plain) == []
 
 
+@pytest.mark.parametrize("features", [(), ("log_prior", "gate"), ("gate", "times")])
+@pytest.mark.parametrize("softmax", ["joint", "per_modality"])
+@pytest.mark.parametrize("shape", LENGTHS)
+def test_scores_of_thousands_cost_gradients_no_digits(shape: str, softmax: str, features: tuple[str, ...]) -> None:
+    """Of float32, whose rounding of such an lse is a factor of 1e-4 on probabilities that are mostly 1 or 0."""
+    for size in (100.0, 1e6):
+        example = attention_example(5, *LENGTHS[shape], heads=2, kv_heads=2, softmax=softmax, features=features)
+        tensors = {name: x * (size if name == "query" else 1.0) for name, x in example.tensors.items()}
+        sharp = dataclasses.replace(example, tensors=tensors)
+        results, truth = run_attention(sharp, attend), attention_truth(sharp)
+        names = {"grad_value", "grad_gate"} & truth.keys()
+        assert over_budget(results, {name: truth[name] for name in names}, plain_attention(sharp)) == []
+        assert all((results[name] == 0).all() for name in ("grad_query", "grad_key")) == (size == 1e6)
+
+
 def test_a_head_that_is_off_does_not_read_what_overflows() -> None:
     """A finite key may have an infinite score, beside which hiding it gives NaN."""
     layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([3]), torch.tensor([[4, 5]]))

@@ -57,6 +57,20 @@ def test_leave_one_out_equals_attention_without_the_modality(impl: str, packed) 
     assert (left_out[5:, :, 2] == 0).all()  # the third sample has tokens of modality 2 only
 
 
+@pytest.mark.parametrize(("impl", "size"), [("eager", 1.0), ("eager", 300.0), ("triton", 1.0)])
+def test_the_score_of_a_single_key_has_the_gradient_of_its_lse_alone(impl: str, size: float, packed) -> None:
+    """A softmax over one key is constant: nothing of the output's gradient, not its rounding either."""
+    query, key, value, layout = packed
+    partials = fusedmm.modality_partials(size * query, key, value, layout, impl=impl)
+    last = partials.output[5:, :, 2], partials.lse[5:, :, 2]  # the third sample has one key
+    from_output = torch.autograd.grad(last[0], (query, key), torch.randn_like(last[0]), retain_graph=True)
+    assert all((g == 0).all() for g in from_output)
+    upstream = torch.randn_like(last[1])
+    (grad_query,) = torch.autograd.grad(last, query, (torch.randn_like(last[0]), upstream))
+    expected = (upstream[..., None] * key[-1].repeat_interleave(2, 0) * size / 4).detach()
+    torch.testing.assert_close(grad_query[5:], expected, rtol=1e-6, atol=0.0)
+
+
 def test_gradcheck() -> None:
     layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([3]), torch.tensor([[4, 2]]))
     tensors = [torch.randn(n, 2, 16, dtype=torch.float64, requires_grad=True) for n in (3, 6, 6)]

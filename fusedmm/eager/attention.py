@@ -23,7 +23,6 @@ of their own. `torch.exp2` rather than `exp`: a quarter of the time (0.16 ns an 
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,14 +44,7 @@ from fusedmm.eager.attention_inputs import (
     without_unseen,
 )
 from fusedmm.eager.attention_rows import add_key_product, add_keys, as_matrices, product
-
-
-class RowTerms(NamedTuple):
-    """What the backward knows of a query before it reads a key."""
-
-    exponent: Tensor  # [total_q, Hq, M] added to the scores in base 2 so that exp2 gives P
-    offset: Tensor  # [total_q, Hq, M] the part of dz that P multiplies
-    certain: Tensor | None  # [total_q, Hq, M] True where a softmax is over a single key: dz is exactly 0
+from fusedmm.eager.attention_sums import RowTerms, certain_rows, correct, is_far, sum_to
 
 
 def forward(
@@ -242,8 +234,9 @@ def backward(
         grad_key, grad_value = (t.unflatten(1, (x.key.shape[1], -1)).sum(2) for t in gradients[1:3])
         return gradients[0], grad_key, grad_value, gradients[3], gradients[4]
     groups = x.groups()
-    certain = _certain_rows(x, softmax, groups)
-    terms = RowTerms(*_exponent_and_offset(softmax, x.log_prior, grad_mass, grad_lse, inner, mass, lse), certain)
+    certain = certain_rows(x, softmax, groups)
+    exponent, offset = _exponent_and_offset(softmax, x.log_prior, grad_mass, grad_lse, inner, mass, lse)
+    terms = RowTerms(exponent, offset, certain, grad_lse, mass if is_far(exponent, mass) else None)
     x = without_unseen(x)
     has_all_rows = sum(group.count_q for group in groups) == x.query.shape[0]
     has_all_keys = sum(group.count_k for group in groups) == x.key.shape[0]
@@ -294,6 +287,8 @@ def _backward_block(
     query, gradient = as_matrices(query), as_matrices(gradient)
     probabilities, shares = block_scores(x, group, block, query, shape, keys, exponent)
     probabilities.exp2_()
+    if terms.mass is not None:
+        sum_to(shares, group, x.rows(terms.mass, group, block))
     products = torch.empty_like(probabilities)
     columns = group.columns(products.view(*shape, group.size_k))
     starts_from_offset = _starts_from_offset(x, softmax)
@@ -313,8 +308,8 @@ def _backward_block(
     products.mul_(probabilities)
     needs_sums = x.log_prior is not None or not starts_from_offset
     sums = group.reduce(columns, torch.sum, 0.0) if needs_sums else None
+    gate = None if x.gate is None else x.rows(x.gate, group, block)
     if sums is not None and not starts_from_offset:
-        gate = None if x.gate is None else x.rows(x.gate, group, block)
         if softmax == "per_modality":  # a rounded lse leaves P no sum of 1, and what it lacks would not cancel below
             sums = sums.div_(group.reduce(shares, torch.sum, 0.0).clamp_min_(LEAST))
             offset = -sums if gate is None else -gate * sums
@@ -323,14 +318,13 @@ def _backward_block(
                 part.mul_(scale)
         for part, share, scale in zip(columns, shares, group.factors(offset), strict=True):
             part.addcmul_(share, scale)
-        if gate is not None:
-            for share, scale in zip(shares, group.factors(gate), strict=True):
-                share.mul_(scale)
-        if x.seed is not None:
-            drop(probabilities, x, group, block)
-    if terms.certain is not None:
-        for part, is_certain in zip(columns, group.factors(x.rows(terms.certain, group, block).bool()), strict=True):
-            part.masked_fill_(is_certain, 0.0)
+    if terms.mass is not None or terms.certain is not None:
+        correct(columns, shares, softmax, terms, x, group, block)
+    if gate is not None:
+        for share, scale in zip(shares, group.factors(gate), strict=True):
+            share.mul_(scale)
+    if x.seed is not None:
+        drop(probabilities, x, group, block)
     grad_query = product(products, keys, x.scale)
     add_key_product(grad_key, group, products.mT, query, add, x.scale)
     if softmax == "partials":
@@ -369,19 +363,3 @@ def _exponent_and_offset(
     if grad_mass is None:
         return exponent, -inner[..., None].expand_as(mass)
     return exponent, grad_mass - (grad_mass * mass).sum(-1).add_(inner)[..., None]
-
-
-def _certain_rows(x: Inputs, softmax: str, groups: tuple[Group, ...]) -> Tensor | None:
-    """[total_q, Hq, M] True where a query sees a single key, of a modality under per_modality: its softmax is constant,
-    and dz is exactly 0, not the rounding error of delta; None where there is no such row.
-    """
-    is_joint = softmax == "joint"
-    if softmax == "partials":  # the gradient of lse reaches a single key
-        return None
-    if x.visible is None and x.active is None and not any(group.has_single_key(is_joint) for group in groups):
-        return None
-    counts = visible_counts(x)
-    if is_joint:
-        counts = counts.sum(-1, keepdim=True).expand_as(counts)
-    certain = counts == 1
-    return certain if bool(certain.any()) else None

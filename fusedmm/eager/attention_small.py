@@ -91,7 +91,7 @@ def backward(
         probabilities, columns = _exponentials(x, group, query, key, row_exponent(mass, lse, x.log_prior))
         # a rounded lse leaves P no sum of 1, and what it lacks would not cancel below
         sums = _packed(columns.sum(-1)).clamp_min_(torch.finfo(mass.dtype).tiny)
-        columns.mul_(_factors(mass / sums, group))
+        columns.div_(_factors(sums.div_(mass), group))  # a single probability is 1
         weights = probabilities if x.gate is None else _gated(columns, x.gate, group)
         kept = Kept(query, key, value, probabilities, weights)
     gradient = _matrices(grad_output, group)
@@ -99,10 +99,9 @@ def backward(
     columns = _columns(x, group, products)
     grad_gate = _packed(columns.sum(-1))
     gated = grad_gate if x.gate is None else grad_gate * x.gate
-    delta = gated.sum(-1, keepdim=True)
-    if grad_mass is not None:
-        delta.add_((grad_mass * mass).sum(-1, keepdim=True))
-    offset = -delta if grad_mass is None else grad_mass - delta
+    offset = -gated.sum(-1, keepdim=True)
+    if grad_mass is not None:  # its own difference first: it is 0 where one modality has all the mass
+        offset = (grad_mass - (grad_mass * mass).sum(-1, keepdim=True)).add_(offset)
     if x.gate is not None:
         columns.mul_(_factors(x.gate, group))
     columns.addcmul_(_columns(x, group, kept.probabilities), _factors(offset, group))
