@@ -4,13 +4,13 @@ Queries of all samples stand one after another, and so do keys: sample-major, mo
 ``(b, m)`` is the contiguous run of modality ``m`` in sample ``b``; a segment of length 0 is a missing modality.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from fusedmm.shapes import ShapeError, check_device, check_dtype, check_shapes
+from fusedmm.shapes import ShapeError, check_device, check_dtype, check_shapes, check_tensor, check_type
 from fusedmm.visibility import Visibility, find_visible
 
 MAX_MODALITIES = 32
@@ -132,7 +132,7 @@ class ModalityLayout:
             num_modalities=sizes["modality"],
             max_seqlen_q=max_q,
             max_seqlen_k=max_k,
-            names=None if names is None else tuple(names),
+            names=None if names is None else _as_names(names),
         )
 
     @classmethod
@@ -148,6 +148,7 @@ class ModalityLayout:
             TypeError: where a mask is not bool.
         """
         op = "ModalityLayout.from_masks"
+        check_type(op, "k_masks", k_masks, Mapping, "Give {name: mask}.")
         if not k_masks:
             raise ValueError(f"{op}: k_masks must name at least one modality, got none.")
         masks = {"q_mask": q_mask, **{f"k_masks[{name!r}]": mask for name, mask in k_masks.items()}}
@@ -181,6 +182,7 @@ class ModalityLayout:
 
     def per_query(self, x: Tensor) -> Tensor:
         """Repeat a per-sample value for each of its queries: [B, ...] to [total_q, ...]; differentiable."""
+        check_tensor("ModalityLayout.per_query", "x", x)
         if x.ndim == 0 or x.shape[0] != self.batch_size:
             raise ShapeError(
                 f"ModalityLayout.per_query: x must have shape [batch={self.batch_size}, ...], got {list(x.shape)}."
@@ -198,6 +200,7 @@ class ModalityLayout:
             self._check_padded("query", padded, self._padded_q, self.max_seqlen_q)
             slots = self._query_slots if self._query_slots is not None else self._leading_query_slots(padded.shape[1])
             return padded.flatten(0, 1).index_select(0, slots)
+        check_type("ModalityLayout.pack", "padded", padded, Mapping, "Give a tensor of queries, or {name: keys}.")
         names = self._names("pack")
         if set(padded) != set(names):
             raise ValueError(
@@ -215,6 +218,7 @@ class ModalityLayout:
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Put packed queries back: [total_q, ...] to [B, Lq, ...], zeros in the padding; differentiable."""
+        check_tensor("ModalityLayout.unpack", "packed", packed)
         if packed.ndim == 0 or packed.shape[0] != self.total_q:
             raise ShapeError(
                 f"ModalityLayout.unpack: packed must have shape [query={self.total_q}, ...], got {list(packed.shape)}."
@@ -226,6 +230,7 @@ class ModalityLayout:
 
     def unpack_keys(self, packed: Tensor) -> dict[str, Tensor]:
         """Put packed keys back: [total_k, ...] to {name: [B, Lm, ...]}, zeros in the padding; differentiable."""
+        check_tensor("ModalityLayout.unpack_keys", "packed", packed)
         names = self._names("unpack_keys")
         if packed.ndim == 0 or packed.shape[0] != self.total_k:
             raise ShapeError(
@@ -270,6 +275,7 @@ class ModalityLayout:
         return self.names
 
     def _check_padded(self, argument: str, padded: Tensor, exact: int | None, at_least: int) -> None:
+        check_tensor("ModalityLayout.pack", argument, padded)
         rule = f"at least {at_least}" if exact is None else f"{exact}"
         wrong_length = padded.ndim >= 2 and (padded.shape[1] < at_least if exact is None else padded.shape[1] != exact)
         if padded.ndim < 2 or padded.shape[0] != self.batch_size or wrong_length:
@@ -291,6 +297,12 @@ class ModalityLayout:
             + starts[segment % self.num_modalities]
             + position
         )
+
+
+def _as_names(names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"ModalityLayout: names must be a sequence of strings, got {names!r}.")
+    return tuple(names)
 
 
 def _occupied(mask: Tensor, total: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fusedmm.heads import LinearHead
 from fusedmm.ops.distillation import distillation_scores
 from fusedmm.ops.partials import ModalityPartials, leave_one_out, merge_modalities
-from fusedmm.shapes import ShapeError
+from fusedmm.shapes import ShapeError, as_number
 
 MEASURES = ("kl", "squared_error")
 
@@ -53,13 +53,23 @@ def modality_scores(
         [N, M] float32, at least 0; 0 where the modality had no mass. Without gradient: scores are targets.
 
     Raises:
-        ValueError: for an unknown measure or softmax, or a log_prior under per_modality.
-        ShapeError: for an `nn.Linear` of another width.
+        ValueError: for an unknown measure or softmax, a temperature that is not positive, or a log_prior under
+            per_modality.
+        ShapeError: for an `nn.Linear` of another width, or a head of one output under "kl".
+        TypeError: for partials, head or temperature of another type.
 
     Cost: M + 1 evaluations of projection and head, ``2 * N * Hq * M**2 * D`` FLOPs for the outputs without each of M.
     """
     if measure not in MEASURES:
         raise ValueError(f"modality_scores: measure must be one of {', '.join(map(repr, MEASURES))}, got {measure!r}.")
+    if not callable(head):
+        raise TypeError(
+            f"modality_scores: head must be an nn.Linear or another callable, got {type(head).__name__}. Pass what "
+            "maps the attention's output to the answer."
+        )
+    temperature = as_number("modality_scores", "temperature", temperature)
+    if not temperature > 0:
+        raise ValueError(f"modality_scores: temperature must be positive, got {temperature}.")
     full = merge_modalities(partials, log_prior, gate, softmax).output.flatten(1)
     without = [x.flatten(1) for x in leave_one_out(partials, log_prior, gate, softmax).unbind(2)]
     if projection is not None:
@@ -71,14 +81,25 @@ def modality_scores(
             "Pass the output projection as projection."
         )
     if isinstance(head, nn.Linear) and measure == "kl":
+        _check_classes(head.out_features)
         teacher = LinearHead(full.to(head.weight.dtype), head.weight, head.bias)
         students = (LinearHead(x.to(head.weight.dtype), head.weight, head.bias) for x in without)
         rows = [distillation_scores(x, teacher, temperature=temperature, impl=impl).forward_kl for x in students]
     elif measure == "kl":
-        answer = torch.log_softmax(head(full).float() / temperature, -1)
+        logits = head(full)
+        _check_classes(logits.shape[-1])
+        answer = torch.log_softmax(logits.float() / temperature, -1)
         others = (torch.log_softmax(head(x).float() / temperature, -1) for x in without)
         rows = [(answer.exp() * (answer - x)).sum(-1) for x in others]
     else:
         answer = head(full).float()
         rows = [(answer - head(x).float()).square().sum(-1) for x in without]
     return torch.stack(rows, 1).clamp_(min=0.0)
+
+
+def _check_classes(classes: int) -> None:
+    if classes < 2:
+        raise ShapeError(
+            f'modality_scores: head must give 2 classes or more for measure="kl", got {classes}, whose softmax never '
+            'changes. Use measure="squared_error" for a regression.'
+        )

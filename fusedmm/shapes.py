@@ -5,6 +5,7 @@ waits for a GPU.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +42,7 @@ def check_shapes(
     for argument, (tensor, dims) in shapes.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {argument} must be a tensor, got {type(tensor).__name__}. Use torch.as_tensor.")
+        check_tensor(op, argument, tensor)
         shape = tensor.shape
         if len(shape) != len(dims):
             raise ShapeError(
@@ -66,10 +66,25 @@ def _named(dims: Sequence[Dim]) -> str:
     return "[" + ", ".join(str(dim) for dim in dims) + "]"
 
 
+def check_tensor(op: str, argument: str, value: object) -> None:
+    """Complain with ``TypeError`` about what is no tensor, a list or a NumPy array among them."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {argument} must be a tensor, got {type(value).__name__}. Use torch.as_tensor.")
+
+
+def as_number(op: str, argument: str, value: Any) -> float:
+    """The value as a float; ``TypeError`` where it is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{op}: {argument} must be a number, got {type(value).__name__}.") from error
+
+
 def check_type(op: str, argument: str, value: object, wanted: type, advice: str) -> None:
     """Complain with ``TypeError`` where an argument is no ``wanted``; ``advice`` says how one is made."""
     if not isinstance(value, wanted):
-        raise TypeError(f"{op}: {argument} must be a {wanted.__name__}, got {type(value).__name__}. {advice}")
+        article = "an" if wanted.__name__[0].lower() in "aeiou" else "a"
+        raise TypeError(f"{op}: {argument} must be {article} {wanted.__name__}, got {type(value).__name__}. {advice}")
 
 
 def check_broadcast(op: str, argument: str, tensor: Tensor, shape: Sequence[int], dims: Sequence[str]) -> Tensor:
@@ -77,7 +92,9 @@ def check_broadcast(op: str, argument: str, tensor: Tensor, shape: Sequence[int]
 
     Raises:
         ShapeError: where a dimension is neither 1 nor the size that is needed.
+        TypeError: for what is no tensor.
     """
+    check_tensor(op, argument, tensor)
     if tensor.shape == tuple(shape):
         return tensor
     trailing = tuple(tensor.shape)
@@ -92,8 +109,9 @@ def check_broadcast(op: str, argument: str, tensor: Tensor, shape: Sequence[int]
 
 def check_dtype(op: str, argument: str, tensor: Tensor, allowed: Sequence[torch.dtype], advice: str) -> None:
     """Complain with ``TypeError`` where a tensor's dtype is none of ``allowed``; ``advice`` says what to do."""
+    check_tensor(op, argument, tensor)
     if tensor.dtype not in allowed:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(allowed))
         raise TypeError(f"{op}: {argument} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}{advice}")
 
 

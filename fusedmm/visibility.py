@@ -89,8 +89,10 @@ def lookback_tensor(op: str, layout: "ModalityLayout", lookback: int | Sequence[
         return None
     if isinstance(lookback, bool) or (isinstance(lookback, int) and lookback < 0):
         raise ValueError(f"{op}: lookback must be a whole number of time units, 0 or more, got {lookback}.")
-    if isinstance(lookback, float):
-        raise TypeError(f"{op}: lookback must be int64, got float. Use int(lookback), in the unit of the times.")
+    if isinstance(lookback, float | str):
+        raise TypeError(
+            f"{op}: lookback must be int64, got {type(lookback).__name__}. Use int(lookback), in the unit of the times."
+        )
     window = torch.as_tensor(lookback)
     check_dtype(op, "lookback", window, (torch.int64,), ". Use lookback.to(torch.int64).")
     if window.ndim > 1 or (window.ndim == 1 and window.shape[0] != layout.num_modalities):

@@ -187,6 +187,17 @@ def test_bad_masks_and_tensors() -> None:
         layout.pack({"a": torch.zeros(1, 3, 4)})
     with pytest.raises(TypeError, match=r"key_time must be int64, got float32"):
         layout.at_times(torch.arange(2), torch.arange(3.0))
+    with pytest.raises(TypeError, match=r"lookback must be int64, got str"):
+        layout.at_times(torch.arange(2), torch.arange(3), "3 days")
+    with pytest.raises(TypeError, match=r"k_masks must be a Mapping, got list"):
+        ModalityLayout.from_masks(torch.ones(1, 2).bool(), [torch.ones(1, 2).bool()])
+    with pytest.raises(TypeError, match=r"names must be a sequence of strings, got 'a'"):
+        ModalityLayout.from_lengths(torch.tensor([2]), torch.tensor([[3]]), names="a")
+    for method in (layout.unpack, layout.unpack_keys, layout.per_query):
+        with pytest.raises(TypeError, match=rf"{method.__name__}: \w+ must be a tensor, got list"):
+            method([1.0, 2.0])
+    with pytest.raises(TypeError, match=r"pack: padded must be a Mapping, got list"):
+        named.pack([1.0, 2.0])
 
 
 def test_an_empty_batch_of_queries_and_keys() -> None:

@@ -188,6 +188,14 @@ def test_a_switched_off_modality_is_not_read(batch) -> None:
         ),
         ({"query_time": torch.zeros(3, 4)}, TypeError, "time of query must be int64, got float32"),
         ({"lookback": {"prise": 1}}, ValueError, "lookback names an unknown modality, got 'prise'"),
+        ({"lookback": {"price": 1.5}}, TypeError, r"lookback\['price'\] must be an Integral, got float"),
+        ({"lookback": {"price": -1}}, ValueError, r"lookback\['price'\] must be a whole number .* got -1"),
+        ({"tokens": {"price": [[1.0]]}}, TypeError, r"tokens\['price'\] must be a tensor, got list"),
+        ({"masks": torch.ones(3, 6).bool()}, TypeError, "masks must be a Mapping, got Tensor. Give {name: tensor}"),
+        ({"query_mask": [True]}, TypeError, "mask of query must be a tensor, got list"),
+        ({"query_time": [1]}, TypeError, "query_time must be a tensor, got list"),
+        ({"active": [True]}, TypeError, "active must be a tensor, got list"),
+        ({"active": torch.ones(3, 2).bool()}, fusedmm.ShapeError, r"active must be .* modality=3, got shape \[3, 2\]"),
         (
             {"tokens": {"price": torch.zeros(3, 10, 6), "text": torch.zeros(3, 6, 32)}},
             fusedmm.ShapeError,
@@ -212,11 +220,29 @@ def test_bad_batches(changes, error, message, batch) -> None:
         ((64, 4, ["a.b"]), "a modality name must be non-empty"),
         ((64, 4, ["keys"]), "no attribute of ModuleDict, got 'keys'"),
         ((64, 0, ["a"]), "num_heads must divide embed_dim"),
+        ((64.0, 4, ["a"]), "embed_dim must be an int, got float"),
+        ((64, 4, {"a": 1.5}), "modalities must be names with whole token widths, got 'a': 1.5"),
+        ((64, 4, {"a": 0}), "a token width must be at least 1, got 0 for 'a'"),
+        ((64, 4, [1, 2]), "modalities must be names with whole token widths, got 1"),
+        ((64, 4, [f"m{i}" for i in range(33)]), "modalities must be at most 32, got 33"),
     ],
 )
 def test_bad_modules(arguments, message) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         GatedMultimodalAttention(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"patience": 0}, "patience must be at least 1, got 0"),  # all would be off from the start
+        ({"threshold": "low"}, "threshold must be a number, got str"),
+    ],
+)
+def test_bad_options(options, message) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        FusionBlock(64, 4, WIDTHS, **options)
 
 
 @pytest.mark.parametrize(
@@ -267,3 +293,79 @@ def test_what_a_newcomer_gets_wrong_is_named(batch) -> None:
     packed = MultimodalBatch.build(query, tokens, WIDTHS)
     with pytest.raises(fusedmm.ShapeError, match=r"the shape that the batch was built with, \[3, 4\], got \[4, 3\]"):
         layer(query.reshape(4, 3, 64), packed)
+    with pytest.raises(TypeError, match="query must be a tensor, got list"):
+        layer([1.0], packed)
+    with pytest.raises(TypeError, match="query must be float32, got float64"):
+        layer(query.double(), packed)
+    with pytest.raises(TypeError, match=r"tokens\['price'\] must be float32, got float16"):
+        layer(query, {**tokens, "price": tokens["price"].half()})
+    with pytest.raises(ValueError, match=r"query must be on the device of the batch \(cpu\), got meta"):
+        layer(query.to("meta"), packed)
+
+
+def test_a_batch_for_other_modalities_is_refused(batch) -> None:
+    """In another order it would fit, and every token would be read as another's."""
+    layer = GatedMultimodalAttention(64, 4, {"price": 5, "audio": 5})
+    query, tokens = batch["query"], {name: torch.randn(3, 4, 5) for name in ("price", "audio")}
+    for modalities in ({"audio": 5, "price": 5}, {"price": 5}, {"price": 5, "audio": 5, "text": 32}):
+        given = {name: x for name, x in tokens.items() if name in modalities}
+        other = MultimodalBatch.build(query, given, modalities)
+        with pytest.raises(ValueError, match=r"a batch must have the module's modalities in its order, .* got"):
+            layer(query, other)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_nested_tensors_of_another_kind_are_refused(batch) -> None:
+    """One with holes has other lengths than its offsets say."""
+    layer = GatedMultimodalAttention(64, 4, WIDTHS)
+    start, length = torch.tensor([0, 1, 2]), torch.tensor([3, 0, 2])
+    holes = torch.nested.narrow(torch.randn(3, 9, 5), 1, start, length, layout=torch.jagged)
+    with pytest.raises(ValueError, match=r"tokens\['price'\] must be contiguous, .* Use .contiguous\(\)"):
+        layer(batch["query"], {"price": holes})
+    mass = layer(batch["query"], {"price": holes.contiguous()}).mass
+    assert (mass[1] == 0).all()  # nothing there
+    strided = torch.nested.nested_tensor([torch.randn(n, 5) for n in (2, 1, 3)])
+    with pytest.raises(TypeError, match=r"tokens\['price'\] must be a jagged nested tensor, got the strided layout"):
+        layer(batch["query"], {"price": strided})
+
+
+class LowRank(torch.nn.Module):
+    """An adapter as users put in place of a linear layer: without a weight of its own."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = torch.nn.Linear(base.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, base.out_features, bias=False)
+        torch.nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+class Int8(torch.nn.Module):
+    """A quantised layer, whose weight says nothing of what it takes and gives."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("scale", base.weight.detach().abs().amax(1, keepdim=True).clamp(min=1e-9) / 127)
+        self.register_buffer("weight", (base.weight.detach() / self.scale).round().to(torch.int8))
+        self.bias = base.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+@pytest.mark.parametrize(("wrapper", "error"), [(LowRank, 0.0), (Int8, 0.05)])
+def test_every_linear_layer_may_be_replaced(wrapper, error, batch) -> None:
+    torch.manual_seed(0)
+    block = FusionBlock(64, 4, WIDTHS, output_gate=True)
+    arguments = {name: batch[name] for name in ("query", "tokens", "masks", "query_mask")}
+    expected, head = block(**arguments).output, torch.nn.Linear(64, 3)
+    scores = block.attention.modality_scores(**arguments, head=head)
+    linear = [(name, layer) for name, layer in block.named_modules() if isinstance(layer, torch.nn.Linear)]
+    for name, layer in linear:
+        parent, _, own = name.rpartition(".")
+        setattr(block.get_submodule(parent), own, wrapper(layer))
+    torch.testing.assert_close(block(**arguments).output, expected, rtol=0, atol=error)
+    torch.testing.assert_close(block.attention.modality_scores(**arguments, head=head), scores, rtol=0, atol=error)

@@ -96,3 +96,5 @@ def test_bad_input(packed) -> None:
         wanted = rf"^{op.__name__}: partials must be a ModalityPartials, got Tensor\. Pass what modality_partials"
         with pytest.raises(TypeError, match=wanted):
             op(partials.output)
+        with pytest.raises(TypeError, match=rf"^{op.__name__}: gate must be a tensor, got list\. Use torch.as_tensor"):
+            op(partials, gate=[1.0, 1.0, 1.0])

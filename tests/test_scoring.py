@@ -50,3 +50,10 @@ def test_bad_input(packed) -> None:
         fusedmm.modality_scores(partials, nn.Linear(32, 2), measure="l1")
     with pytest.raises(fusedmm.ShapeError, match="head must take the 32 features of the heads together, got 16"):
         fusedmm.modality_scores(partials, nn.Linear(16, 2))
+    for head in (nn.Linear(32, 1), nn.Sequential(nn.Linear(32, 1))):  # its softmax never changes: every score were 0
+        with pytest.raises(fusedmm.ShapeError, match=r'2 classes or more .* got 1, .* Use measure="squared_error"'):
+            fusedmm.modality_scores(partials, head)
+    with pytest.raises(TypeError, match=r"head must be an nn\.Linear or another callable, got NoneType"):
+        fusedmm.modality_scores(partials, None)
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        fusedmm.modality_scores(partials, nn.Linear(32, 2), temperature=0)

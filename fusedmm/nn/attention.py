@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from fusedmm.impl import IMPLEMENTATIONS
+from fusedmm.layout import MAX_MODALITIES
 from fusedmm.nn.batch import BatchOptions, MultimodalBatch
 from fusedmm.nn.gate import ModalityGate
 from fusedmm.ops.attention import MAX_HEAD_DIM, MIN_HEAD_DIM, SOFTMAXES, gated_multimodal_attention
 from fusedmm.ops.partials import modality_partials
 from fusedmm.scoring import modality_scores
+from fusedmm.shapes import as_number, check_dtype, check_type
 
 Modalities = Sequence[str] | Mapping[str, int]
 
@@ -53,7 +55,8 @@ class GatedMultimodalAttention(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: dimensions that do not divide, no or duplicate or unusable modality names.
+        ValueError: dimensions that do not divide, no or duplicate or unusable modality names, values out of range.
+        TypeError: sizes that are no whole numbers.
     """
 
     def __init__(
@@ -77,6 +80,9 @@ class GatedMultimodalAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for argument, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            if size is not None:
+                check_type("GatedMultimodalAttention", argument, size, int, "Sizes are whole numbers.")
         self.modalities = _modality_widths(modalities, embed_dim)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if min(num_heads, num_kv_heads) < 1 or embed_dim % num_heads or num_heads % num_kv_heads:
@@ -95,6 +101,8 @@ class GatedMultimodalAttention(nn.Module):
                 f"GatedMultimodalAttention: embed_dim / num_heads must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got "
                 f"{head_dim}. Change num_heads."
             )
+        if not 0.0 <= as_number("GatedMultimodalAttention", "dropout", dropout) < 1.0:
+            raise ValueError(f"GatedMultimodalAttention: dropout must be in [0, 1), got {dropout}.")
         self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = embed_dim, num_heads, num_kv_heads, head_dim
         self.softmax, self.dropout, self.impl = softmax, dropout, impl
         kv_width = num_kv_heads * head_dim
@@ -158,6 +166,7 @@ class GatedMultimodalAttention(nn.Module):
         """
         batch = MultimodalBatch.of(query, tokens, self.modalities, **options)
         packed = batch.pack_query(query, self.embed_dim)
+        self._check_dtype("query", packed, self.query_proj)
         log_prior, gate = self.modality_gate(packed)
         output_gate = None if self.output_gate_proj is None else self._heads(self.output_gate_proj(packed))
         result = gated_multimodal_attention(
@@ -208,6 +217,7 @@ class GatedMultimodalAttention(nn.Module):
         """
         batch = MultimodalBatch.of(query, tokens, self.modalities, **options)
         packed = batch.pack_query(query, self.embed_dim)
+        self._check_dtype("query", packed, self.query_proj)
         log_prior, gate = self.modality_gate(packed)
         open_share = None if self.output_gate_proj is None else self.output_gate_proj(packed).sigmoid()
         scores = modality_scores(
@@ -234,14 +244,24 @@ class GatedMultimodalAttention(nn.Module):
         return heads
 
     def _project(self, x: Tensor) -> Tensor:
-        projected: Tensor = self.out_proj(x.to(self.out_proj.weight.dtype))
+        projected: Tensor = self.out_proj(x)
         return projected
+
+    def _check_dtype(self, argument: str, x: Tensor, layer: nn.Module) -> None:
+        """Say what to do where a plain layer cannot multiply ``x``: what replaces it, an adapter or a quantised layer,
+        knows itself what it takes.
+        """
+        if type(layer) is nn.Linear and not torch.is_autocast_enabled(x.device.type):
+            advice = ". Cast it to the dtype of the weights, cast the module, or use torch.autocast."
+            check_dtype("GatedMultimodalAttention", argument, x, (layer.weight.dtype,), advice)
 
     def _keys_values(self, batch: MultimodalBatch) -> tuple[Tensor, Tensor]:
         """Project every modality's tokens and put them in the layout's order: [total_k, Hkv, D] each."""
+        for name, tokens in batch.tokens.items():
+            self._check_dtype(f"tokens[{name!r}]", tokens, self.key_proj[name])
         key, value = (
             self._heads(
-                torch.cat([proj[name](batch.tokens[name]) for name in self.modalities]).index_select(
+                torch.cat([proj[name](tokens) for name, tokens in batch.tokens.items()]).index_select(
                     0, batch.key_source
                 )
             )
@@ -324,12 +344,23 @@ class FusionBlock(nn.Module):
 
 
 def _modality_widths(modalities: Modalities, embed_dim: int) -> dict[str, int]:
-    if isinstance(modalities, str) or not modalities:
+    if isinstance(modalities, str) or not isinstance(modalities, Sequence | Mapping) or not modalities:
         raise ValueError(
             "GatedMultimodalAttention: modalities must be a non-empty sequence of names or a mapping to widths, "
             f"got {modalities!r}."
         )
     widths = dict(modalities) if isinstance(modalities, Mapping) else dict.fromkeys(modalities, embed_dim)
+    for name, width in widths.items():
+        if not isinstance(name, str) or not isinstance(width, int) or isinstance(width, bool):
+            raise TypeError(
+                f"GatedMultimodalAttention: modalities must be names with whole token widths, got {name!r}: {width!r}."
+            )
+        if width < 1:
+            raise ValueError(f"GatedMultimodalAttention: a token width must be at least 1, got {width} for {name!r}.")
+    if len(widths) > MAX_MODALITIES:
+        raise ValueError(
+            f"GatedMultimodalAttention: modalities must be at most {MAX_MODALITIES}, got {len(widths)}. Merge some."
+        )
     if len(widths) != len(modalities):
         raise ValueError(f"GatedMultimodalAttention: modalities must have different names, got {list(modalities)}.")
     unusable = [name for name in widths if not name or "." in name or hasattr(nn.ModuleDict, name)]

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from fusedmm.layout import ModalityLayout
-from fusedmm.shapes import FLOATS, ShapeError, check_device, check_dtype
+from fusedmm.shapes import FLOATS, ShapeError, check_device, check_dtype, check_tensor, check_type
 
 OP = "MultimodalBatch"
 
@@ -55,10 +56,17 @@ class MultimodalBatch:
         """The batch itself where ``tokens`` is one, else `build`'s with the options.
 
         Raises:
-            ValueError: for a batch beside masks, times or anything else that it holds already.
+            ValueError: for a batch beside masks, times or anything else that it holds already, or one that was built
+                for other modalities, or for these in another order.
         """
         if not isinstance(tokens, MultimodalBatch):
             return cls.build(query, tokens, modalities, **options)
+        widths = [(name, x.shape[-1]) for name, x in tokens.tokens.items()]
+        if widths != list(modalities.items()):
+            raise ValueError(
+                f"{OP}: a batch must have the module's modalities in its order, {modalities}, got {dict(widths)}. "
+                "Build it with the module's `modalities`."
+            )
         given = [name for name, value in options.items() if value is not None]
         if given:
             raise ValueError(
@@ -103,8 +111,9 @@ class MultimodalBatch:
             ValueError: for an unknown modality, or times for some modalities only.
             ShapeError, TypeError: for shapes and dtypes that do not fit.
         """
-        masks, times = masks or {}, times or {}
+        masks, times = {} if masks is None else masks, {} if times is None else times
         _check_given(query, tokens, modalities, masks, times, query_time, lookback)
+        _check_active(active, query.shape[0], len(modalities))
         batch, device = query.shape[0], query.device
         queries = _Ragged.of("query", query, query_mask, batch, None)
         given = {
@@ -140,14 +149,17 @@ class MultimodalBatch:
     def pack_query(self, query: Tensor, width: int | None = None) -> Tensor:
         """[B, Lq, E] or nested to [total_q, E]; packed queries pass.
 
-        ShapeError where B and Lq are not those that the batch was built with, or E is not ``width``, if given.
+        ShapeError where B and Lq are not those that the batch was built with, or E is not ``width``, if given;
+        ValueError where query and batch are on two devices.
         """
+        check_tensor(OP, "query", query)
+        check_device(OP, {"the batch": self.layout.cu_seqlens_q, "query": query})
         if query.ndim == 3 and not query.is_nested and tuple(query.shape[:2]) != self.query_shape:
             raise ShapeError(
                 f"{OP}: query must have the shape that the batch was built with, {list(self.query_shape)}, got "
                 f"{list(query.shape[:2])}. Build a batch for this query."
             )
-        rows = query.values() if query.is_nested else query.flatten(0, -2)
+        rows = _nested_rows("query", query) if query.is_nested else query.flatten(0, -2)
         if width not in (None, rows.shape[-1]):
             raise ShapeError(f"{OP}: query must have width {width}, the module's embed_dim, got {rows.shape[-1]}.")
         return _take(rows, None if query.ndim == 2 else self.query_slots)
@@ -184,6 +196,8 @@ def _check_given(
             f"{OP}: query must be a tensor and tokens must map names to tensors, got {type(query).__name__} and "
             f"{type(tokens).__name__}."
         )
+    for argument, mapping in (("masks", masks), ("times", times)):
+        check_type(OP, argument, mapping, Mapping, "Give {name: tensor}.")
     absent = [name for name, x in tokens.items() if x is None]
     if absent:
         raise TypeError(f"{OP}: tokens[{absent[0]!r}] must be a tensor, got None. Leave a missing modality out.")
@@ -193,14 +207,16 @@ def _check_given(
             raise ValueError(
                 f"{OP}: {argument} names an unknown modality, got {unknown[0]!r}. The module knows {list(modalities)}."
             )
-    check_device(
-        OP,
-        {
-            "query": query,
-            **{f"tokens[{name!r}]": x for name, x in tokens.items()},
-            **{f"masks[{name!r}]": x for name, x in masks.items()},
-        },
-    )
+    tensors = {
+        "query": query,
+        **{f"tokens[{name!r}]": x for name, x in tokens.items()},
+        **{f"masks[{name!r}]": x for name, x in masks.items()},
+        **{f"times[{name!r}]": x for name, x in times.items()},
+        **({} if query_time is None else {"query_time": query_time}),
+    }
+    for argument, tensor in tensors.items():
+        check_tensor(OP, argument, tensor)
+    check_device(OP, tensors)
     if tokens and (bool(times) != (query_time is not None) or (times and set(times) != set(tokens))):
         lacking = [*(name for name in tokens if name not in times), *(["query_time"] if query_time is None else [])]
         raise ValueError(
@@ -209,6 +225,19 @@ def _check_given(
         )
     if tokens and lookback is not None and query_time is None:
         raise ValueError(f"{OP}: lookback needs times and query_time, got lookback alone.")
+
+
+def _check_active(active: Tensor | None, batch: int, modalities: int) -> None:
+    """[B, M] or [B, Hq, M] bool, with any Hq: the module knows it."""
+    if active is None:
+        return
+    check_dtype(OP, "active", active, (torch.bool,), ". False switches a segment off; use active.bool().")
+    shape = tuple(active.shape)
+    if len(shape) not in (2, 3) or (shape[0], shape[-1]) != (batch, modalities):
+        raise ShapeError(
+            f"{OP}: active must be [batch, modality] or [batch, head, modality] with batch={batch} and "
+            f"modality={modalities}, got shape {list(shape)}."
+        )
 
 
 @dataclass(frozen=True)
@@ -227,7 +256,7 @@ class _Ragged:
         if x.is_nested:
             if mask is not None:
                 raise ValueError(f"{OP}: {argument} is nested and has its own lengths, got a mask too. Drop the mask.")
-            rows = x.values()
+            rows = _nested_rows(argument, x)
             ragged = cls(rows, _offsets(x).diff(), None)
         else:
             if x.ndim != 3:
@@ -260,6 +289,19 @@ class _Ragged:
         return None if self.mask is None else torch.argsort(~self.mask.flatten(), stable=True)[:total]
 
 
+def _nested_rows(argument: str, nested: Tensor) -> Tensor:
+    """Values [rows, width] of a jagged nested tensor; one with holes, as ``torch.nested.narrow`` gives, is refused."""
+    if nested.layout != torch.jagged:
+        raise TypeError(
+            f"{OP}: {argument} must be a jagged nested tensor, got the strided layout. Use "
+            "torch.nested.as_nested_tensor(..., layout=torch.jagged)."
+        )
+    if not nested.is_contiguous():
+        raise ValueError(f"{OP}: {argument} must be contiguous, got a nested tensor with holes. Use .contiguous().")
+    rows: Tensor = nested.values()
+    return rows
+
+
 def _offsets(nested: Tensor) -> Tensor:
     offsets: Tensor = nested.offsets()  # type: ignore[attr-defined]
     return offsets
@@ -289,7 +331,11 @@ def _lookback(lookback: int | Mapping[str, int] | None, modalities: Mapping[str,
         raise ValueError(
             f"{OP}: lookback names an unknown modality, got {unknown[0]!r}. The module knows {list(modalities)}."
         )
-    return torch.tensor([lookback.get(name, 2**63 - 1) for name in modalities])
+    for name, window in lookback.items():
+        check_type(OP, f"lookback[{name!r}]", window, Integral, "Leave an unbounded modality out.")
+        if isinstance(window, bool) or window < 0:
+            raise ValueError(f"{OP}: lookback[{name!r}] must be a whole number of time units, 0 or more, got {window}.")
+    return torch.tensor([int(lookback.get(name, 2**63 - 1)) for name in modalities])
 
 
 def _key_source(layout: ModalityLayout, lengths: Tensor, totals: list[int]) -> Tensor:

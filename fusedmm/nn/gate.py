@@ -6,7 +6,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from fusedmm.shapes import ShapeError, check_shapes
+from fusedmm.shapes import ShapeError, as_number, check_shapes, check_tensor
 
 MIN_SCORE = 1e-12  # nats; a score below counts as this in shares of importance
 
@@ -63,9 +63,11 @@ class ModalityGate(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if threshold is not None and threshold < 0:
+        if threshold is not None and as_number("ModalityGate", "threshold", threshold) < 0:
             raise ValueError(f"ModalityGate: threshold must not be negative, got {threshold}.")
-        if not 0.0 <= momentum < 1.0:
+        if patience < 1:
+            raise ValueError(f"ModalityGate: patience must be at least 1, got {patience}.")
+        if not 0.0 <= as_number("ModalityGate", "momentum", momentum) < 1.0:
             raise ValueError(f"ModalityGate: momentum must be in [0, 1), got {momentum}.")
         self.num_heads, self.num_modalities = num_heads, num_modalities
         self.threshold, self.patience, self.momentum = threshold, patience, momentum
@@ -104,6 +106,7 @@ class ModalityGate(nn.Module):
         """Take in scores [N, M] of `fusedmm.modality_scores`; under data parallelism give all ranks the same
         (all-reduced) scores.
         """
+        check_tensor("ModalityGate.update", "scores", scores)
         if scores.ndim > 2:
             raise ShapeError(
                 f"ModalityGate.update: scores must be [row, {self.num_modalities}], got shape {list(scores.shape)}. "

@@ -13,7 +13,17 @@ from fusedmm.impl import resolve_impl
 from fusedmm.layout import ModalityLayout
 from fusedmm.ops.attention_op import Problem, attention
 from fusedmm.reference import attention as reference
-from fusedmm.shapes import FLOATS, ShapeError, check_broadcast, check_device, check_dtype, check_shapes, check_type
+from fusedmm.shapes import (
+    FLOATS,
+    ShapeError,
+    as_number,
+    check_broadcast,
+    check_device,
+    check_dtype,
+    check_shapes,
+    check_tensor,
+    check_type,
+)
 from fusedmm.visibility import Visibility, find_visible
 
 OP = "gated_multimodal_attention"
@@ -111,14 +121,15 @@ def gated_multimodal_attention(
     Qiu et al. 2025, "Gated attention for LLMs".
     """
     check_softmax(OP, softmax, log_prior)
+    dropout_p = as_number(OP, "dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{OP}: dropout_p must be in [0, 1), got {dropout_p}.")
-    query, key, value = autocast(query, key, value)
+    query, key, value = autocast(OP, query=query, key=key, value=value)
     check_packed(OP, query, key, value, layout)
     rows = (layout.total_q, query.shape[1], layout.num_modalities)
     log_prior = _per_modality_rows("log_prior", log_prior, rows, query)
     gate = _per_modality_rows("gate", gate, rows, query)
-    output_gate = None if output_gate is None else _gate_logits(autocast(output_gate)[0], query)
+    output_gate = None if output_gate is None else _gate_logits(autocast(OP, output_gate=output_gate)[0], query)
     active = check_active(OP, active, layout, query.shape[1])
     check_device(
         OP,
@@ -133,7 +144,7 @@ def gated_multimodal_attention(
     )
     chosen = resolve_impl(OP, impl, query.device, unsupported=triton_gaps(query))
     visibility = resolve_visibility(OP, layout, query_time, key_time, lookback)
-    scale = query.shape[2] ** -0.5 if scale is None else float(scale)
+    scale = query.shape[2] ** -0.5 if scale is None else as_number(OP, "scale", scale)
     seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
     if chosen == "reference":
         with torch.autocast(query.device.type, enabled=False):
@@ -290,10 +301,13 @@ def _per_modality_rows(
     return check_broadcast(OP, argument, tensor, shape, ("query", "head", "modality")).to(wanted)
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(op: str, **tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the autocast dtype where autocast is on; float64 stays, as in PyTorch's own operators."""
-    device = tensors[0].device.type
+    for argument, tensor in tensors.items():
+        check_tensor(op, argument, tensor)
+    given = tuple(tensors.values())
+    device = given[0].device.type
     if not torch.is_autocast_enabled(device):
-        return tensors
+        return given
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in given)

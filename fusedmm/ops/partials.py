@@ -23,7 +23,7 @@ from fusedmm.ops.attention import (
 )
 from fusedmm.ops.attention_op import Problem, attention
 from fusedmm.reference import attention as reference
-from fusedmm.shapes import check_broadcast, check_shapes, check_type
+from fusedmm.shapes import as_number, check_broadcast, check_shapes, check_type
 
 
 class ModalityPartials(NamedTuple):
@@ -72,12 +72,12 @@ def modality_partials(
     Cost: the FLOPs of one attention; the output is M times larger.
     """
     op = "modality_partials"
-    query, key, value = autocast(query, key, value)
+    query, key, value = autocast(op, query=query, key=key, value=value)
     check_packed(op, query, key, value, layout)
     active = check_active(op, active, layout, query.shape[1])
     chosen = resolve_impl(op, impl, query.device, unsupported=triton_gaps(query))
     visibility = resolve_visibility(op, layout, query_time, key_time, lookback)
-    scale = query.shape[2] ** -0.5 if scale is None else float(scale)
+    scale = query.shape[2] ** -0.5 if scale is None else as_number(op, "scale", scale)
     if chosen == "reference":
         with torch.autocast(query.device.type, enabled=False):
             output, lse = reference.modality_partials(
