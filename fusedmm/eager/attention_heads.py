@@ -13,6 +13,10 @@ products are 0.8; with gradients 5.2, of which 2.8 (one thread of an AMD EPYC, Z
 takes 1.7 and 6.3, and the first call after other work 0.5 more.
 """
 
+from collections.abc import Iterator
+from itertools import repeat
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -59,25 +63,33 @@ def forward_block(
     keys, values = (t.contiguous() for t in tokens)
     query, share, gate = (None if t is None else x.rows(t, group, block) for t in (x.query, share, x.gate))
     assert query is not None
-    queries = as_matrices(query).contiguous()
+    rows = as_matrices(query)
+    queries = torch.mul(rows, x.scale * LOG2_E, out=rows.new_empty(rows.shape))
     factor = share if gate is None else gate if share is None else share * gate
     factors = None if factor is None else as_matrices(factor)
-    hidden = hidden_scores(x, group, block)
-    outputs, parts = [], []
-    for head, key in enumerate(keys):
-        weights = linear(queries[head], key).mul_(x.scale * LOG2_E)  # [G * n, k]; not its factors, to round but once
-        if hidden is not None:
-            _hide(weights, hidden, head, block)
-        columns = group.columns(weights.exp2_())
-        parts.append(group.reduce(columns, torch.sum, 0.0))
-        if factors is not None:
-            for part, each in zip(columns, group.factors(factors[head]), strict=True):
-                part.mul_(each)
-        outputs.append(linear(weights, values[head].mT))
+    heads = _by_head(len(keys), queries, keys, values, _hidden_by_head(x, group, block), factors)
+    outputs, parts = zip(*(_forward_head(group, block, *head) for head in heads), strict=True)
     block_sums = torch.stack(parts).view(*query.shape[:-1], -1)
     total = (block_sums if share is None else block_sums * share).sum(-1, keepdim=True)
     x.write(sums, group, block, block_sums)
     x.write(output, group, block, torch.stack(outputs), total.clamp_min_(LEAST))
+
+
+def _forward_head(
+    group: Group, block: Block, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, factor: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of a key head, the output [G * n, D] without its divisor and the sums of exponentials [G * n, M]. Its weights
+    are gone when the next head's come, which get their memory; so it is in the backward.
+    """
+    weights = linear(query, key)  # [G * n, k]
+    if hidden is not None:
+        _hide(weights, hidden, block)
+    columns = group.columns(weights.exp2_())
+    sums = group.reduce(columns, torch.sum, 0.0)
+    if factor is not None:
+        for part, each in zip(columns, group.factors(factor), strict=True):
+            part.mul_(each)
+    return linear(weights, value.mT), sums
 
 
 def backward_block(
@@ -96,49 +108,76 @@ def backward_block(
     """
     (keys, values), (grad_key, grad_value, add) = tokens, token_sums
     query = x.rows(x.query, group, block)
-    queries, keys = as_matrices(query).contiguous(), keys.contiguous()
-    gradient, *terms = (as_matrices(x.rows(t, group, block)) for t in (*packed, x.gate) if t is not None)
-    gradients, values = gradient.contiguous(), values.contiguous()
-    masses, exponents, offsets, *gates = (t.mT.contiguous().mT for t in terms)  # rows lie together, as in the scores
-    hidden, tiny = hidden_scores(x, group, block), torch.finfo(x.compute_dtype).tiny
-    grad_queries, grad_keys, grad_values, parts = [], [], [], []
-    for head, key in enumerate(keys):
-        probabilities = linear(key, queries[head]).mT  # [G * n, k]
-        shares = group.columns(probabilities)
-        for share, exponent in zip(shares, group.factors(exponents[head]), strict=True):
-            torch.add(exponent, share, alpha=x.scale * LOG2_E, out=share)
-        if hidden is not None:
-            _hide(probabilities, hidden, head, block)
-        probabilities.exp2_()
-        # Scores are not rounded as those of the forward, so that its lse leaves P no sum of 1.
-        held = masses[head] / group.reduce(shares, _sum_transposed, 0.0).clamp_min_(tiny)
-        for share, factor in zip(shares, group.factors(held), strict=True):
-            share.mul_(factor)
-        products = linear(values[head], gradients[head]).mT
-        columns = group.columns(products)
-        offset = group.factors(offsets[head])
-        if not gates:
-            for part, start in zip(columns, offset, strict=True):
-                part.add_(start)
-        products.mul_(probabilities)
-        if gates or x.log_prior is not None:
-            parts.append(group.reduce(columns, _sum_transposed, 0.0))
-        for gate in gates:
-            for part, share, scale, start in zip(columns, shares, group.factors(gate[head]), offset, strict=True):
-                part.mul_(scale).addcmul_(share, start)
-                share.mul_(scale)
-        grad_queries.append(linear(key.mT, products).mT)
-        grad_keys.append(linear(products.mT, queries[head].mT))
-        grad_values.append(linear(probabilities.mT, gradients[head].mT))
+    gradient, *terms = (None if t is None else as_matrices(x.rows(t, group, block)) for t in (*packed, x.gate))
+    assert gradient is not None
+    matrices = (t.contiguous() for t in (as_matrices(query), keys, values, gradient))
+    transposed = (None if t is None else t.mT.contiguous().mT for t in terms)  # rows lie together, as in the scores
+    heads = _by_head(len(keys), *matrices, _hidden_by_head(x, group, block), *transposed)
+    found = [_backward_head(x, group, block, *head) for head in heads]
+    grad_queries, grad_keys, grad_values, parts = zip(*found, strict=True)
     add_keys(grad_key, group, torch.stack(grad_keys).mul_(x.scale), add)
     add_keys(grad_value, group, torch.stack(grad_values), add)
     grad_query = torch.stack(grad_queries).mul_(x.scale)
-    return grad_query, torch.stack(parts).view(*query.shape[:-1], -1) if parts else None
+    return grad_query, None if parts[0] is None else torch.stack(parts).view(*query.shape[:-1], -1)
 
 
-def _hide(scores: Tensor, hidden: Tensor, head: int, block: Block) -> None:
-    """Add what is `hidden_scores` of a key head to its scores [G * n, k]."""
-    scores.unflatten(0, (-1, block.size)).add_(hidden[min(head, len(hidden) - 1), 0])  # [G or 1, n or 1, k]
+def _backward_head(
+    x: Inputs,
+    group: Group,
+    block: Block,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gradient: Tensor,
+    hidden: Tensor | None,
+    mass: Tensor,
+    exponent: Tensor,
+    offset: Tensor,
+    gate: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Of a key head, the gradients of query [G * n, D] and key [k, D] without their scale, of value [k, D], and the
+    sums [G * n, M] of `backward_block`.
+    """
+    probabilities = linear(key, query).mT  # [G * n, k]
+    shares = group.columns(probabilities)
+    for share, each in zip(shares, group.factors(exponent), strict=True):
+        torch.add(each, share, alpha=x.scale * LOG2_E, out=share)
+    if hidden is not None:
+        _hide(probabilities, hidden, block)
+    probabilities.exp2_()
+    # Scores are not rounded as those of the forward, so that its lse leaves P no sum of 1.
+    held = mass / group.reduce(shares, _sum_transposed, 0.0).clamp_min_(torch.finfo(mass.dtype).tiny)
+    for share, each in zip(shares, group.factors(held), strict=True):
+        share.mul_(each)
+    products = linear(value, gradient).mT
+    columns, offsets = group.columns(products), group.factors(offset)
+    if gate is None:
+        for part, start in zip(columns, offsets, strict=True):
+            part.add_(start)
+    products.mul_(probabilities)
+    sums = None if gate is None and x.log_prior is None else group.reduce(columns, _sum_transposed, 0.0)
+    if gate is not None:
+        for part, share, scale, start in zip(columns, shares, group.factors(gate), offsets, strict=True):
+            part.mul_(scale).addcmul_(share, start)
+            share.mul_(scale)
+    grad_query, grad_key = linear(key.mT, products).mT, linear(products.mT, query.mT)
+    return grad_query, grad_key, linear(probabilities.mT, gradient.mT), sums
+
+
+def _by_head(count: int, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Slices of tensors [count, ...], None for one that is not there."""
+    return zip(*(repeat(None, count) if t is None else t for t in tensors), strict=False)
+
+
+def _hidden_by_head(x: Inputs, group: Group, block: Block) -> Tensor | None:
+    """`hidden_scores` [Hkv, G or 1, n or 1, k] of the only sample."""
+    hidden = hidden_scores(x, group, block)
+    return None if hidden is None else hidden[:, 0].expand(x.key.shape[1], -1, -1, -1)
+
+
+def _hide(scores: Tensor, hidden: Tensor, block: Block) -> None:
+    """Add what hides keys from a key head [G or 1, n or 1, k] to its scores [G * n, k]."""
+    scores.unflatten(0, (-1, block.size)).add_(hidden)
 
 
 def _sum_transposed(columns: Tensor, dim: int) -> Tensor:
