@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,7 +28,7 @@ from benchmarks import (
 )
 from benchmarks.against import ROUNDS, Against, against, is_commit
 from benchmarks.cases import Builder, builders
-from benchmarks.harness import Harness, ratio
+from benchmarks.harness import Harness, ratio, untimed, usable
 from benchmarks.results import ROOT, Result, Run
 from benchmarks.telemetry import Telemetry
 
@@ -72,8 +73,17 @@ def _bench(words: list[str]) -> int:
         help="time this project's variants here and at another commit, in processes that take turns, and name what got "
         "slower beyond what processes of one tree differ by: wants an idle machine",
     )
-    parser.add_argument("--isolate", action="store_true", help="survive crashes and hangs: run in a child process")
-    parser.add_argument("--case-limit-s", type=float, default=120.0, help="with --isolate: most seconds of one case")
+    parser.add_argument(
+        "--isolate",
+        action="store_true",
+        help="survive crashes and hangs: run in a child process, started anew without the variant that ended it",
+    )
+    parser.add_argument(
+        "--limit-s",
+        type=float,
+        default=120.0,
+        help="with --isolate: most seconds of making one variant ready, or of timing one mode",
+    )
     parser.add_argument("--list", action="store_true", help="only name the cases, in the order in which they run")
     parser.add_argument("--plan", action="store_true", help="only name the cases and when each should be done")
     args = parser.parse_args(words)
@@ -129,23 +139,25 @@ def _budget() -> float:
 
 
 def _isolated(args: argparse.Namespace, words: list[str], names: list[str]) -> int:
-    """The same in a child, started anew after the case that ended it."""
+    """The same in a child, started anew where a variant ended it."""
     deadline = time.monotonic() + args.budget_s
     options = [word for word in words if word not in args.cases and word != "--isolate"]
     with tempfile.TemporaryDirectory() as folder:
         progress = Path(folder) / "progress"
 
-        def command(left: Sequence[str]) -> list[str]:
-            budget = ["--budget-s", str(max(0.0, deadline - time.monotonic()))]
-            return [sys.executable, "-m", "benchmarks", *left, *options, *budget]
+        def command(left: Sequence[str], without: Sequence[str]) -> list[str]:
+            last = ["--budget-s", str(max(0.0, deadline - time.monotonic()))]
+            if without:
+                last += ["--without", *args.without, *without]
+            return [sys.executable, "-m", "benchmarks", *left, *options, *last]
 
-        def report(case: str, why: str) -> None:
-            print(f"\n{case}\n  crashed: {why}", flush=True)
+        def report(case: str, variant: str, why: str) -> None:
+            print(f"\n{case}\n  {variant} crashed: {why}", flush=True)
             if args.json is not None and args.json.exists():
                 run = list(results.read(args.json)[0])[-1]
-                results.append(args.json, [Result(run, case, "all", "all", {}, "crashed", why)])
+                results.append(args.json, [Result(run, case, "all", variant, {}, "crashed", why)])
 
-        return isolate.run(names, command, progress, args.case_limit_s, report)
+        return isolate.run(names, command, progress, args.limit_s, report)
 
 
 def _measure(args: argparse.Namespace, kind: str, chosen: dict[str, Builder], seconds: float) -> int:
@@ -167,7 +179,7 @@ def _measure(args: argparse.Namespace, kind: str, chosen: dict[str, Builder], se
 
     compiling = targets.wanted() if args.quick else None
     harness = Harness(
-        device, ceilings, telemetry, run.id, seconds, args.energy, args.variants, args.without, compiling, keep
+        device, ceilings, telemetry, run.id, seconds, args.energy, args.variants, args.without, compiling, keep, _begin
     )
     found: list[Result] = []
     theirs: list[Result] = []
@@ -175,15 +187,19 @@ def _measure(args: argparse.Namespace, kind: str, chosen: dict[str, Builder], se
     options = ["--device", kind, "--seconds", str(each), "--threads", str(torch.get_num_threads())]
     with against(args.against, options) if args.against else nullcontext() as other:
         for name, build in chosen.items():
-            if time.monotonic() > deadline:
-                print(f"{name}: not run, the time budget is spent", flush=True)
-                continue
-            rows, beside = _case(name, build, harness, other, quick=args.quick)
+            left = deadline - time.monotonic()
+            try:
+                rows, beside = _case(name, build, harness, other, quick=args.quick, left_s=left)
+            except Exception as error:  # it costs this case, and no other
+                traceback.print_exc()
+                rows, beside = [untimed(Result(run.id, name, "all", "fusedmm", {}, ""), error)], []
+                if usable(device):
+                    keep(rows[0])
+            if not usable(device):
+                print(f"{name}: this process can no longer use the GPU", flush=True)
+                return isolate.CRASHED
             found += rows
             theirs += beside
-            if not _answers(device):
-                print(f"{name}: the GPU no longer answers", flush=True)
-                return isolate.CRASHED
     wrong = [r for r in found if r.variant.startswith("fusedmm") and r.status not in (results.TIMED, "skipped")]
     for result in wrong:
         print(f"benchmarks: {result.case} {result.mode} {result.variant} {result.status}: {result.reason}")
@@ -192,13 +208,23 @@ def _measure(args: argparse.Namespace, kind: str, chosen: dict[str, Builder], se
     return 1 if wrong else 0
 
 
-def _case(
-    name: str, build: Builder, harness: Harness, other: Against | None, *, quick: bool
-) -> tuple[list[Result], list[Result]]:
-    """One case here or, if asked for, in turn with the other commit; printed as one table."""
+def _begin(case: str, variant: str = "") -> None:
+    """Tell whoever watches this process what is at hand."""
     if isolate.PROGRESS in os.environ:
         with open(os.environ[isolate.PROGRESS], "a") as progress:
-            progress.write(f"{name}\n")
+            progress.write(f"{case} {variant}\n")
+
+
+def _case(
+    name: str, build: Builder, harness: Harness, other: Against | None, *, quick: bool, left_s: float
+) -> tuple[list[Result], list[Result]]:
+    """One case here or, if asked for, in turn with the other commit; printed as one table.
+
+    Not where less time is left than it should take: then a shorter one may still be run.
+    """
+    if left_s <= 0:
+        print(f"{name}: not run, the time budget is spent", flush=True)
+        return [], []
     try:
         case = build()
     except ImportError as error:
@@ -207,6 +233,10 @@ def _case(
     if quick and not case.quick:
         print(f"{name}: left out by --quick", flush=True)
         return [], []
+    if left_s < (needed := plan.estimate_s(case, harness.seconds, quick=quick)):
+        print(f"{name}: not run, it may take {needed:.0f} s and {left_s:.0f} s are left", flush=True)
+        return [], []
+    _begin(name)
     named = [variant.name for variant in case.variants]
     if harness.only and not set(harness.only) & set(named):
         print(f"{name}: nothing to run, its variants are {', '.join(named)}", flush=True)
@@ -230,16 +260,6 @@ def _case(
         harness.keep(row)
     print(table(name, [*rows, *other.renamed(beside)]), flush=True)
     return rows, beside
-
-
-def _answers(device: torch.device) -> bool:
-    """Whether the device still works: after a fault in a kernel every call in its process fails."""
-    if device.type == "cuda":
-        try:
-            torch.cuda.synchronize(device)
-        except RuntimeError:
-            return False
-    return True
 
 
 def table(name: str, rows: Sequence[Result]) -> str:
@@ -285,6 +305,17 @@ def _plot(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks plot", description=plot.__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures")
     return plot.run(parser.parse_args(words).out)
+
+
+def _keep(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks keep", description=results.keep.__doc__)
+    parser.add_argument("results", type=Path, help="a result file, such as ci/gpu leaves")
+    file = parser.parse_args(words).results
+    if not file.is_file():
+        parser.error(f"no such file: {file}")
+    for kept in results.keep(file):
+        print(f"keep: appended to {kept}")
+    return max(plot.run(ROOT / "docs" / "figures"), readme.run(check=False), targets.run(check=False))
 
 
 def _readme(words: list[str]) -> int:
@@ -342,6 +373,7 @@ COMMANDS = {
     "compare": (_compare, "what got slower or larger from one result file to another"),
     "overheads": (_overheads, "host time, CUDA graphs, metadata, recompilation"),
     "paths": (_paths, "which Hopper kernels a measurement justifies"),
+    "keep": (_keep, "a result file's rows to benchmarks/results, and all that is written from there anew"),
     "plot": (_plot, "figures from committed results"),
     "readme": (_readme, "the README's performance section and docs/performance.md, from committed results"),
     "targets": (_targets, "docs/targets.md, from committed results"),

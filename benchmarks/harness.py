@@ -20,6 +20,10 @@ from benchmarks.roofline import Ceilings
 from benchmarks.telemetry import Telemetry
 from benchmarks.timing import Times, add_energy, captured, comparable, interleave
 
+Call = Callable[[], object]
+Wrap = Callable[[Call], Call]
+Ready = tuple[Variant, Prepared, float]  # and the worst error that the gate saw
+
 
 @dataclass(frozen=True)
 class Harness:
@@ -36,6 +40,7 @@ class Harness:
         without: names of variants not to run.
         compiling: case and variant of what compiles and runs all the same; None: all.
         keep: is given every result as soon as it exists.
+        begin: is told the case, and the variant that is made ready; none while all of them are timed.
     """
 
     device: torch.device
@@ -48,6 +53,7 @@ class Harness:
     without: Sequence[str] = field(default_factory=tuple)
     compiling: Collection[tuple[str, str]] | None = None
     keep: Callable[[Result], None] = lambda result: None
+    begin: Callable[[str, str], None] = lambda case, variant: None
 
     def results(self, case: Case) -> list[Result]:
         """Run one case."""
@@ -65,12 +71,13 @@ class Harness:
 
     def _results(self, case: Case) -> Iterator[Result]:
         blank = Result(self.run, case.name, "", "", dict(case.sizes), status="")
-        ready: dict[str, tuple[Variant, Prepared, float]] = {}
+        ready: dict[str, Ready] = {}
         gate = Gate(case, self.device)
         problem = case.problem(self.device)
         for variant in case.variants:
             if (self.only and variant.name not in self.only) or variant.name in self.without:
                 continue
+            self.begin(case.name, variant.name)
             status, reason, prepared, worst = self._prepare(case, variant, gate, problem)
             if prepared is not None:
                 ready[variant.name] = variant, prepared, worst
@@ -97,7 +104,9 @@ class Harness:
                     return "wrong", "; ".join(verdict.complaints), None, verdict.worst_error
                 return "", "", variant.prepare(problem), verdict.worst_error
         except Exception as error:
-            return *_why(error), None, 0.0
+            if not usable(self.device):
+                raise  # or everyone after it would seem to fail
+            return *why(error), None, 0.0
 
     def _may_compile(self, case: str, variant: str) -> bool:
         return self.compiling is None or (case, variant) in self.compiling or variant in self.only
@@ -107,31 +116,65 @@ class Harness:
         case: Case,
         mode: str,
         blank: Result,
-        ready: Mapping[str, tuple[Variant, Prepared, float]],
-        wrap: Callable[[Callable[[], object]], Callable[[], object]] = lambda call: call,
+        ready: Mapping[str, Ready],
+        wrap: Wrap = lambda call: call,
     ) -> Iterator[Result]:
-        calls: dict[str, Callable[[], object]] = {}
+        names = [name for name, (variant, *_) in ready.items() if mode in variant.modes]
+        groups = [names] if names else []
+        while groups:
+            group = groups.pop(0)
+            rows, again = self._side_by_side(case, mode, blank, {name: ready[name] for name in group}, wrap)
+            yield from rows
+            groups += [[name] for name in again]
+            gc.collect()  # what the others held
+
+    def _side_by_side(
+        self, case: Case, mode: str, blank: Result, group: Mapping[str, Ready], wrap: Wrap
+    ) -> tuple[list[Result], list[str]]:
+        """Rows of variants that are timed in turn, and those to time by themselves: no memory was left beside the
+        others, or one of them failed while all were timed.
+        """
+        rows: list[Result] = []
+        again: list[str] = []
+        calls: dict[str, Call] = {}
         peaks: dict[str, float] = {}
-        for name, (variant, prepared, _) in ready.items():
-            if mode not in variant.modes:
-                continue
+        for name, (_, prepared, _) in group.items():
+            self.begin(case.name, name)
             try:
                 with quiet():
-                    call = wrap(call_of(prepared, mode))
-                    call()
-                    peaks[name] = peak_bytes(call, self.device) / 2**20
-                    call()
-                calls[name] = call
+                    calls[name], peaks[name] = self._warmed(prepared, mode, wrap)
             except Exception as error:
-                status, reason = _why(error)
-                yield replace(blank, variant=name, status=status, reason=reason)
-        with quiet():
-            times = interleave(calls, self.device, self.seconds, self.telemetry)
-            if self.energy:
-                add_energy(calls, times, self.telemetry)
+                if not usable(self.device):
+                    raise
+                if isinstance(error, torch.OutOfMemoryError) and len(group) > 1:
+                    again.append(name)
+                else:
+                    rows.append(untimed(replace(blank, variant=name), error))
+        self.begin(case.name, "")
+        try:
+            with quiet():
+                times = interleave(calls, self.device, self.seconds, self.telemetry)
+                if self.energy:
+                    add_energy(calls, times, self.telemetry)
+        except Exception as error:
+            if not usable(self.device):
+                raise
+            if len(group) > 1:
+                return rows, [*again, *calls]
+            return [untimed(replace(blank, variant=name), error) for name in calls], []
         for name in calls:
-            worst = ready[name][2]
-            yield self._timed(case, mode, replace(blank, variant=name), times[name], peaks[name], worst)
+            worst = group[name][2]
+            rows.append(self._timed(case, mode, replace(blank, variant=name), times[name], peaks[name], worst))
+        return rows, again
+
+    def _warmed(self, prepared: Prepared, mode: str, wrap: Wrap) -> tuple[Call, float]:
+        """A variant's call in a mode, compiled and warm, and the MiB that it holds at most."""
+        call = call_of(prepared, mode)
+        call()
+        peak = peak_bytes(call, self.device) / 2**20  # not of a graph, whose memory is taken when it is captured
+        call = wrap(call)
+        call()
+        return call, peak
 
     def _timed(self, case: Case, mode: str, blank: Result, times: Times, peak_mib: float, error: float) -> Result:
         median = times.quantile(0.5)
@@ -155,8 +198,14 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def call_of(prepared: Prepared, mode: str) -> Callable[[], object]:
-    """What is timed in a mode. "backward" reuses one graph, so that it is the backward alone."""
+def call_of(prepared: Prepared, mode: str) -> Call:
+    """What is timed in a mode. "backward" reuses one graph, so that it is the backward alone.
+
+    In "forward" no leaf asks for a gradient, from here on: some libraries take it in the forward of every leaf that
+    does, whether or not gradients are switched off.
+    """
+    for leaf in prepared.inputs.values():
+        leaf.requires_grad_(mode != "forward")
 
     def forward() -> object:
         with torch.no_grad():
@@ -173,7 +222,18 @@ def call_of(prepared: Prepared, mode: str) -> Callable[[], object]:
     return lambda: prepared.gradients(outputs, keep=True)
 
 
-def _why(error: Exception) -> tuple[str, str]:
+def usable(device: torch.device) -> bool:
+    """Whether this process can go on: not after a fault in a kernel, nor where a capture left the allocator in use."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            return False
+    return True
+
+
+def why(error: Exception) -> tuple[str, str]:
     """Status and reason of a variant that did not come to be timed."""
     if isinstance(error, Unavailable):
         return "skipped", str(error)
@@ -183,6 +243,12 @@ def _why(error: Exception) -> tuple[str, str]:
         return "out of memory", str(error).split(". ")[0]
     lines = str(error).strip().splitlines() or [""]
     return "failed", f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def untimed(blank: Result, error: Exception) -> Result:
+    """The row of a variant that an error kept from being timed."""
+    status, reason = why(error)
+    return replace(blank, status=status, reason=reason)
 
 
 def ratio(ours: Result, other: Result) -> float | None:

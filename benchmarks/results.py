@@ -27,6 +27,7 @@ from fusedmm.kernels.launch import device_arch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TIMED = "timed"
+COMMIT = "FUSEDMM_COMMIT"  # environment: the commit of a copy of the tree without git
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ class Result:
 
     Attributes:
         run: id of its `Run`.
-        case, mode, variant: which.
+        case, mode, variant: which; mode and variant "all" where what happened was not of one alone.
         sizes: of the case, as `benchmarks.case.Case` has them.
-        status: "timed", "skipped", "wrong" (the gate is red), "out of memory", "failed", or "crashed": the process
-            that ran the case ended or was ended, and no variant of it has a time.
+        status: "timed", "skipped", "wrong" (the gate is red), "out of memory", "failed", or "crashed": it
+            ended the process that ran the case, or had to be ended.
         reason: why there is no time.
         median_ms, p20_ms, p80_ms: of one call; None without a time. Of several processes (``--against``) as
             `benchmarks.against.over_rounds` says.
@@ -81,7 +82,8 @@ class Result:
         share: of the measured ceiling that bounds this case, memory or matrix products.
         intensity: FLOPs for each byte that must move.
         worst_error: largest relative error, in norm, of any result of the small twin that the gate computes.
-        clock_mhz, power_w, energy_mj, throttled: of the GPU while this variant ran; None where they cannot be read.
+        clock_mhz, power_w, energy_mj, throttled: of the GPU while this variant ran; None where they cannot be read, but
+            for the clock, which then is 0: without it a GPU's times have no ratio.
         kernel: name in the static table of the kernel that does the work, for the model's error.
     """
 
@@ -135,11 +137,17 @@ def slug(device: str) -> str:
 
 
 def commit() -> str:
-    """The commit of this tree, ``-dirty`` where it differs, "unknown" without git."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=ROOT, capture_output=True, text=True
-    )
-    return done.stdout.strip() or "unknown"
+    """The commit of this tree, ``-dirty`` where it differs; FUSEDMM_COMMIT, or "unknown", where there is no git."""
+    return answer("git", "describe", "--always", "--dirty", "--exclude", "*") or os.environ.get(COMMIT) or "unknown"
+
+
+def answer(*command: str) -> str:
+    """The first line that a command prints in this tree; "" where it fails or does not exist."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.partition("\n")[0].strip() if done.returncode == 0 else ""
 
 
 def describe_run(device: torch.device, ceilings: Ceilings, telemetry: Telemetry) -> Run:
@@ -157,7 +165,7 @@ def describe_run(device: torch.device, ceilings: Ceilings, telemetry: Telemetry)
         facts = torch.cuda.get_device_properties(device)
         name, processors, threads = facts.name, facts.multi_processor_count, 0
         found["cuda"] = str(torch.version.cuda)
-        found["driver"] = _driver()
+        found["driver"] = answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
         found["arch"] = device_arch(device)
     else:
         name, processors, threads = processor_name(), _cores(), torch.get_num_threads()
@@ -188,14 +196,6 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0].strip() or "unknown"
-    except FileNotFoundError:
-        return "unknown"
-
-
 def append(file: Path, rows: Sequence[Run | Result]) -> None:
     """Append rows to a result file."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -224,6 +224,20 @@ def read(file: Path) -> tuple[dict[str, Run], list[Result]]:
             case other:
                 raise ValueError(f"benchmarks: {file}:{number} must be a run or a result, got {other!r}.")
     return runs, results
+
+
+def keep(file: Path) -> list[Path]:
+    """Append a file's runs, with their results, to those of their devices in benchmarks/results; what is there already
+    is left out.
+    """
+    runs, rows = read(file)
+    grown = []
+    for run in runs.values():
+        kept = RESULTS / f"{slug(run.device)}.jsonl"
+        if not kept.exists() or run.id not in read(kept)[0]:
+            append(kept, [run, *(row for row in rows if row.run == run.id)])
+            grown.append(kept)
+    return list(dict.fromkeys(grown))
 
 
 def committed(kind: str) -> Iterator[tuple[Run, list[Result]]]:

@@ -18,11 +18,9 @@ _THROTTLES = {
 
 @dataclass(frozen=True)
 class Reading:
-    """State of the GPU at one moment; energy counts from an arbitrary start."""
+    """State of a device at one moment: its clock (None on a CPU, 0 where a GPU does not tell), and why it throttles."""
 
     clock_mhz: float | None = None
-    power_w: float | None = None
-    energy_mj: float | None = None
     throttled: str | None = None
 
 
@@ -31,6 +29,7 @@ class Telemetry:
 
     def __init__(self, device: torch.device) -> None:
         self.missing: str | None = None
+        self._unknown = 0.0 if device.type == "cuda" else None
         self._nvml: Any = None
         self._handle: Any = None
         if device.type != "cuda":
@@ -50,15 +49,17 @@ class Telemetry:
                 self.missing = f"NVML: {error}"
 
     def read(self) -> Reading:
-        """The state now."""
-        if self._nvml is None:
-            return Reading()
-        return Reading(
-            clock_mhz=self._ask("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_SM),
-            power_w=self._scaled("nvmlDeviceGetPowerUsage", 1e-3),
-            energy_mj=self._ask("nvmlDeviceGetTotalEnergyConsumption"),
-            throttled=self._throttled(),
-        )
+        """The state now; what takes NVML longer is asked for by itself."""
+        clock = None if self._nvml is None else self._ask("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_SM)
+        return Reading(clock or self._unknown, self._throttled())
+
+    def power_w(self) -> float | None:
+        """What the card draws."""
+        return self._scaled("nvmlDeviceGetPowerUsage", 1e-3)
+
+    def energy_mj(self) -> float | None:
+        """What it has used since an arbitrary start."""
+        return self._ask("nvmlDeviceGetTotalEnergyConsumption")
 
     def power_limit_w(self) -> float | None:
         """The limit that the card enforces."""

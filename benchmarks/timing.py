@@ -1,6 +1,6 @@
 """Times the variants of a case side by side: every round calls each of them once, so that drift hits all alike.
 
-On a GPU a call lies between two events, and the L2 cache is flushed before it; the clock is read after each call.
+On a GPU a call lies between two events, and the L2 cache is flushed before it; the clock is read as it runs.
 Launch-bound calls are timed a second time as replays of a CUDA graph. On a CPU it is wall time. Quantiles are over
 rounds.
 """
@@ -8,6 +8,7 @@ rounds.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -57,13 +58,17 @@ def interleave(
         for name, call in calls.items():
             if flush is not None:
                 flush.zero_()
-            found[name].ms.append(time_once(call, device))
-            reading = telemetry.read()
-            if reading.clock_mhz is not None:
-                found[name].clocks.append(reading.clock_mhz)
-            found[name].throttled = throttles(found[name].throttled, reading.throttled)
+            found[name].ms.append(time_once(call, device, partial(watch, found[name], telemetry)))
         rounds += 1
     return found
+
+
+def watch(times: Times, telemetry: Telemetry) -> None:
+    """Read the GPU's clock for a round."""
+    reading = telemetry.read()
+    if reading.clock_mhz is not None:
+        times.clocks.append(reading.clock_mhz)
+    times.throttled = throttles(times.throttled, reading.throttled)
 
 
 def add_energy(calls: Mapping[str, Callable[[], object]], found: Mapping[str, Times], telemetry: Telemetry) -> None:
@@ -73,14 +78,14 @@ def add_energy(calls: Mapping[str, Callable[[], object]], found: Mapping[str, Ti
     for name, call in calls.items():
         repeats = max(1, int(ENERGY_SECONDS * 1e3 / found[name].quantile(0.5)))
         torch.cuda.synchronize()
-        before = telemetry.read()
+        before = telemetry.energy_mj()
         for _ in range(repeats):
             call()
-        found[name].power_w = telemetry.read().power_w
+        found[name].power_w = telemetry.power_w()
         torch.cuda.synchronize()
-        after = telemetry.read()
-        if before.energy_mj is not None and after.energy_mj is not None:
-            found[name].energy_mj = round((after.energy_mj - before.energy_mj) / repeats, 3)
+        after = telemetry.energy_mj()
+        if before is not None and after is not None:
+            found[name].energy_mj = round((after - before) / repeats, 3)
 
 
 def throttles(seen: str | None, now: str | None) -> str | None:
@@ -92,16 +97,23 @@ def throttles(seen: str | None, now: str | None) -> str | None:
 def captured(call: Callable[[], object]) -> Callable[[], object]:
     """The call as a CUDA graph that is replayed: what the GPU takes, without the host.
 
-    Raises whatever makes the call one that cannot be captured, such as waiting for the GPU.
+    Raises whatever makes the call one that cannot be captured. That it waits for the GPU is found out before: a capture
+    that fails leaves PyTorch's allocator in a state in which no later one succeeds.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # warm up beside the default stream, as PyTorch's notes on graphs ask
-        for _ in range(3):
+        for _ in range(2):
             call()
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # a failed one keeps its stream
         results = call()
 
     def replay() -> object:
@@ -112,13 +124,18 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def comparable(clocks: Sequence[float | None], tolerance: float = 0.05) -> bool:
-    """Whether a ratio of times may be shown: all clocks were read and agree within the tolerance, or none exist."""
+    """Whether a ratio of times may be shown: all clocks were read and agree within the tolerance, or none exist, as on
+    a CPU. 0 is that of a GPU that does not tell.
+    """
     read = [clock for clock in clocks if clock is not None]
-    return len(read) in (0, len(clocks)) and (not read or max(read) <= (1 + tolerance) * min(read))
+    return len(read) in (0, len(clocks)) and (not read or 0 < max(read) <= (1 + tolerance) * min(read))
 
 
-def time_once(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one call: between two events on a GPU, wall time on a CPU."""
+def time_once(call: Callable[[], object], device: torch.device, meanwhile: Callable[[], None] = lambda: None) -> float:
+    """Milliseconds of one call: between two events on a GPU, wall time on a CPU.
+
+    ``meanwhile`` is called while a GPU works on what takes longer than to queue it: idle, its clock is another.
+    """
     if device.type != "cuda":
         began = time.perf_counter()
         call()
@@ -127,5 +144,6 @@ def time_once(call: Callable[[], object], device: torch.device) -> float:
     start.record()
     call()
     stop.record()
+    meanwhile()
     torch.cuda.synchronize(device)
     return float(start.elapsed_time(stop))

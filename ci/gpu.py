@@ -87,7 +87,8 @@ def steps(args: argparse.Namespace, out: Path) -> list[Step]:
         found += [Step(f"conformance seed {seed}", [*check, "--seed", str(seed)], 0.05) for seed in range(3)]
     results = str(out / "results.jsonl")
     bench = [python, "-m", "benchmarks"]
-    cases = [*bench, "--device", "cuda", "--isolate", "--json", results, *["--quick"] * args.quick]
+    how = ["--quick"] if args.quick else ["--energy"]
+    cases = [*bench, "--device", "cuda", "--isolate", "--json", results, *how]
     without = ("--without", "fusedmm-hopper")
     found += [
         Step("overheads", [*bench, "overheads", "--device", "cuda", "--json", results], 0.2, 60.0),
@@ -142,11 +143,11 @@ def provenance() -> dict[str, str]:
     import torch
     import triton
 
-    smi = subprocess.run(NVIDIA_SMI.split(), capture_output=True, text=True)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    from benchmarks.results import answer, commit
+
     return {
-        "gpu": smi.stdout.strip(),
-        "commit": commit.stdout.strip() or "unknown",
+        "gpu": answer(*NVIDIA_SMI.split()),
+        "commit": commit(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -155,27 +156,25 @@ def provenance() -> dict[str, str]:
     }
 
 
-def add_wheels(folder: Path, out: Path) -> None:
-    """Unpack the peers' wheels into a folder of this run and put it on the path of the steps; nothing else changes."""
+def add_wheels(folder: Path, out: Path) -> str:
+    """Unpack the peers' wheels into a folder of this run and put it on the path of the steps; nothing else changes.
+
+    A wheel that is not for this machine costs its peer alone. The verdict, for the table.
+    """
     site = out / ".peers"
-    wheels = sorted(str(wheel) for wheel in folder.glob("*.whl"))
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-index",
-        "--no-deps",
-        "--upgrade",
-        "--target",
-        str(site),
-    ]
-    subprocess.run([*install, *wheels], check=True)
+    site.mkdir(exist_ok=True)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target", str(site)]
+    wheels = [str(wheel) for wheel in sorted(folder.glob("*.whl"))]
+    fit = [wheel for wheel in wheels if subprocess.run([*pip, "--dry-run", wheel]).returncode == 0]
+    lost = [Path(wheel).name for wheel in wheels if wheel not in fit]
+    # All at once: some share a package, and pip replaces one that it finds.
+    if not fit or subprocess.run([*pip, *fit]).returncode:
+        return f"FAILED: no wheel of {folder} could be unpacked"
     # PYTHONPATH is not searched for .pth files, with which CUTLASS's wheels add the folder of their modules: ask site.
     done = subprocess.run([sys.executable, "-c", ADDED, str(site)], capture_output=True, text=True, check=True)
     # After this tree and before the machine's own packages: PYTHONPATH is searched first.
     os.environ["PYTHONPATH"] = ":".join([os.environ["PYTHONPATH"], *done.stdout.splitlines()])
+    return f"FAILED for {', '.join(lost)}" if lost else "passed"
 
 
 def main() -> int:
@@ -205,10 +204,12 @@ def main() -> int:
         return 2
     out.mkdir(parents=True, exist_ok=True)
     (out / "provenance.json").write_text(json.dumps(provenance(), indent=1) + "\n")
-    if args.wheels is not None:
-        add_wheels(args.wheels, out)
     verdicts: dict[str, str] = {}
     rows = []
+    if args.wheels is not None:
+        began = time.monotonic()
+        verdicts["wheels"] = add_wheels(args.wheels, out)
+        rows.append(f"{'wheels':<22}{time.monotonic() - began:7.1f} s  {verdicts['wheels']}")
     for step in steps(args, out):
         if verdicts.get(step.relies_on, "passed") != "passed":
             step = replace(step, command=[*step.command, *step.otherwise])
@@ -217,7 +218,7 @@ def main() -> int:
     failed = any(verdict != "passed" for verdict in verdicts.values())
     table = "\n".join(rows)
     (out / "table.txt").write_text(table + "\n")
-    print(f"\n{table}\nresults in {out}; append results.jsonl to benchmarks/results/ and commit it")
+    print(f"\n{table}\nresults in {out}; where this tree is kept: python -m benchmarks keep {out / 'results.jsonl'}")
     return 1 if failed else 0
 
 

@@ -13,6 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from benchmarks import isolate, results, roofline, timing
+from benchmarks.cases import attention, attention_peers
 from benchmarks.command import main
 from benchmarks.telemetry import Reading, Telemetry
 from benchmarks.timing import throttles
@@ -105,6 +106,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         "memory_allocated": lambda device: 1 << 20,
         "max_memory_allocated": lambda device: 3 << 20,
         "reset_peak_memory_stats": lambda device: None,
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda mode: None,
         "get_device_properties": lambda device: facts,
     }
     for name, stand_in in stand_ins.items():
@@ -135,45 +138,102 @@ def test_a_gpu_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
     row = timed["both-graph", "fusedmm"]
     assert (row.median_ms, row.peak_mib, row.clock_mhz) == (2.0, 2.0, MHZ)
     assert (row.power_w, row.throttled) == (650.0, "power cap")
-    assert row.energy_mj == 200.0  # 1000 mJ more at each of two readings, over 20 ms / 2 ms = 10 calls
+    assert row.energy_mj == 100.0  # 1000 mJ more at the second reading, over 20 ms / 2 ms = 10 calls
     assert Graph.replays > 0
     absent = next(row for row in rows if row.variant == "flash-attn-4+merge")
     assert (absent.status, absent.reason) == ("skipped", "flash-attn-4 is not installed (ci/wheels gathers it)")
     assert "1.00x" in capsys.readouterr().out
 
 
-def test_a_call_that_cannot_be_captured_has_a_row_that_says_so(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def refuses(graph: Graph) -> object:
-        raise RuntimeError("operation not permitted when stream is capturing")
+WORDS = ["--device", "cuda", "--seconds", "0.02", "attention/tiny"]
 
-    gpu.setattr(torch.cuda, "graph", refuses)
+
+def test_a_call_that_waits_for_the_gpu_is_not_captured(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A capture that fails spoils PyTorch's allocator for everyone after it."""
+    modes: list[object] = [0]
+    begun: list[object] = []
+
+    def waits(*arguments: Any) -> Any:
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return formula(*arguments)
+
+    formula = attention_peers.formula
+    gpu.setattr(attention_peers, "formula", waits)
+    gpu.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    graph = torch.cuda.graph
+    gpu.setattr(torch.cuda, "graph", lambda entered: begun.append(entered) or graph(entered))
     file = tmp_path / "results.jsonl"
-    words = ["attention/tiny", "--device", "cuda", "--seconds", "0.02", "--json", str(file), "--variants", "fusedmm"]
-    assert main(words) == 1
-    found = {row.mode: (row.status, row.reason) for row in results.read(file)[1]}
-    assert found["forward-graph"] == ("failed", "RuntimeError: operation not permitted when stream is capturing")
-    assert found["forward"][0] == results.TIMED
+    assert main([*WORDS, "--json", str(file), "--variants", "fusedmm", "eager"]) == 0
+    found = {(row.mode, row.variant): (row.status, row.reason) for row in results.read(file)[1]}
+    for mode in ("forward-graph", "both-graph"):
+        assert found[mode, "eager"] == ("failed", "RuntimeError: called a synchronizing CUDA operation")
+        assert found[mode, "fusedmm"][0] == results.TIMED
+    assert found["forward", "eager"][0] == results.TIMED
+    assert len(begun) == 2
+    assert modes[-1] == 0
 
 
 def test_a_gpu_that_no_longer_answers_ends_the_process(gpu: pytest.MonkeyPatch) -> None:
     def fault(*device: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    words = ["attention/tiny", "--device", "cuda", "--seconds", "0.02", "--variants", "nobody"]
-    assert main(words) == 0
+    assert main([*WORDS, "--variants", "nobody"]) == 0
     gpu.setattr(torch.cuda, "synchronize", fault)
-    assert main(words) == isolate.CRASHED
+    assert main([*WORDS, "--variants", "nobody"]) == isolate.CRASHED
 
 
-def test_without_nvml_there_are_times_but_no_clocks(gpu: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_one_is_not_a_row_of_those_after_it(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken: list[str] = []
+
+    def faults(problem: object) -> Any:
+        broken.append("GPU")
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def synchronize(*device: object) -> None:
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    gpu.setattr(torch.cuda, "synchronize", synchronize)
+    gpu.setattr(attention_peers, "loops", faults)
+    progress, file = tmp_path / "progress", tmp_path / "results.jsonl"
+    gpu.setenv(isolate.PROGRESS, str(progress))
+    variants = ("fusedmm", "eager", "loops", "sdpa")
+    assert main([*WORDS, "--json", str(file), "--variants", *variants]) == isolate.CRASHED
+    assert progress.read_text().split()[-2:] == ["attention/tiny", "loops"]
+    assert results.read(file)[1] == []
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_error_of_one_case_costs_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_room(shape: attention.Shape, *where: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB.")
+
+    file = tmp_path / "results.jsonl"
+    monkeypatch.setattr(attention.Shape, "example", no_room)
+    assert main([*WORDS, "modules/fusion-block-tiny", "--json", str(file), "--variants", "fusedmm"]) == 1
+    first, *rows = results.read(file)[1]
+    assert first.key == ("attention/tiny", "all", "fusedmm")
+    assert first.status == "out of memory"
+    assert {row.status for row in rows if row.case == "modules/fusion-block-tiny"} == {results.TIMED}
+
+
+def test_without_nvml_there_are_times_but_no_clocks_and_no_ratios(
+    gpu: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def no_driver() -> None:
         raise NvmlError("Driver Not Loaded")
 
     gpu.setitem(sys.modules, "pynvml", nvml(nvmlInit=no_driver))
     telemetry = Telemetry(CUDA)
     assert telemetry.missing == "NVML: Driver Not Loaded"
-    assert telemetry.read() == Reading()
-    assert telemetry.power_limit_w() is None
+    assert telemetry.read() == Reading(clock_mhz=0.0)
+    assert (telemetry.power_w(), telemetry.energy_mj(), telemetry.power_limit_w()) == (None, None, None)
+    assert main([*WORDS, "--variants", "fusedmm", "eager"]) == 0
+    shown = capsys.readouterr().out
+    assert "no ratios are shown" in shown
+    assert "x  error" not in shown
+    assert Telemetry(torch.device("cpu")).read() == Reading()
 
 
 def test_what_a_card_does_not_tell_is_none(gpu: pytest.MonkeyPatch) -> None:
@@ -182,7 +242,9 @@ def test_what_a_card_does_not_tell_is_none(gpu: pytest.MonkeyPatch) -> None:
 
     changes = dict.fromkeys(("nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetPowerUsage"), unsupported)
     gpu.setitem(sys.modules, "pynvml", nvml(**changes, nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 0))
-    assert Telemetry(CUDA).read() == Reading(clock_mhz=MHZ, throttled="no")
+    telemetry = Telemetry(CUDA)
+    assert telemetry.read() == Reading(clock_mhz=MHZ, throttled="no")
+    assert (telemetry.power_w(), telemetry.energy_mj()) == (None, None)
 
 
 def test_every_reason_for_throttling_is_kept() -> None:
@@ -204,38 +266,58 @@ def test_ceilings_are_measured_between_events(monkeypatch: pytest.MonkeyPatch) -
 CHILD = """
 import json, os, sys, time
 progress, log = sys.argv[1:3]
-for case in sys.argv[3:]:
+cases, without = (words.split() for words in sys.argv[3:5])
+
+def begin(*what):
     with open(progress, "a") as file:
-        file.write(case + "\\n")
-    if case == "crash":
+        file.write(" ".join(what) + "\\n")
+
+for case in cases:
+    begin(case)
+    for variant in ("fusedmm", "good", "bad"):
+        if variant in without:
+            continue
+        begin(case, variant)
+        if (case, variant) in (("crash", "bad"), ("ours", "fusedmm")):
+            os.abort()
+        if (case, variant) == ("hang", "bad"):
+            time.sleep(60)
+    begin(case, "")
+    if case == "timing":
         os.abort()
-    if case == "hang":
-        time.sleep(60)
     with open(log, "a") as file:
-        file.write(case + "\\n")
-sys.exit(1 if "wrong" in sys.argv else 0)
+        file.write(f"{case}-{'-'.join(without)}\\n")
+sys.exit(1 if "wrong" in cases else 0)
 """
 
 
-def test_a_crash_and_a_hang_cost_one_case_each(tmp_path: Path) -> None:
+def test_a_crash_and_a_hang_cost_one_variant_each(tmp_path: Path) -> None:
     progress, log, told = tmp_path / "progress", tmp_path / "log", []
-    cases = ["first", "crash", "second", "hang", "last"]
 
-    def command(left: Any) -> list[str]:
-        return [sys.executable, "-c", CHILD, str(progress), str(log), *left]
+    def command(left: Any, without: Any) -> list[str]:
+        return [sys.executable, "-c", CHILD, str(progress), str(log), " ".join(left), " ".join(without)]
 
-    assert isolate.run(cases, command, progress, 2.0, lambda *facts: told.append(facts)) == 1
-    assert log.read_text().split() == ["first", "second", "last"]
-    assert told == [("crash", "exit status -6"), ("hang", "stopped after 2 s")]
-    assert isolate.run(["wrong"], command, progress, 2.0, lambda *facts: told.append(facts)) == 1
-    assert isolate.run(["fine"], command, progress, 2.0, lambda *facts: told.append(facts)) == 0
-    assert len(told) == 2
+    def run(*cases: str) -> int:
+        return isolate.run(cases, command, progress, 2.0, lambda *facts: told.append(facts))
+
+    assert run("first", "crash", "ours", "second", "timing", "hang", "last") == 1
+    # Run again without whoever ended the process; left out of everything that follows once it has ended two.
+    assert log.read_text().split() == ["first-", "crash-bad", "second-", "hang-bad", "last-bad"]
+    assert told == [
+        ("crash", "bad", "exit status -6"),
+        ("ours", "fusedmm", "exit status -6"),
+        ("timing", "all", "exit status -6"),
+        ("hang", "bad", "stopped after 2 s"),
+    ]
+    assert run("wrong") == 1
+    assert run("fine") == 0
+    assert len(told) == 4
 
 
 def test_a_child_that_cannot_start_is_not_started_again(tmp_path: Path) -> None:
     starts: list[object] = []
 
-    def command(left: Any) -> list[str]:
+    def command(left: Any, without: Any) -> list[str]:
         starts.append(left)
         return [sys.executable, "-c", "raise SystemExit(3)"]
 

@@ -15,7 +15,7 @@ from benchmarks.case import Case, Prepared, Unavailable, Variant
 from benchmarks.cases import attention, attention_paths, attention_peers, builders
 from benchmarks.command import COMMANDS, main
 from benchmarks.gate import Gate
-from benchmarks.harness import Harness, ratio
+from benchmarks.harness import Harness, call_of, ratio
 from benchmarks.machine_code import parse_sass
 from benchmarks.memory import peak_bytes
 from benchmarks.model import in_flight, loop_flops, pipe_clocks
@@ -80,6 +80,35 @@ def test_every_variant_and_mode_gets_a_row() -> None:
     assert next(row.reason for row in rows if row.variant == "broken") == "RuntimeError: it broke"
 
 
+@pytest.mark.parametrize(("room_alone", "status"), [(True, "timed"), (False, "out of memory")])
+def test_who_does_not_fit_beside_the_others_is_timed_alone(room_alone: bool, status: str) -> None:
+    refused = []
+
+    def crowded(problem: Tensor) -> Prepared:
+        bound = doubled(problem)
+
+        def forward() -> dict[str, Tensor]:
+            if len(problem) and problem[0] == 1 and not (refused and room_alone):  # not the gate's problem
+                refused.append(bound)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+            return bound.forward()
+
+        return replace(bound, forward=forward)
+
+    variants = (Variant("fusedmm", doubled, ours=True), Variant("crowded", crowded, modes=("forward",)))
+    rows = {row.variant: row for row in harness().results(toy(*variants)) if row.mode == "forward"}
+    assert {name: row.status for name, row in rows.items()} == {"fusedmm": "timed", "crowded": status}
+    assert len(refused) == (1 if room_alone else 2)
+
+
+def test_the_forward_alone_asks_for_no_gradient() -> None:
+    """Liger's and fla's losses take it in the forward of every leaf that asks for one, under no_grad too."""
+    bound = doubled(torch.ones(8))
+    for mode, asked in (("forward", False), ("both", True), ("forward", False), ("backward", True)):
+        call_of(bound, mode)()
+        assert bound.inputs["x"].requires_grad == asked
+
+
 @pytest.mark.parametrize(
     ("ours", "factor", "status"), [(True, 2.001, "wrong"), (False, 2.001, "timed"), (False, 3.0, "wrong")]
 )
@@ -114,6 +143,7 @@ def test_ratios_need_equal_clocks() -> None:
     assert ratio(fast, slow) is None
     assert ratio(fast, RESULT) is None
     assert not comparable([1000.0, None])
+    assert not comparable([0.0, 0.0])  # of a GPU that does not tell
 
 
 @pytest.mark.parametrize(
@@ -212,6 +242,18 @@ def test_results_append_and_read_back(tmp_path: Path) -> None:
     file.write_text(json.dumps({"kind_of_row": "rumour"}) + "\n")
     with pytest.raises(ValueError, match=r"results.jsonl:1 must be a run or a result, got 'rumour'"):
         results.read(file)
+
+
+def test_runs_are_kept_once_in_the_file_of_their_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "kept")
+    run = Run("1", "NVIDIA H200", "cuda", "2026-01-01T00:00:00Z", "abc", "x", {}, 0, None, 132, 1.0, {"bfloat16": 1.0})
+    file, row = tmp_path / "results.jsonl", replace(RESULT, run="1")
+    results.append(file, [run, row])
+    assert results.keep(file) == [tmp_path / "kept" / "nvidia-h200.jsonl"]
+    results.append(file, [replace(run, id="2"), replace(row, run="2")])
+    (kept,) = results.keep(file)
+    assert results.keep(file) == []
+    assert results.read(kept) == results.read(file)
 
 
 SASS = """

@@ -20,6 +20,17 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("setup", "demo", "test", "check", "gpu", "wheels")
 
 
+def test_provenance_needs_neither_git_nor_a_driver(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("FUSEDMM_COMMIT", "abc1234")
+    found = gpu.provenance()
+    assert (found["commit"], found["gpu"]) == ("abc1234", "")
+    monkeypatch.delenv("FUSEDMM_COMMIT")
+    assert gpu.provenance()["commit"] == "unknown"
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("ci_gpu", ROOT / "ci" / "gpu.py")
@@ -74,6 +85,11 @@ def test_the_gpu_tests_come_first_and_the_choice_of_kernels_last(gpu: ModuleType
     assert not [word for step in found for word in step.command if word.startswith("tests/") and not exists(word)]
     assert exists(gpu.HOPPER)
     assert all(exists(f"tests/test_{name}.py") for name in gpu.ELSEWHERE)
+    (quick,) = (step.command for step in found if step.name == "benchmarks")
+    args.quick = False
+    (full,) = (step.command for step in gpu.steps(args, Path("out")) if step.name == "benchmarks")
+    assert ("--quick" in quick, "--energy" in full) == (True, True)
+    args.quick = True
     for step in found:
         if step.command[1:3] == ["-m", "benchmarks"]:
             assert main([*step.command[3:], "--list"] if "paths" not in step.command else ["paths", "none"]) in (0, 2)
@@ -127,7 +143,10 @@ def test_wheels_are_unpacked_offline_and_found(
         wheel.writestr(f"{facts}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{facts}/RECORD", "")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    gpu.add_wheels(wheels, tmp_path)
+    other = "dummy_peer_of_another_machine-1.0-cp27-cp27m-win32.whl"
+    (wheels / other).write_bytes((wheels / "dummy_peer-1.0-py3-none-any.whl").read_bytes())
+    assert gpu.add_wheels(tmp_path / "nothing", tmp_path).startswith("FAILED: no wheel")
+    assert gpu.add_wheels(wheels, tmp_path) == f"FAILED for {other}"
     code = "import dummy_peer, importlib.metadata as m; print(dummy_peer.ANSWER, m.version('dummy-peer'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["42", "1.0"], done.stderr
