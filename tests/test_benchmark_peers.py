@@ -105,11 +105,11 @@ def test_libraries_that_run_on_a_cpu(distribution: str, names: tuple[str, ...], 
 
 
 def test_what_an_installed_library_lacks_is_named() -> None:
-    from benchmarks.harness import _why
+    from benchmarks.harness import why
 
     def needs(problem: object) -> Any:
         import no_such_module  # type: ignore[import-not-found]  # noqa: F401
 
     with pytest.raises(ModuleNotFoundError) as caught:
         Variant("v", needs).prepare(None)
-    assert _why(caught.value) == ("skipped", "it needs no_such_module, which is not installed")
+    assert why(caught.value) == ("skipped", "it needs no_such_module, which is not installed")
