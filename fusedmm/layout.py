@@ -6,23 +6,28 @@ Queries of all samples stand one after another, and so do keys: sample-major, mo
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fusedmm.shapes import ShapeError, check_device, check_dtype, check_shapes, check_tensor, check_type
+from fusedmm.tree import TensorTree
 from fusedmm.visibility import Visibility, find_visible
 
 MAX_MODALITIES = 32
 TILE = 128  # rows of a tile of the work lists; kernels with smaller blocks share one
+UNKNOWN = -1  # a total that is still to be read from the offsets
 INTEGERS = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
-class ModalityLayout:
+class ModalityLayout(TensorTree, static=("num_modalities", "names")):
     """Offsets of samples and segments in packed queries and keys.
 
     Build it with `from_lengths` or `from_masks`, once a batch; either waits once for the GPU, to learn the totals.
+    Built on the CPU, in a worker of a DataLoader for example, and moved by ``to(device, non_blocking=True)``, it never
+    waits.
 
     Attributes:
         cu_seqlens_q: [B+1] int32, queries of sample b are ``cu_seqlens_q[b] : cu_seqlens_q[b+1]``.
@@ -30,9 +35,11 @@ class ModalityLayout:
         num_modalities: M, 1 to 32.
         max_seqlen_q: most queries of one sample.
         max_seqlen_k: most keys of one sample, over all its modalities.
-        max_segments_k: most keys of one segment, for each modality.
         names: the modalities' names, if they have any.
         visibility: which keys a query may see by time, from `at_times`; None: all.
+        total_q, total_k: queries and keys in all; these and what follows are found where they are not given.
+        max_segments_k: most keys of one segment, for each modality.
+        query_tiles, key_tiles: work lists of the kernels.
     """
 
     cu_seqlens_q: Tensor
@@ -42,11 +49,11 @@ class ModalityLayout:
     max_seqlen_k: int
     names: tuple[str, ...] | None = None
     visibility: Visibility | None = None
-    total_q: int = field(init=False, repr=False)
-    total_k: int = field(init=False, repr=False)
-    max_segments_k: tuple[int, ...] = field(init=False, repr=False)
-    query_tiles: Tensor = field(init=False, repr=False)
-    key_tiles: Tensor = field(init=False, repr=False)
+    total_q: int = field(default=UNKNOWN, repr=False)
+    total_k: int = field(default=UNKNOWN, repr=False)
+    max_segments_k: tuple[int, ...] = field(default=(), repr=False)
+    query_tiles: Tensor = field(default=cast(Tensor, None), repr=False)
+    key_tiles: Tensor = field(default=cast(Tensor, None), repr=False)
     _query_slots: Tensor | None = field(default=None, repr=False)
     _key_slots: Tensor | None = field(default=None, repr=False)
     _padded_q: int | None = field(default=None, repr=False)
@@ -77,21 +84,20 @@ class ModalityLayout:
                 f"got {list(self.cu_seqlens_k.shape)} "
                 f"beside cu_seqlens_q {list(self.cu_seqlens_q.shape)}."
             )
-        segments = torch.cat(
-            (self.cu_seqlens_k.diff().view(-1, modalities), self.cu_seqlens_k.new_zeros(1, modalities))
-        )
-        total_q, total_k, *max_segments_k = torch.cat(
-            (self.cu_seqlens_q[-1:], self.cu_seqlens_k[-1:], segments.amax(0))
-        ).tolist()
-        query_counts = self.cu_seqlens_q.diff().long()
-        sample_keys = self.cu_seqlens_k[::modalities].diff().long()
-        object.__setattr__(self, "total_q", total_q)
-        object.__setattr__(self, "total_k", total_k)
-        object.__setattr__(self, "max_segments_k", tuple(max_segments_k))
-        object.__setattr__(self, "query_tiles", _work_list(self.cu_seqlens_q, total_q, sample_keys))
-        object.__setattr__(
-            self, "key_tiles", _work_list(self.cu_seqlens_k, total_k, query_counts.repeat_interleave(modalities))
-        )
+        if self.total_q == UNKNOWN:
+            segments = self.cu_seqlens_k.diff().view(-1, modalities)
+            total_q, total_k, *max_segments_k = torch.cat(
+                (self.cu_seqlens_q[-1:], self.cu_seqlens_k[-1:], _largest(segments))
+            ).tolist()
+            object.__setattr__(self, "total_q", total_q)
+            object.__setattr__(self, "total_k", total_k)
+            object.__setattr__(self, "max_segments_k", tuple(max_segments_k))
+        if cast(Tensor | None, self.query_tiles) is None:
+            query_counts = self.cu_seqlens_q.diff().long()
+            sample_keys = self.cu_seqlens_k[::modalities].diff().long()
+            object.__setattr__(self, "query_tiles", _work_list(self.cu_seqlens_q, self.total_q, sample_keys))
+            partners = query_counts.repeat_interleave(modalities)
+            object.__setattr__(self, "key_tiles", _work_list(self.cu_seqlens_k, self.total_k, partners))
 
     @classmethod
     def from_lengths(cls, q_lengths: Tensor, k_lengths: Tensor, names: Sequence[str] | None = None) -> "ModalityLayout":
@@ -118,8 +124,11 @@ class ModalityLayout:
         zero = q_lengths.new_zeros(1)
         sample_keys = k_lengths.sum(1)
         facts = [torch.cat((lengths.flatten(), zero)) for lengths in (q_lengths, k_lengths, sample_keys)]
-        smallest_q, smallest_k, max_q, max_k, total_q, total_k = torch.stack(
+        scalars = torch.stack(
             [facts[0].min(), facts[1].min(), facts[0].max(), facts[2].max(), facts[0].sum(), facts[1].sum()]
+        )
+        smallest_q, smallest_k, max_q, max_k, total_q, total_k, *max_segments_k = torch.cat(
+            (scalars, _largest(k_lengths))
         ).tolist()
         for argument, smallest, total in (("q_lengths", smallest_q, total_q), ("k_lengths", smallest_k, total_k)):
             if smallest < 0:
@@ -133,6 +142,9 @@ class ModalityLayout:
             max_seqlen_q=max_q,
             max_seqlen_k=max_k,
             names=None if names is None else _as_names(names),
+            total_q=total_q,
+            total_k=total_k,
+            max_segments_k=tuple(max_segments_k),
         )
 
     @classmethod
@@ -303,6 +315,11 @@ def _as_names(names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise TypeError(f"ModalityLayout: names must be a sequence of strings, got {names!r}.")
     return tuple(names)
+
+
+def _largest(segments: Tensor) -> Tensor:
+    """[B, M] to [M], 0 where there is no sample."""
+    return torch.cat((segments, segments.new_zeros(1, segments.shape[1]))).amax(0)
 
 
 def _occupied(mask: Tensor, total: int) -> Tensor:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, library
 
 from fusedmm.shapes import ShapeError, check_device, check_dtype, check_shapes
+from fusedmm.tree import TensorTree
 
 if TYPE_CHECKING:
     from fusedmm.layout import ModalityLayout
 
 
 @dataclass(frozen=True, eq=False)
-class Visibility:
+class Visibility(TensorTree):
     """Which keys each query may see.
 
     Attributes:

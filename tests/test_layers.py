@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A part of the package may import parts of a lower level, and itself.
 LEVELS = {
     "shapes": 0,
+    "tree": 0,
     "impl": 0,
     "philox": 0,
     "kernels": 0,

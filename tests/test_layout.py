@@ -207,3 +207,15 @@ def test_an_empty_batch_of_queries_and_keys() -> None:
     nobody = ModalityLayout.from_lengths(torch.zeros(0).long(), torch.zeros(0, 2).long(), names=["a", "b"])
     assert (nobody.batch_size, nobody.max_segments_k) == (0, (0, 0))
     assert nobody.pack({"a": torch.zeros(0, 4, 3), "b": torch.zeros(0, 0, 3)}).shape == (0, 3)
+
+
+def test_a_layout_of_offsets_alone_is_the_one_of_lengths() -> None:
+    """What is derived is found where it is not given, once: a layout with times or slots keeps it."""
+    built = ModalityLayout.from_lengths(torch.tensor([3, 0, 130]), torch.tensor([[4, 0], [1, 2], [0, 7]]))
+    found = ModalityLayout(built.cu_seqlens_q, built.cu_seqlens_k, 2, built.max_seqlen_q, built.max_seqlen_k)
+    assert (found.total_q, found.total_k, found.max_segments_k) == (133, 14, (4, 7))
+    assert (built.total_q, built.total_k, built.max_segments_k) == (133, 14, (4, 7))
+    for name in ("query_tiles", "key_tiles"):
+        assert torch.equal(getattr(found, name), getattr(built, name))
+    timed = built.at_times(torch.zeros(133, dtype=torch.int64), torch.zeros(14, dtype=torch.int64))
+    assert timed.query_tiles is built.query_tiles

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusedmm.layout import ModalityLayout
 from fusedmm.shapes import FLOATS, ShapeError, check_device, check_dtype, check_tensor, check_type
+from fusedmm.tree import TensorTree
 
 OP = "MultimodalBatch"
 
@@ -26,7 +27,7 @@ class BatchOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True, eq=False)
-class MultimodalBatch:
+class MultimodalBatch(TensorTree):
     """Tokens of all modalities without padding, and how they lie.
 
     Attributes:
@@ -170,10 +171,13 @@ class MultimodalBatch:
             return torch.nested.nested_tensor_from_jagged(packed, _offsets(like))
         if like.ndim == 2:
             return packed
-        if self.query_slots is None:
-            return packed.view(*self.query_shape, *packed.shape[1:])
-        flat = packed.new_zeros((self.query_shape[0] * self.query_shape[1], *packed.shape[1:]))
-        return flat.index_copy(0, self.query_slots, packed).view(*self.query_shape, *packed.shape[1:])
+        rows = packed
+        if self.query_slots is not None:
+            flat = packed.new_zeros((self.query_shape[0] * self.query_shape[1], *packed.shape[1:]))
+            rows = flat.index_copy(0, self.query_slots, packed)
+        # no view to autograd, as of a matmul: FSDP2 wants none from what it shards
+        restored: Tensor = torch.ops.aten._unsafe_view(rows, [*self.query_shape, *packed.shape[1:]])
+        return restored
 
 
 def _check_given(

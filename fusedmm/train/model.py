@@ -62,8 +62,7 @@ class TokenEncoder(nn.Module):
 
 
 class GatedBlock(nn.Module):
-    """This project's `fusedmm.nn.FusionBlock`; the outputs are copied because FSDP2 wants no views from what it
-    shards.
+    """This project's `fusedmm.nn.FusionBlock`.
 
     With one softmax a modality every mass is 1 or 0: what is returned then is the gates' share.
     """
@@ -89,7 +88,7 @@ class GatedBlock(nn.Module):
             with torch.no_grad():
                 gate = self.fusion.attention.modality_gate(self.fusion.attention_norm(query)).gate
                 mass = mass * gate / (mass * gate).sum(dim=-1, keepdim=True).clamp(min=1e-12)
-        return FusionOutput(output.clone(), mass.clone())
+        return FusionOutput(output, mass)
 
 
 class PlainBlock(nn.Module):
