@@ -78,6 +78,16 @@ def test_scores_of_thousands_cost_gradients_no_digits(shape: str, softmax: str, 
         assert all((results[name] == 0).all() for name in ("grad_query", "grad_key")) == (size == 1e6)
 
 
+@pytest.mark.parametrize("softmax", ["joint", "per_modality"])
+def test_a_single_key_has_the_gradient_of_the_output_exactly(softmax: str) -> None:
+    """Its probability is 1, whatever the rounding of lse makes of it."""
+    layout = fusedmm.ModalityLayout.from_lengths(torch.ones(8, dtype=torch.long), torch.tensor([[1, 0]] * 8))
+    query, key, value = leaves(layout)
+    output = attend(query, 3 * key, value, layout, softmax=softmax).output
+    upstream = torch.randn_like(output)
+    assert torch.equal(torch.autograd.grad(output, value, upstream)[0], upstream)
+
+
 def test_a_head_that_is_off_does_not_read_what_overflows() -> None:
     """A finite key may have an infinite score, beside which hiding it gives NaN."""
     layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([3]), torch.tensor([[4, 5]]))

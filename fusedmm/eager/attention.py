@@ -44,7 +44,7 @@ from fusedmm.eager.attention_inputs import (
     without_unseen,
 )
 from fusedmm.eager.attention_rows import add_key_product, add_keys, as_matrices, product
-from fusedmm.eager.attention_sums import RowTerms, certain_rows, correct, is_far, sum_to
+from fusedmm.eager.attention_sums import RowTerms, certain_rows, correct, is_far, settle
 
 
 def forward(
@@ -287,8 +287,7 @@ def _backward_block(
     query, gradient = as_matrices(query), as_matrices(gradient)
     probabilities, shares = block_scores(x, group, block, query, shape, keys, exponent)
     probabilities.exp2_()
-    if terms.mass is not None:
-        sum_to(shares, group, x.rows(terms.mass, group, block))
+    settle(shares, terms, x, group, block)
     products = torch.empty_like(probabilities)
     columns = group.columns(products.view(*shape, group.size_k))
     starts_from_offset = _starts_from_offset(x, softmax)

@@ -32,17 +32,21 @@ def is_far(exponent: Tensor, mass: Tensor) -> bool:
     return bool((exponent.abs() > NEAR).logical_and_(mass > 0).any())
 
 
-def sum_to(shares: list[Tensor], group: Group, mass: Tensor) -> None:
-    """Make columns of P sum to ``mass`` [*shape, M]; by a division, so that a single probability is 1."""
-    sums = group.reduce(shares, torch.sum, 0.0).clamp_min_(torch.finfo(mass.dtype).tiny)
-    for share, excess in zip(shares, group.factors(sums.div_(mass)), strict=True):
-        share.div_(excess)
+def settle(shares: list[Tensor], terms: RowTerms, x: Inputs, group: Group, block: Block) -> None:
+    """Make columns of P sum to what they should: by a division, so that a single probability is 1."""
+    if terms.mass is not None:
+        sums = group.reduce(shares, torch.sum, 0.0).clamp_min_(torch.finfo(shares[0].dtype).tiny)
+        for share, excess in zip(shares, group.factors(sums.div_(x.rows(terms.mass, group, block))), strict=True):
+            share.div_(excess)
+    elif terms.certain is not None:
+        for share, each in zip(shares, group.factors(x.rows(terms.certain, group, block).bool()), strict=True):
+            share.copy_(torch.where(each, share.round(), share))
 
 
 def correct(
     columns: list[Tensor], shares: list[Tensor], softmax: str, terms: RowTerms, x: Inputs, group: Group, block: Block
 ) -> None:
-    """Give dz the sum that it has but for rounding: what is too much goes by P."""
+    """Give columns of dz the sum that they have but for rounding: what is too much goes by P."""
     total = None if terms.total is None else x.rows(terms.total, group, block)
     if terms.mass is not None and softmax != "per_modality":
         excess = group.reduce(columns, torch.sum, 0.0)
@@ -60,7 +64,7 @@ def correct(
             part.masked_fill_(each, 0.0)
         return
     for part, share, each, exact in zip(columns, shares, is_certain, group.factors(total), strict=True):
-        part.copy_(torch.where(each, share.round() * exact, part))
+        part.copy_(torch.where(each, share * exact, part))
 
 
 def certain_rows(x: Inputs, softmax: str, groups: tuple[Group, ...]) -> Tensor | None:
