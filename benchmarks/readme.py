@@ -89,7 +89,7 @@ def cpu_line(found: Latest) -> str:
     ratios = {row: times for row, times in _cpu_ratios(found).items() if row[0].startswith(OPERATORS)}
     if not ratios:
         return cpu_part({})
-    good, near = (sum(round(times, 2) >= least for times in ratios.values()) for least in (1.0, 0.91))
+    good, near = (sum(times >= least for times in ratios.values()) for least in (1.0, 1 / 1.1))
     name, mode = min(ratios, key=lambda row: ratios[row])
     return (
         f"**CPU, the eager path ({_machine(found)}):** of {len(ratios)} rows {good} are at least as fast as the "

@@ -1,10 +1,12 @@
-"""Times the variants of a case side by side: every round calls each of them once, so that drift hits all alike.
+"""Times the variants of a case side by side: every round calls each of them once, so that drift hits all alike, in an
+order of its own, so that none always comes after the same one and finds the caches as that one left them.
 
 On a GPU a call lies between two events, and the L2 cache is flushed before it; the clock is read as it runs.
 Launch-bound calls are timed a second time as replays of a CUDA graph. On a CPU it is wall time. Quantiles are over
 rounds.
 """
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,11 +53,12 @@ def interleave(
         telemetry: of the device.
     """
     found = {name: Times() for name in calls}
+    order = random.Random(len(calls))
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
     deadline = time.monotonic() + budget_s
     rounds = 0
     while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.monotonic() < deadline):
-        for name, call in calls.items():
+        for name, call in order.sample(list(calls.items()), len(calls)):
             if flush is not None:
                 flush.zero_()
             found[name].ms.append(time_once(call, device, partial(watch, found[name], telemetry)))

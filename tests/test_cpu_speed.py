@@ -5,6 +5,7 @@ the committed results (benchmarks/results, shown in the README) say how far they
 that. Memory is bounded: a chunk of scores or logits.
 """
 
+import random
 import time
 
 import pytest
@@ -69,11 +70,12 @@ def ratios(case: Case, mode: str) -> float:
     """How many times as long as the fastest composition this project takes: medians of interleaved rounds."""
     calls = {name: call_of(bound, mode) for name, bound in prepared(case).items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(ROUNDS)
     for call in (*calls.values(), *calls.values()):
         call()
     deadline = time.perf_counter() + SECONDS
     while len(times["fusedmm"]) < ROUNDS or time.perf_counter() < deadline:
-        for name, call in calls.items():
+        for name, call in order.sample(list(calls.items()), len(calls)):  # none always follows the same one
             began = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - began)
