@@ -1,6 +1,6 @@
 """What a call of the Triton path does on the host, kernels aside: few operators, and none that waits for the GPU."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from fusedmm.kernels.attention import backward_rows, combine
 from fusedmm.kernels.attention import launch as launch_module
+from fusedmm.kernels.attention.arguments import input_precision
 
 # Operators whose result, or its size, the host has to know.
 WAITS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
@@ -110,3 +111,27 @@ def test_a_forward_calls_few_operators(device: torch.device, no_kernels: None) -
     allocations = [name for name in operators.names if name in ("aten::new_empty", "aten::empty_like", "aten::empty")]
     assert len(allocations) == 3
     assert len(operators.names) <= 6, operators.names
+
+
+@pytest.fixture
+def full_precision() -> Iterator[Any]:
+    """PyTorch's switch for matrix products of float32 on CUDA, put back behind the test."""
+    switch = torch.backends.cuda.matmul
+    yield switch
+    switch.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("name", ["fp32_precision", "allow_tf32", "set_float32_matmul_precision"])
+def test_float32_follows_every_name_of_pytorchs_switch(name: str, full_precision: Any) -> None:
+    """Reading the older name raises once the newer one is set."""
+    assert input_precision(torch.float32) == "ieee"
+    match name:
+        case "fp32_precision":
+            full_precision.fp32_precision = "tf32"
+        case "allow_tf32":
+            full_precision.allow_tf32 = True
+        case _:
+            torch.set_float32_matmul_precision("high")
+    assert input_precision(torch.float32) == "tf32"
+    assert input_precision(torch.bfloat16) == "ieee"

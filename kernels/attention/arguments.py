@@ -87,8 +87,11 @@ class AttentionProblem(NamedTuple):
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of ``tl.dot``: float32 multiplies in full unless PyTorch's own switch allows TF32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """``input_precision`` of ``tl.dot``: float32 multiplies in full unless PyTorch's own switch allows TF32.
+
+    Asked of the newer of its two names, which follows the older; ``allow_tf32`` raises where the newer one is set.
+    """
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def one_hot_dtype(query: Tensor) -> tl.dtype:

@@ -27,9 +27,9 @@ sample's keys, writes the output once: a floor of (2 total_q Hq + 2 total_k Hkv)
 of mass and lse.
 Precision: scores, softmax, mass, lse and both accumulators in float32; probabilities (times the gate) are rounded
 once to value's dtype for the second product; float32 inputs multiply in full precision unless
-``torch.backends.cuda.matmul.allow_tf32``. With the joint softmax a modality so far below those before it that its
-probabilities leave float32's range is summed once more, for its lse alone, against its own maximum: a branch behind
-the loop that is taken only then.
+``torch.backends.cuda.matmul.fp32_precision`` is "tf32". With the joint softmax a modality so far below those before
+it that its probabilities leave float32's range is summed once more, for its lse alone, against its own maximum: a
+branch behind the loop that is taken only then.
 Determinism: no atomics, fixed order: bitwise reproducible.
 Source: Dao 2023, "FlashAttention-2", algorithm 1; the split of the loop follows Triton's tutorial 06.
 """
