@@ -2,13 +2,16 @@
 slabs, groups of programs, rows that do not count, a single class.
 """
 
+import itertools
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedmm import LinearHead, TopKLogProbs, distillation_loss, distillation_scores
-from fusedmm.kernels.distillation.config import ROW_GROUP, tile_config, vocabulary_splits
+from fusedmm.kernels.distillation.config import ROW_GROUP, Pass, tile_config, vocabulary_splits
 from fusedmm.kernels.distillation.heads import HeadTensors, launch_heads
 from fusedmm.kernels.distillation.state import SIZE_SCORES
 from fusedmm.kernels.launch import ARCHITECTURES
@@ -186,6 +189,17 @@ def test_splits_fill_the_device_and_stay_small(rows: int, arch: str) -> None:
     splits = vocabulary_splits(arch, rows, 128256, config)
     assert 1 <= splits <= 128256 // config.blocks["BLOCK_V"]
     assert 4 * SIZE_SCORES.value * splits * rows <= 15 << 20
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kind", get_args(Pass))
+def test_programs_of_a_group_are_counted_in_32_bits(kind: Pass, arch: str) -> None:
+    """Of 2^24 classes, the most whose numbers float32 holds: `program_tile` divides by a group's programs."""
+    classes = 1 << 24
+    for has_matmul, is_float32, is_aligned in itertools.product((False, True), repeat=3):
+        traits = {"has_matmul": has_matmul, "is_float32": is_float32, "is_aligned": is_aligned}
+        blocks = tile_config(arch, classes, kind=kind, **traits).blocks
+        assert blocks["GROUP_N"] * (classes // blocks["BLOCK_V"]) < 2**31
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])

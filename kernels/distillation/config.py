@@ -19,6 +19,7 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 ROW_TILE = 4096
 MIN_SPLIT = 64  # classes: a state of 22 numbers stays small beside them
 ROW_GROUP = 16  # row blocks that run together: 25 MB of hidden states of 6144 dimensions, half of H200's L2
+ANY_GROUP = 1 << 16  # without a weight there is nothing to share; times the tiles of 2^24 classes it fits 32 bits
 
 
 def has_descriptors(arch: str, *, has_matmul: bool, is_float32: bool, is_aligned: bool) -> bool:
@@ -41,7 +42,7 @@ def tile_config(
     if not has_matmul:
         block_v = min(1024, max(16, triton.next_power_of_2(columns)))
         rows = (ROW_TILE // 2 if is_narrow else ROW_TILE) // block_v
-        return _config(rows, block_v, 16, slabs=1, num_warps=8, num_stages=2, group=1 << 20)
+        return _config(rows, block_v, 16, slabs=1, num_warps=8, num_stages=2, group=ANY_GROUP)
     if is_float32:
         return _config(32, 16 if is_narrow else 32, 32, slabs=1, num_warps=4, num_stages=2)
     if has_descriptors(arch, has_matmul=has_matmul, is_float32=is_float32, is_aligned=is_aligned):
