@@ -18,7 +18,7 @@ from tests.gluon_values import Descriptor, Pointer
 SUBSTITUTES = (
     (compat.load_tile, "load_tile"),
     (compat.partition_barrier, "nothing"),
-    (hopper.fence_async_shared, "nothing"),
+    (hopper.fence_async_shared, "fence"),
     (hopper.warpgroup_mma, "product"),
     (hopper.warpgroup_mma_wait, "wait"),
 )

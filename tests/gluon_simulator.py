@@ -5,14 +5,16 @@ Triton's interpreter knows no Gluon. Here each partition of a warp-specialised k
 and a seeded scheduler switches between them wherever hardware could. What is checked:
 
 * numbers: float32 arithmetic, rounding at ``.to(bfloat16)`` and ``.to(float16)``, int32 overflow;
-* the barrier protocol: arrival counts, bytes, phases, deadlock, and that no barrier ends in the middle of a phase;
+* the barrier protocol: arrival counts, bytes, phases, deadlock, that no barrier ends in the middle of a phase, and a
+  fence between the initialisation of a barrier and the first copy that counts on it;
 * races: of any two accesses to a buffer by copies, products and loads one must have happened before the other through
   barriers, whatever the schedule of this run made of them;
 * hazards: a TMA copy fills its buffer with NaN when it is issued and lands at a random later moment with its bytes; a
   product reads shared memory at a random moment between its issue and the wait that covers it; an accumulator that was
   not waited for cannot be used.
 
-What is not: layouts, registers, proxy fences, the order of memory operations between threads of one partition, time.
+What is not: layouts, registers, the order of memory operations between threads of one partition, time; nor fences
+between writes of threads to a buffer and its reads by copies or products, for threads write to none.
 """
 
 import random
@@ -180,6 +182,8 @@ class Simulator:
 
     def load_tile(self, descriptor: Descriptor, start: Sequence[Any], barrier: Shared, buffer: Shared) -> None:
         """TMA: poison the buffer now, fill it and count the bytes later."""
+        if not barrier.barrier.fenced:
+            raise RuntimeError("a copy counts on a barrier whose initialisation no fence made known to it")
         coordinates = [int(plain(x)) for x in start]
         event = self._event()
         buffer.slot.fill(event, self.partition.known)
@@ -224,8 +228,13 @@ class Simulator:
         slot.read(event, self.partition.known)
         self.partition.known.add(event)
 
+    def fence(self) -> None:
+        """Make the barriers' initialisation known to copies."""
+        for barrier in self.barriers:
+            barrier.fenced = barrier.count is not None
+
     def nothing(self, *_: Any, **__: Any) -> None:
-        """A fence or barrier of threads that the simulator runs as one."""
+        """A barrier of threads that the simulator runs as one."""
         self._switch()
 
     def _barriers(self) -> types.SimpleNamespace:

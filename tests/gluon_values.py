@@ -143,6 +143,7 @@ class Barrier:
     def init(self, count: int) -> None:
         self.count = self.pending = count
         self.bytes = self.phase = 0
+        self.fenced = False  # whether copies see the above
         self.gathered: set[int] = set()
         self.released: set[int] = set()
 

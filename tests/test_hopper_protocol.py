@@ -9,6 +9,7 @@ the same bits under every schedule.
 import ast
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -139,10 +140,16 @@ def mutants(module: types.ModuleType, name: str) -> Iterator[tuple[str, Any]]:
             tree = ast.fix_missing_locations(breaker.visit(ast.parse(kernel.src)))
             if not breaker.line:
                 break
-            scope = dict(kernel.fn.__globals__)
-            exec(compile(tree, kernel.fn.__code__.co_filename, "exec"), scope)
-            yield f"{fault}: {breaker.line}", types.SimpleNamespace(fn=scope[name], arg_names=kernel.arg_names)
+            yield f"{fault}: {breaker.line}", rebuilt(kernel, tree)
             target += 1
+
+
+def rebuilt(kernel: Any, tree: ast.Module) -> Any:
+    """A kernel, as far as the simulator looks at it, from other source."""
+    scope = dict(kernel.fn.__globals__)
+    exec(compile(tree, kernel.fn.__code__.co_filename, "exec"), scope)
+    function = scope[kernel.fn.__name__]
+    return types.SimpleNamespace(fn=function, arg_names=kernel.arg_names, params=kernel.params)
 
 
 def objection(launched: passes.Launch, truth: list[bytes]) -> str | None:
@@ -184,9 +191,15 @@ def test_clean_partitions_are_what_the_mutants_start_from(monkeypatch: pytest.Mo
     launched = launches("joint", monkeypatch)[0]
     truth = bits(simulate(launched, 0))
     kernel = forward._joint_consumer
-    scope = dict(kernel.fn.__globals__)
-    exec(compile(ast.parse(kernel.src), "again", "exec"), scope)
-    monkeypatch.setattr(
-        forward, "_joint_consumer", types.SimpleNamespace(fn=scope["_joint_consumer"], arg_names=kernel.arg_names)
-    )
+    monkeypatch.setattr(forward, "_joint_consumer", rebuilt(kernel, ast.parse(kernel.src)))
     assert bits(simulate(launched, 0)) == truth
+
+
+def test_barriers_that_copies_may_not_see_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kernel without the fence behind the initialisation of its barriers."""
+    for launched in launches("joint", monkeypatch):
+        breaker = Breaker("fence_async_shared dropped", 0)
+        tree = ast.fix_missing_locations(breaker.visit(ast.parse(launched.kernel.src)))
+        assert breaker.line == "fence_async_shared()"
+        with pytest.raises(RuntimeError, match="no fence"):
+            simulate(replace(launched, kernel=rebuilt(launched.kernel, tree)), 0)
