@@ -7,11 +7,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from fusedmm.train import trainer
 from fusedmm.train.__main__ import main
 from fusedmm.train.stored import StoredModel
 
@@ -113,9 +115,16 @@ def test_training_lowers_the_loss_and_beats_the_mean(finished: Path) -> None:
     assert scores["gated"] < scores["train mean"]
 
 
-def test_resumed_run_is_the_uninterrupted_run(recipe: Path, finished: Path, tmp_path: Path) -> None:
+def test_resumed_run_is_the_uninterrupted_run(
+    recipe: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = interrupted_copy(finished, tmp_path / "resumed")
+    half_written = out / "runs" / "gated-seed0" / "checkpoints" / "partial-00000012"
+    half_written.mkdir()
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: 0.0))  # this session takes no time
     assert main([str(recipe), f"run.out={out}", NO_EVENTS]) in DONE
+    assert 0 < result(out)["seconds"] < result(finished)["seconds"]  # what the first six steps took
+    assert not half_written.exists()
     assert losses(out) == losses(finished)
     for name in ("dev", "test", "mass", "hidden"):
         np.testing.assert_array_equal(result(out)[name], result(finished)[name])

@@ -30,7 +30,10 @@ def test_values_and_overrides(tmp_path: Path) -> None:
     text = (
         '[train]\nlr = 1\nseeds = [1, 2]\n[data]\ntrain_end = 2016-08-31\n[[variant]]\nname = "a"\nmodalities = ["x"]\n'
     )
-    recipe = load(tmp_path, text, "train.steps=50", "train.warmup=5", "run.out=a/b", "run.resume=false")
+    patterns = 'train.lr_scale={"encoders.*" = 1, "head.*" = 0.5}', 'train.freeze=["latents"]'
+    recipe = load(tmp_path, text, "train.steps=50", "train.warmup=5", "run.out=a/b", "run.resume=false", *patterns)
+    assert recipe.train.lr_scale == {"encoders.*": 1.0, "head.*": 0.5}
+    assert recipe.train.freeze == ("latents",)
     assert recipe.train.lr == 1.0
     assert isinstance(recipe.train.lr, float)
     assert recipe.train.seeds == (1, 2)
@@ -54,6 +57,9 @@ def test_values_and_overrides(tmp_path: Path) -> None:
         ("[train]\nsteps = true", (), ("train.steps", "must be int", "got True")),
         ("[train]\nsteps = 10.5", (), ("train.steps", "must be int", "got 10.5")),
         ("[train]\nseeds = 3", (), ("train.seeds", "must be a list")),
+        ("[train]\nlr_scale = 0.1", (), ("train.lr_scale", "must be a table of patterns", "got 0.1")),
+        ('[train]\nlr_scale = {"a.*" = -1}', (), ("train.lr_scale.'a.*'", "from 0 to 1000", "got -1")),
+        ("", ("train.freeze=encoders.*",), ("train.freeze", "must be a list", "got 'encoders.*'")),
         ("[train]\nseeds = []", (), ("train.seeds", "at least one")),
         ("[train]\nseeds = [1, 1]", (), ("train.seeds", "distinct")),
         ("[train]\nsteps = 10\nwarmup = 20", (), ("train.warmup", "at most train.steps=10", "got 20")),

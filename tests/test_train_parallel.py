@@ -1,6 +1,7 @@
 """Sharding on a large mesh, and what guards the optimiser's steps."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -14,6 +15,7 @@ from fusedmm.train.config import ModelConfig, TrainConfig
 from fusedmm.train.model import Forecaster, Sizes
 from fusedmm.train.optim import MIN_WINDOW, SpikeGuard, WeightAverage, build_optimizer, learning_rate
 from fusedmm.train.parallel import full, join_world, open_world, shard_model
+from fusedmm.train.start import is_frozen
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(lr=0.1, warmup=4, steps=20)
@@ -51,6 +53,42 @@ def test_one_step_on_a_mesh_of_8_by_8() -> None:
         name for name, parameter in model.named_parameters() if not torch.equal(parameter.to_local(), before[name])
     ]
     assert "head.weight" in changed or before["head.weight"].numel() == 0
+
+
+@pytest.mark.usefixtures("many_ranks")
+def test_frozen_parameters_are_sharded_and_left_alone() -> None:
+    """A frozen block beside a trained one, and frozen encoders in the group of the trained head."""
+    world, config = join_world("cpu", shard=8), replace(CONFIG, freeze=("encoders.*", "blocks.0.*", "latents"))
+    model = Forecaster(Sizes({"a": 3}, 2, 1), ModelConfig(), "gated")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not is_frozen(name, config))
+    shard_model(model, list(model.blocks), world, torch.bfloat16)
+    optimizer = build_optimizer(model, config)
+    masks, times = {"a": torch.ones(4, 5, dtype=torch.bool)}, {"a": torch.zeros(4, 5, dtype=torch.int64)}
+    output = model({"a": torch.randn(4, 5, 3)}, masks, times, torch.full((4,), 10), torch.randn(4, 2))
+    (output.prediction - 1).square().sum().backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert not (is_frozen(name, config) and parameter.grad is not None)
+    assert model.head.weight.grad is not None
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert trained == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+
+
+def test_each_pattern_has_its_rate_and_the_last_one_counts() -> None:
+    model = Forecaster(Sizes({"a": 3}, 2, 1), ModelConfig(), "gated")
+    scales = {"blocks.*": 0.5, "blocks.1.*": 0.1, "*.bias": 2.0}
+    rates = {
+        id(parameter): (group["lr_scale"], group["weight_decay"])
+        for group in build_optimizer(model, replace(CONFIG, lr_scale=scales)).param_groups
+        for parameter in group["params"]
+    }
+    names = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
+    decay = CONFIG.weight_decay
+    assert names["blocks.0.fusion.attention.out_proj.weight"] == (0.5, decay)
+    assert names["blocks.1.fusion.attention.out_proj.weight"] == (0.1, decay)
+    assert names["blocks.1.fusion.attention.out_proj.bias"] == (2.0, 0.0)
+    assert names["head.weight"] == (1.0, decay)
 
 
 def test_a_step_left_out_changes_nothing_and_the_next_one_does() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,53 @@ def test_steps_on_shifted_data_lower_the_dev_loss(first: Path, tmp_path: Path) -
     for name in ("skip_weight", "skip_bias", "target_scale"):
         assert torch.equal(old.weights[name], new.weights[name])
     np.testing.assert_array_equal(old.featurizer.past.center, new.featurizer.past.center)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return StoredModel.load(run).weights
+
+
+def test_what_is_frozen_stays_and_the_rest_goes_at_its_own_rate(first: Path, tmp_path: Path) -> None:
+    """And a run that continues from a checkpoint is the run that was never interrupted."""
+    init = [f"data.path={first / 'shifted'}", f"train.init={first / 'out'}", "train.lr=0.01", "train.ema=0"]
+    init += ['train.freeze=["encoders.*", "latents"]', 'train.lr_scale={"*" = 0.1, "head.*" = 0}']
+    init += ["train.steps=12", "run.checkpoint_every=6", "run.keep_checkpoints=2"]
+    assert train(first, tmp_path, *init) in DONE
+    old, new = weights(first / "out" / RUN), weights(tmp_path / RUN)
+    kept = {name for name in old if torch.equal(old[name], new[name])}
+    still = ("encoders.", "latents", "head.")
+    assert all(name in kept for name in old if name.startswith(still))
+    trained = {name for name in old if name.startswith("blocks.") and name.endswith("weight")}
+    assert trained - kept
+    step = max(float((new[name] - old[name]).abs().max()) for name in trained)
+    assert step < 12 * 0.1 * 0.01 * 1.5  # Adam moves a weight by about the rate a step
+    before = result(tmp_path)["test"]
+    (tmp_path / RUN / "result.npz").unlink()
+    shutil.rmtree(tmp_path / RUN / "checkpoints" / "step-00000012")
+    assert train(first, tmp_path, *init) in DONE
+    np.testing.assert_array_equal(result(tmp_path)["test"], before)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            'train.freeze=["encoders"]',
+            "train.freeze must match a parameter, got 'encoders'. There are blocks.*, context.*",
+        ),
+        ('train.lr_scale={"haed.*" = 0.1}', "train.lr_scale must match a parameter, got 'haed.*'"),
+        ('train.freeze=["*"]', "train.freeze must leave something to train, got ['*'], all of 'some'"),
+    ],
+)
+def test_patterns_that_match_nothing_or_everything_are_refused(
+    first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    out = tmp_path / "new"
+    assert train(first, out, f"data.path={first / 'data'}", f"train.init={first / 'out'}", override) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not out.exists()
 
 
 def test_a_start_that_no_step_improves_is_kept(first: Path, tmp_path: Path) -> None:

@@ -35,7 +35,10 @@ class Checkpoints:
         self._pending: tuple[Future[Any], Path] | None = None
 
     def latest(self) -> int | None:
-        """The newest complete step, or None; the same on every rank."""
+        """The newest complete step, or None; the same on every rank. What a killed run left half written goes."""
+        if self._world.is_main:
+            for partial in self.directory.glob("partial-*"):
+                shutil.rmtree(partial)
         self._world.barrier()
         steps = self._steps()
         return steps[-1] if steps else None

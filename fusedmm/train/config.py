@@ -26,8 +26,11 @@ class RecipeError(ValueError):
 def key(
     default: Any, meaning: str, *, low: float | None = None, high: float | None = None, choices: Sequence[str] = ()
 ) -> Any:
-    """A dataclass field with what the recipe's reader needs: meaning, inclusive range, choices."""
-    return field(default=default, metadata={"meaning": meaning, "low": low, "high": high, "choices": tuple(choices)})
+    """A dataclass field with what the recipe's reader needs: default, meaning, inclusive range, choices."""
+    metadata = {"default": default, "meaning": meaning, "low": low, "high": high, "choices": tuple(choices)}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,13 @@ class TrainConfig:
     )
     batch_size: int = key(64, "samples of one step over all ranks; the ranks must divide it", low=1)
     lr: float = key(2e-3, "peak learning rate of AdamW", low=0.0, high=1.0)
+    lr_scale: Mapping[str, float] = key(
+        {},
+        'factor of lr by pattern of parameter names, {"encoders.*" = 0.1}; of several that match the last counts',
+        low=0.0,
+        high=1000.0,
+    )
+    freeze: tuple[str, ...] = key((), 'patterns of names of parameters that are not trained, ["encoders.*", "latents"]')
     weight_decay: float = key(0.05, "decoupled weight decay of the matrices", low=0.0, high=10.0)
     warmup: int = key(20, "steps of linear warm-up; cosine to lr / 20 follows", low=0)
     clip: float = key(1.0, "largest gradient norm", low=1e-6)
@@ -230,7 +240,7 @@ def describe_keys() -> str:
         lines.append(f"[{name}]" if name != "variant" else "[[variant]]")
         for option in dataclasses.fields(section):
             allowed = _range_text(option.metadata)
-            lines.append(f"  {option.name} = {_as_toml(option.default)}{allowed and ', must be' + allowed}")
+            lines.append(f"  {option.name} = {_as_toml(option.metadata['default'])}{allowed and ', must be' + allowed}")
             lines.append(f"      {option.metadata['meaning']}")
     return "\n".join(lines)
 
@@ -247,6 +257,11 @@ def _build(section: str, table: Mapping[str, Any], origin: str) -> Any:
 
 
 def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any], origin: str) -> Any:
+    if typing.get_origin(hint) is Mapping:
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"train: {name} in {origin} must be a table of patterns, got {value!r}.")
+        wanted = typing.get_args(hint)[1]
+        return {pattern: _checked(f"{name}.{pattern!r}", x, wanted, metadata, origin) for pattern, x in value.items()}
     if isinstance(hint, types.GenericAlias):  # tuple[int, ...] or tuple[str, ...]
         if not isinstance(value, list | tuple):
             raise RecipeError(f"train: {name} in {origin} must be a list, got {value!r}.")

@@ -49,7 +49,7 @@ class RunResult(NamedTuple):
     mass: Float32Array  # [n_test, M]
     hidden: Float32Array  # [M, n_test, T]: predictions with one modality hidden
     kept: npt.NDArray[np.bool_]  # [M]: modalities that the filter left on
-    seconds: float
+    seconds: float  # of all sessions, where it was interrupted
     best_step: int
     parameters: int
 

@@ -3,6 +3,7 @@ device.
 """
 
 import math
+from fnmatch import fnmatchcase
 from itertools import chain
 
 import torch
@@ -17,11 +18,21 @@ RELATIVE_FLOOR = 0.01
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW; vectors (biases, norms) have no weight decay."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
+    """Fused AdamW over what is not frozen; vectors (biases, norms) have no weight decay. Each group has its
+    ``lr_scale``, the factor of its learning rate.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for is_vector in (False, True):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and (parameter.ndim < 2) == is_vector:
+                scales = [scale for pattern, scale in config.lr_scale.items() if fnmatchcase(name, pattern)]
+                kind = (0.0 if is_vector else config.weight_decay, [1.0, *scales][-1])
+                groups.setdefault(kind, []).append(parameter)
+    described = [
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(described, lr=config.lr, betas=(0.9, 0.98), fused=True)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

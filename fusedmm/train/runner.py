@@ -8,7 +8,6 @@ the command that goes on.
 import dataclasses
 import json
 import shutil
-import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from fusedmm.train.evaluate import RunResult
 from fusedmm.train.logs import require_tensorboard, run_directory
 from fusedmm.train.parallel import StopSignal, World, full, open_world
 from fusedmm.train.report import write_report
+from fusedmm.train.start import check_patterns, new_model
 from fusedmm.train.stored import StoredModel
 from fusedmm.train.task import Task, load_task
 from fusedmm.train.trainer import Interrupted, Trainer
@@ -45,6 +45,8 @@ def run_recipe(recipe: Recipe) -> bool:
         except ValueError as error:  # from reading, splitting, featurising: all of it is the user's to mend
             raise RecipeError(str(error)) from error
         _check_batch(recipe.train.batch_size, len(task.train), world.size)
+        with torch.device("meta"):
+            check_patterns(recipe.train, {variant.name: new_model(recipe, variant, task) for variant in recipe.variant})
         out = Path(recipe.run.out)
         if world.is_main:
             _claim(out, recipe, task)
@@ -76,7 +78,6 @@ def _run_once(
     directory = run_directory(Path(recipe.run.out), variant.name, seed)
     finished = directory / "result.npz"
     if not world.any(finished.is_file()):
-        began = time.monotonic()
         trainer = Trainer(recipe, variant, seed, task, world, directory)
         trainer.fit(stop)
         dev, test = trainer.predict("dev"), trainer.predict("test")
@@ -88,7 +89,7 @@ def _run_once(
             test.mass.numpy(),
             np.stack([prediction.numpy() for prediction in hidden]),
             np.array([name in trainer.kept for name in trainer.names]),
-            time.monotonic() - began,
+            trainer.seconds,
             int(trainer.progress["best_step"]),
             parameters,
         )

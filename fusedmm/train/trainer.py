@@ -20,10 +20,9 @@ from fusedmm.train.config import Recipe, VariantConfig
 from fusedmm.train.evaluate import Predictions, batch_loss, forecast, predict
 from fusedmm.train.filter import START, active_modalities, modality_importance, update_gates
 from fusedmm.train.logs import RunLog
-from fusedmm.train.model import Forecaster
 from fusedmm.train.optim import SpikeGuard, WeightAverage, build_optimizer, copy_weights, learning_rate, put_weights
-from fusedmm.train.parallel import StopSignal, World, full, shard_model
-from fusedmm.train.stored import load_start
+from fusedmm.train.parallel import StopSignal, World, full
+from fusedmm.train.start import build_model
 from fusedmm.train.task import Task
 
 LOG_EVERY = 10
@@ -61,7 +60,8 @@ class Trainer:
         self.guard = SpikeGuard(self.config.spike_sigma, self.config.spike_window, world.device)
         self.average = WeightAverage(self.model, self.config.ema)
         self.best = copy_weights(self.model)
-        self.progress = {"step": 0, "best_step": 0, "stale": 0, "best_loss": float("inf")}
+        self.progress = {"step": 0, "best_step": 0, "stale": 0, "best_loss": float("inf"), "seconds": 0.0}
+        self._began = time.monotonic()
         self.checkpoints = Checkpoints(
             directory / "checkpoints", world, recipe.run.keep_checkpoints, recipe.run.checkpoint_async
         )
@@ -118,7 +118,7 @@ class Trainer:
         loss = self.world.total(loss.detach())
         skip = self.guard.judge(loss, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.config)
+            group["lr"] = group["lr_scale"] * learning_rate(step, self.config)
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # fused AdamW leaves the step out where this is 1
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -201,8 +201,15 @@ class Trainer:
         """Predictions of the weights in place on "dev" or "test", with one modality hidden where asked."""
         return predict(self.model, self.task.split(split), self.world, hidden)
 
+    @property
+    def seconds(self) -> float:
+        """How long this run has taken so far, the sessions before it went on from a checkpoint included."""
+        return self.progress["seconds"] + time.monotonic() - self._began
+
     def save(self, step: int) -> None:
         """Write a checkpoint."""
+        self.progress["seconds"] = self.seconds
+        self._began = time.monotonic()
         self.checkpoints.save(step, self.state())
 
     def restore(self) -> None:
@@ -228,23 +235,3 @@ class Trainer:
             "guard": self.guard.state,
             "progress": dict(self.progress),
         }
-
-
-def build_model(recipe: Recipe, variant: VariantConfig, seed: int, task: Task, world: World) -> nn.Module:
-    """The sharded model. Every rank initialises the whole of it, so that the start does not depend on the number of
-    ranks.
-    """
-    torch.manual_seed(seed)
-    model = Forecaster(task.sizes_of(variant), recipe.model, variant.fusion, variant.filter)
-    stored = load_start(recipe, variant, seed)
-    if stored is None:
-        model.set_skip(*task.skip(recipe.model.skip), task.target_scale)
-    else:
-        model.load_state_dict(stored.weights)
-    precision = recipe.train.precision
-    dtype = (
-        torch.bfloat16
-        if precision == "bf16" or (precision == "auto" and world.device.type == "cuda")
-        else torch.float32
-    )
-    return shard_model(model.to(world.device), list(model.blocks), world, dtype)
