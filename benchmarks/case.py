@@ -67,7 +67,7 @@ class Variant:
         prepare: binds it to a problem; raises `Unavailable` where it cannot run.
         modes: those it has; a merge of attention calls whose LSE has no gradient has only "forward".
         ours: whether it is this project's: held to the strict budget, and what ratios are of.
-        compiles: through torch.compile, FlexAttention's too: many seconds before its first call.
+        compiles: through torch.compile, FlexAttention's and a merge's too, or CuTe: many seconds before its first call.
     """
 
     name: str

@@ -177,7 +177,7 @@ def _measure(args: argparse.Namespace, kind: str, chosen: dict[str, Builder], se
         for file in files:
             results.append(file, [result])
 
-    compiling = targets.wanted() if args.quick else None
+    compiling = plan.compiled_quickly() if args.quick else None
     harness = Harness(
         device, ceilings, telemetry, run.id, seconds, args.energy, args.variants, args.without, compiling, keep, _begin
     )

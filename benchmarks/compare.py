@@ -1,5 +1,6 @@
 """`python -m benchmarks compare A B`: what got slower or larger from one result file to another, beyond the noise."""
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,8 @@ def _compare(key: tuple[str, str, str], was: Result, now: Result) -> list[Change
     if not comparable([was.clock_mhz, now.clock_mhz]):
         clocks = f"clocks {was.clock_mhz} and {now.clock_mhz} MHz"
         return [Change(key, "not comparable", f"{clocks} differ by more than 5 %")]
+    if was.sizes != now.sizes:
+        return [Change(key, "not comparable", "the case has another size")]
     times = f"{was.median_ms:.4g} -> {now.median_ms:.4g} ms"
     assert was.p20_ms is not None
     assert was.p80_ms is not None
@@ -77,5 +80,10 @@ def report(found: Iterable[Change]) -> int:
 
 
 def run(before: Path, after: Path) -> int:
-    """Compare two result files."""
-    return report(changes(read(before)[1], read(after)[1]))
+    """Compare two result files of one device; 2 where they are of several."""
+    (runs, old), (later, new) = read(before), read(after)
+    devices = sorted({run.device for run in (*runs.values(), *later.values())})
+    if len(devices) > 1:
+        print(f"compare: the results are of different devices: {', '.join(devices)}", file=sys.stderr)
+        return 2
+    return report(changes(old, new))

@@ -18,7 +18,7 @@ import fusedmm
 from benchmarks.cases import attention
 from benchmarks.results import TIMED, Result, timed
 from benchmarks.telemetry import Telemetry
-from benchmarks.timing import Times, interleave
+from benchmarks.timing import Times, captured, interleave
 from fusedmm import ModalityLayout
 from fusedmm.nn import GatedMultimodalAttention
 
@@ -83,18 +83,12 @@ class Overheads:
             with torch.no_grad():
                 return module()
 
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = call()
-        graph.replay()
-        if not torch.equal(captured, call()):
+        replay = captured(call)
+        found = interleave({"module": replay}, self.device, self.seconds, self.telemetry)["module"]
+        if not torch.equal(replay(), call()):
             yield replace(blank, status="wrong", reason="a replay gives other numbers than the call")
             return
-        yield timed(blank, interleave({"module": graph.replay}, self.device, self.seconds, self.telemetry)["module"])
+        yield timed(blank, found)
 
     def metadata(self, blank: Result) -> Iterator[Result]:
         """Who sees what in a time-causal batch, worked out once a batch, beside the forward that uses it."""

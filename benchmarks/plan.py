@@ -24,6 +24,12 @@ FIRST = (
     "distillation/jsd-n1024",
     "attention/jagged-long",
 )
+# What compiles for long and is part of ``--quick`` beside what the targets need: the libraries on their own shapes.
+RIVALS = (
+    ("attention/dense-plain-d128-4k", "flash-attn-4"),
+    ("attention/dense-plain-d64-4k", "flash-attn-4"),
+    ("distillation/cross-entropy", "quack"),
+)
 # Assumed until a run on a GPU says otherwise.
 START_S = 20.0
 VARIANT_S = 1.0
@@ -38,6 +44,11 @@ def ordered(names: Iterable[str], measured: Collection[str] = ()) -> list[str]:
     return sorted(names, key=lambda name: (name in measured, rank.get(name, len(rank))))
 
 
+def compiled_quickly() -> frozenset[tuple[str, str]]:
+    """Case and variant of what compiles for long and is part of ``--quick``."""
+    return frozenset((*targets.wanted(), *RIVALS))
+
+
 def estimate_s(case: Case, seconds: float, *, quick: bool) -> float:
     """Seconds that a case should take on a GPU; 0 where ``--quick`` leaves it out."""
     if quick and not case.quick:
@@ -45,7 +56,7 @@ def estimate_s(case: Case, seconds: float, *, quick: bool) -> float:
     compiling = [variant.name for variant in case.variants if variant.compiles]
     plain = len(case.variants) - len(compiling)
     modes = len(case.modes) + case.launch_bound * sum(mode != "backward" for mode in case.modes)
-    compiled = sum(not quick or (case.name, name) in targets.wanted() for name in compiling)
+    compiled = sum(not quick or (case.name, name) in compiled_quickly() for name in compiling)
     return modes * seconds + plain * VARIANT_S + compiled * COMPILE_S
 
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import ratio
 from benchmarks.results import TIMED, Result, Run, latest
 
 OURS = "#1b5e9b"
@@ -52,13 +53,14 @@ def speed_and_memory(timed: Measured, file: Path) -> None:
     cases = [case for case in cases if any((case, mode, "fusedmm") in timed for mode in ("both", "forward"))]
     looks = _looks(timed, cases)
     figure, axes = _figure(1, 2, width=10, height=1.6 + 0.24 * len(cases))
-    for axis, attribute, title in zip(axes, ("median_ms", "peak_mib"), ("time", "peak memory"), strict=True):
+    for axis, compare, title in zip(axes, (ratio, _memory_ratio), ("time", "peak memory"), strict=True):
         for place, case in enumerate(cases):
             mode = "both" if (case, "both", "fusedmm") in timed else "forward"
-            base = getattr(timed[case, mode, "fusedmm"][1], attribute)
+            ours = timed[case, mode, "fusedmm"][1]
             for variant, look in looks.items():
-                if (case, mode, variant) in timed and base:
-                    multiple = getattr(timed[case, mode, variant][1], attribute) / base
+                other = timed.get((case, mode, variant))
+                multiple = None if other is None else compare(ours, other[1])
+                if multiple:
                     axis.plot(multiple, -place, linestyle="", markersize=5, alpha=0.9, label=variant, **look)
         axis.axvline(1.0, color=OURS, linewidth=1.5)
         axis.annotate("fusedmm", (1.0, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=OURS)
@@ -66,7 +68,7 @@ def speed_and_memory(timed: Measured, file: Path) -> None:
         _plain_ticks(axis.xaxis, lowest=0.1)
         axis.set_xlabel(f"{title}, times fusedmm's (right of the line: fusedmm is better)")
         labels = [case if (case, "both", "fusedmm") in timed else f"{case} (forward)" for case in cases]
-        axis.set_yticks([-place for place in range(len(cases))], labels if attribute == "median_ms" else [])
+        axis.set_yticks([-place for place in range(len(cases))], labels if compare is ratio else [])
         axis.grid(alpha=0.25)
     _legend(figure, axes)
     _save(figure, _of(timed, cases), file, "Forward and backward against what else does the same work")
@@ -127,6 +129,11 @@ def scaling(timed: Measured, file: Path) -> None:
 
 
 FIGURES = {"speed-and-memory": speed_and_memory, "roofline": roofline, "scaling": scaling}
+
+
+def _memory_ratio(ours: Result, other: Result) -> float | None:
+    """How many times as much memory the other holds."""
+    return other.peak_mib / ours.peak_mib if ours.peak_mib and other.peak_mib else None
 
 
 def _of(timed: Measured, cases: Collection[str]) -> Measured:

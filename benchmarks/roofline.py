@@ -1,5 +1,7 @@
 """The ceilings that a share is a share of, measured in the same run: copying memory, and one large matrix product."""
 
+import itertools
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -9,6 +11,7 @@ import torch
 from benchmarks.timing import time_once
 
 REPEATS = 10
+WARM_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,17 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Median time of a call, device included, after a warm-up."""
-    for _ in range(2):
-        call()
+    """Median time of a call, device included, after a warm-up: an idle GPU takes a while to raise its clock."""
+    deadline = time.monotonic() + (WARM_S if device.type == "cuda" else 0.0)
+    for warmed in itertools.count():
+        if warmed >= 2 and time.monotonic() > deadline:
+            break
+        time_once(call, device)
     return median(time_once(call, device) for _ in range(REPEATS)) / 1e3
 
 
 def measure(device: torch.device) -> Ceilings:
-    """Measure the ceilings of a device: a second or so."""
+    """Measure the ceilings of a device: two seconds or so."""
     cuda = device.type == "cuda"
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if cuda else (torch.float32,)
     return Ceilings(

@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import torch
 
 from benchmarks.telemetry import ENERGY_SECONDS, Telemetry
 
+T = TypeVar("T")
 L2_BYTES = 256 << 20  # more than any chip has
 MIN_ROUNDS = 9
 MAX_ROUNDS = 200
@@ -97,7 +99,7 @@ def throttles(seen: str | None, now: str | None) -> str | None:
     return ", ".join(dict.fromkeys(reasons)) or seen or now
 
 
-def captured(call: Callable[[], object]) -> Callable[[], object]:
+def captured(call: Callable[[], T]) -> Callable[[], T]:
     """The call as a CUDA graph that is replayed: what the GPU takes, without the host.
 
     Raises whatever makes the call one that cannot be captured. That it waits for the GPU is found out before: a capture
@@ -119,7 +121,7 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # a failed one keeps its stream
         results = call()
 
-    def replay() -> object:
+    def replay() -> T:
         graph.replay()
         return results  # holding them keeps their memory the graph's
 

@@ -1,6 +1,8 @@
 """What only a GPU runs computes the right thing: here with stand-ins for its kernels, at small sizes."""
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,21 +40,54 @@ def varlen_stand_in(query: Tensor, key: Tensor, value: Tensor, *bounds: Any) -> 
 
 
 @pytest.fixture
+def cute(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A stand-in for flash-attn-4 with its names and layouts; the functions that were called."""
+    called = []
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+        called.append("dense")
+        heads = (x.transpose(1, 2).float() for x in (q, k, v))
+        output = torch.nn.functional.scaled_dot_product_attention(*heads, enable_gqa=q.shape[2] != k.shape[2])
+        return output.transpose(1, 2).to(q.dtype), None
+
+    def flash_attn_varlen_func(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        return_lse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        assert return_lse
+        called.append("varlen")
+        output, lse = varlen_stand_in(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return output, lse.transpose(0, 1)
+
+    functions = SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(cute=functions))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", functions)
+    monkeypatch.setattr(attention_gpu, "require", lambda distribution: None)
+    return called
+
+
+@pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("name", KINDS)
-def test_variable_length_calls_and_their_merge(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for library in ("_torch_varlen", "_flash_4"):
-        monkeypatch.setattr(attention_gpu, library, lambda: varlen_stand_in)
+def test_variable_length_calls_and_their_merge(name: str, cute: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_gpu, "_torch_varlen", lambda: varlen_stand_in)
     case = builders("cuda")[name]()
     gate = Gate(case, CPU)
     called = [variant for variant in case.variants if "varlen" in variant.name or "flash-attn" in variant.name]
     assert len(called) == 2
     for variant in called:
         assert gate.check(variant).complaints == [], variant.name
+    assert set(cute) == {"dense" if "plain" in name else "varlen"}
 
 
 def test_a_merge_leaves_out_what_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

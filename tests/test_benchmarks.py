@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import compare, peers, readme, results
+from benchmarks import compare, peers, plot, readme, results
 from benchmarks.against import Against, over_rounds
 from benchmarks.case import Case, Prepared, Unavailable, Variant
 from benchmarks.cases import attention, attention_paths, attention_peers, builders
@@ -154,12 +154,35 @@ def test_ratios_need_equal_clocks() -> None:
         ({"peak_mib": 120.0}, "larger"),
         ({"status": "failed"}, "lost"),
         ({"clock_mhz": 1000.0}, "not comparable"),
+        ({"sizes": {"batch": 2}}, "not comparable"),
     ],
 )
 def test_compare_names_what_changed(change: dict[str, object], verdict: str) -> None:
     (found,) = compare.changes([RESULT], [replace(RESULT, **change)])  # type: ignore[arg-type]
     assert found.verdict == verdict
     assert compare.report([found]) == (verdict in ("slower", "larger", "lost"))
+
+
+def test_compare_refuses_different_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("H100", "H200"):
+        run = Run(device, device, "cuda", "2026-01-01T00:00:00Z", "abc", "x", {}, 0, None, 132, 1.0, {})
+        results.append(tmp_path / device, [run, replace(RESULT, run=device)])
+    assert main(["compare", str(tmp_path / "H100"), str(tmp_path / "H200")]) == 2
+    assert "different devices: H100, H200" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "H100"), str(tmp_path / "H100")]) == 0
+
+
+def test_figures_show_no_ratio_of_different_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+    monkeypatch.setattr(plot, "_legend", lambda figure, axes: shown.extend(len(axis.get_lines()) for axis in axes))
+    run = Run(
+        "1", "GPU", "cuda", "2026-01-01T00:00:00Z", "abc", "x", {"torch": "2", "triton": "3"}, 0, None, 1, 1.0, {}
+    )
+    ours = replace(RESULT, run="1", mode="both", clock_mhz=1980.0)
+    for clock in (1980.0, 1500.0):
+        rows = (ours, replace(ours, variant="other", clock_mhz=clock))
+        plot.speed_and_memory({row.key: (run, row) for row in rows}, tmp_path / "figure.svg")
+    assert shown == [2, 2, 1, 2]  # the line at fusedmm's and a mark: of time, and of memory
 
 
 def test_compare_is_silent_within_the_noise() -> None:

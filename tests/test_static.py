@@ -17,7 +17,7 @@ import pytest
 import triton
 
 from benchmarks import results, static_command
-from benchmarks.cases import attention
+from benchmarks.cases import attention, distillation
 from benchmarks.compiled import KernelReport, read_compiled
 from benchmarks.results import Result, Run
 from benchmarks.static import Row, faults, read_rows, specs, worsened
@@ -124,7 +124,11 @@ def test_a_measurement_shows_the_model_s_error(monkeypatch: pytest.MonkeyPatch, 
     shown = static_command.table([ROW, replace(ROW, name="another")])
     assert "70%  55% (model +15%)" in shown
     assert shown.count("model +") == 1
-    results.append(tmp_path / "h200.jsonl", [replace(result, tflops=0.55 * peak, clock_mhz=None)])
+    tiny = replace(result, case="tiny", tflops=0.01 * peak, clock_mhz=1500.0)
+    results.append(tmp_path / "h200.jsonl", [tiny])  # not what the model speaks of: the best case counts
+    assert "55% (model +15%)" in static_command.table([ROW])
+    unread = [replace(row, tflops=0.55 * peak, clock_mhz=None) for row in (result, tiny)]
+    results.append(tmp_path / "h200.jsonl", unread)
     assert results.measured_shares() == {}  # without a clock there is no peak
 
 
@@ -132,6 +136,10 @@ def test_every_gpu_case_names_kernels_of_the_table() -> None:
     for name, arguments in attention.shapes("cuda").items():
         kernels = attention.forward_kernels(attention.Shape(**arguments))  # type: ignore[arg-type]
         assert set(kernels.values()) <= set(specs("sm_90")), name
+    for name, shape in distillation.shapes("cuda").items():
+        kernels = distillation.build(name, "cuda", shape).kernels
+        assert set(kernels.values()) <= set(specs("sm_90")), name
+        assert bool(kernels) == (name == "scores-2048-4096")
 
 
 def test_hopper_forwards_use_asynchronous_products() -> None:

@@ -322,15 +322,16 @@ def variants(kind: str, features: Sequence[str], softmax: str, *, uniform: bool)
     if softmax == "joint" and "gate" not in features:
         found.append(Variant("sdpa", sdpa_padded))
     if kind == "cuda":
-        found += [Variant(f"fusedmm-{path}", partial(paths.on_path, path=path)) for path in ("portable", "hopper")]
+        on_path = {f"fusedmm-{path}": partial(paths.on_path, path=path) for path in ("portable", "hopper")}
+        found += [Variant(name, prepare, ours=True) for name, prepare in on_path.items()]
         if dense:
             found += [Variant(f"sdpa-{name}", partial(sdpa_dense, backend=backend)) for name, backend in gpu.BACKENDS]
         if plain:
-            found += [Variant("varlen", gpu.varlen), Variant("flash-attn-4", gpu.flash_attention_4)]
+            found += [Variant("varlen", gpu.varlen), Variant("flash-attn-4", gpu.flash_attention_4, compiles=True)]
         elif "times" not in features:
             found += [
-                Variant("varlen+merge", gpu.varlen_merge, modes=("forward",)),  # its LSE has no gradient
-                Variant("flash-attn-4+merge", gpu.flash_attention_4_merge),
+                Variant("varlen+merge", gpu.varlen_merge, ("forward",), compiles=True),  # its LSE has no gradient
+                Variant("flash-attn-4+merge", gpu.flash_attention_4_merge, compiles=True),
             ]
         found.append(Variant("flex", gpu.flex, compiles=True))
         found.append(Variant("flex+mask", partial(gpu.flex, count_mask=True), compiles=True))

@@ -161,20 +161,20 @@ def liger_cross_entropy(problem: Problem) -> Prepared:
 
 
 def fla(problem: Problem) -> Prepared:
-    """flash-linear-attention's fused KL divergence."""
+    """flash-linear-attention's fused KL divergence; its default, float32 products for dW, is an order slower."""
     require("fla-core")
     from fla.modules import FusedKLDivLoss
 
-    run = FusedKLDivLoss()
+    run = FusedKLDivLoss(accumulate_grad_in_fp32=False)
     return prepare(problem, lambda hidden, weight: run(hidden, problem.teacher, weight, problem.teacher_weight))
 
 
 def fla_cross_entropy(problem: Problem) -> Prepared:
-    """flash-linear-attention's fused linear cross entropy."""
+    """flash-linear-attention's fused linear cross entropy, likewise."""
     require("fla-core")
     from fla.modules import FusedLinearCrossEntropyLoss
 
-    run = FusedLinearCrossEntropyLoss()
+    run = FusedLinearCrossEntropyLoss(accumulate_grad_in_fp32=False)
     return prepare(problem, lambda hidden, weight: run(hidden, problem.labels, weight))
 
 
@@ -225,6 +225,7 @@ CROSS_ENTROPIES = {
     "liger": liger_cross_entropy,
     "fla": fla_cross_entropy,
 }
+COMPILED = ("quack", "liger-chunked")  # by CuTe and by torch.compile
 DIVERGENCES = {"liger": liger, "liger-chunked": liger_chunked, "trl": trl}
 
 
@@ -246,7 +247,7 @@ def losses(kind: str, beta: float, alpha: float) -> tuple[Variant, ...]:
         if beta == 0.0:
             libraries["fla"] = fla
     if kind == "cuda":
-        found += [Variant(name, library, MODES) for name, library in libraries.items()]
+        found += [Variant(name, library, MODES, compiles=name in COMPILED) for name, library in libraries.items()]
     return tuple(found)
 
 

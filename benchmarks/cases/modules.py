@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.case import Case, Prepared, Variant
+from benchmarks.cases import attention_peers
 from fusedmm.nn import FusionBlock
 
 SEED = 0
@@ -37,7 +38,7 @@ class Problem:
     masks: Mapping[str, Tensor]  # [B, Lm]
     upstream: Tensor  # [B, Lq, E]
 
-    def module(self, impl: str, dtype: torch.dtype) -> nn.Module:
+    def module(self, impl: str, dtype: torch.dtype) -> FusionBlock:
         """The block, with the same parameters however it computes."""
         torch.manual_seed(SEED)
         block = FusionBlock(self.shape.embed_dim, self.shape.heads, self.shape.widths, impl=impl)
@@ -97,13 +98,15 @@ def build(name: str, kind: str, shape: Shape) -> Case:
 
 
 def variants(kind: str) -> tuple[Variant, ...]:
-    """The block with this project's attention, and with the definition in its place."""
+    """The block with this project's attention, the same on padded tokens in plain PyTorch, and with the definition."""
     found = [
         Variant("fusedmm", prepare, ours=True),
+        Variant("eager", prepare_padded),
+        Variant("compile", partial(prepare_padded, compiled=True), compiles=True),
         Variant("reference-attention", partial(prepare, impl="reference")),
     ]
     if kind == "cuda":
-        found.append(Variant("fusedmm-compiled", partial(prepare, compiled=True), compiles=True))
+        found.append(Variant("fusedmm-compiled", partial(prepare, compiled=True), ours=True, compiles=True))
     return tuple(found)
 
 
@@ -141,3 +144,52 @@ def prepare(
 
     leaves = {"query": query, **dict(module.named_parameters())}
     return Prepared(forward, leaves, {"output": problem.upstream.to(wanted)})
+
+
+@dataclass(frozen=True)
+class Masks:
+    """For `attention_peers.formula`: modality of each key [B, Lk, M], and who is no padding [B, 1, 1, Lk]."""
+
+    one_hot: Tensor
+    visible: Tensor
+    blind: None = None
+
+
+def padded_block(block: FusionBlock, query: Tensor, tokens: Mapping[str, Tensor], masks: Masks) -> Tensor:
+    """The block as one writes it in plain PyTorch for padded tokens: all of them concatenated, one masked softmax."""
+    attention = block.attention
+    x = block.attention_norm(query)
+
+    def heads(rows: Tensor) -> Tensor:
+        split: Tensor = rows.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        return split
+
+    key, value = (
+        heads(torch.cat([project[name](rows) for name, rows in tokens.items()], 1))
+        for project in (attention.key_proj, attention.value_proj)
+    )
+    prior, gate = (
+        factor.unflatten(0, x.shape[:2]).transpose(1, 2) for factor in attention.modality_gate(x.flatten(0, 1))
+    )
+    output, _ = attention_peers.formula(heads(attention.query_proj(x)), key, value, prior, gate, masks, "joint")
+    x = query + attention.out_proj(output.transpose(1, 2).flatten(-2))
+    result: Tensor = x + block.mlp(block.mlp_norm(x))
+    return result
+
+
+def prepare_padded(problem: Problem, *, compiled: bool = False) -> Prepared:
+    """Bind the plain block, plain or through `torch.compile`, to a batch; its masks are made once."""
+    module = problem.module("eager", problem.query.dtype)
+    run = torch.compile(padded_block, dynamic=False) if compiled else padded_block
+    query = problem.query.detach().clone().requires_grad_()
+    batch, places = query.shape[0], list(problem.masks.values())
+    modality = torch.arange(len(places), device=query.device).repeat_interleave(
+        torch.tensor([mask.shape[1] for mask in places], device=query.device)
+    )
+    one_hot = nn.functional.one_hot(modality, len(places)).float().expand(batch, -1, -1)
+    masks = Masks(one_hot, torch.cat(places, 1)[:, None, None])
+
+    def forward() -> dict[str, Tensor]:
+        return {"output": run(module, query, problem.tokens, masks)}
+
+    return Prepared(forward, {"query": query, **dict(module.named_parameters())}, {"output": problem.upstream})

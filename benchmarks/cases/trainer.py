@@ -110,14 +110,22 @@ def build(name: str, kind: str) -> Case:
         problem=partial(draw, kind, BATCH[kind], dtype),
         small=partial(draw, kind, SMALL_BATCH, dtype),
         reference=reference,
-        variants=(
-            Variant("fusedmm", prepare, ours=True),
-            Variant("reference-attention", partial(prepare, impl="reference")),
-        ),
+        variants=variants(kind),
         flops=flops,
         bytes={"forward": float(size), "both": 3.0 * size},
         dtype=dtype,
     )
+
+
+def variants(kind: str) -> tuple[Variant, ...]:
+    """The model with this project's attention, with the definition, and on a GPU with PyTorch's operators alone."""
+    found = [
+        Variant("fusedmm", prepare, ours=True),
+        Variant("reference-attention", partial(prepare, impl="reference")),
+    ]
+    if kind == "cuda":
+        found.append(Variant("eager-attention", partial(prepare, impl="eager")))
+    return tuple(found)
 
 
 def builders(kind: str) -> dict[str, Callable[[], Case]]:
