@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedmm.shapes import FLOATS, check_dtype, check_shapes
+from fusedmm.shapes import FLOATS, as_number, check_dtype, check_shapes
 
 BIN_BITS = 8
 
@@ -34,7 +34,7 @@ def select_rows(score: Tensor, keep: float, *, group: dist.ProcessGroup | None =
         raise TypeError(f"{op}: score must be a tensor, got None. A score that needs labels is None without them.")
     check_shapes(op, {"score": (score, ("row",))})
     check_dtype(op, "score", score, FLOATS, ". Use score.float().")
-    if not 0.0 <= keep <= 1.0:
+    if not 0.0 <= as_number(op, "keep", keep) <= 1.0:
         raise ValueError(
             f"{op}: keep must be a fraction between 0 and 1, got {keep}. Divide a number of rows by their total."
         )

@@ -73,11 +73,14 @@ def check_tensor(op: str, argument: str, value: object) -> None:
 
 
 def as_number(op: str, argument: str, value: Any) -> float:
-    """The value as a float; ``TypeError`` where it is no number."""
+    """The value as a float; ``TypeError`` where it is no number, a string of digits among them."""
     try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{op}: {argument} must be a number, got {type(value).__name__}.") from error
+        number = None if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = None
+    if number is None:
+        raise TypeError(f"{op}: {argument} must be a number, got {type(value).__name__}.")
+    return number
 
 
 def check_type(op: str, argument: str, value: object, wanted: type, advice: str) -> None:

@@ -128,6 +128,21 @@ def test_what_a_newcomer_gets_wrong_is_named() -> None:
     top = torch.randn(4, 5).log_softmax(-1).topk(2)  # values first, as torch.topk returns them
     with pytest.raises(TypeError, match=r"indices must be int64, got float32. Use TopKLogProbs\(indices, log_probs\)"):
         distillation_scores(student, TopKLogProbs(*top))
+    for hidden in (None, [1.0], student.hidden.numpy()):
+        with pytest.raises(TypeError, match=r"student.hidden must be a tensor, got \w+. Use torch.as_tensor"):
+            distillation_loss(LinearHead(hidden, student.weight), teacher)
+    with pytest.raises(TypeError, match=r"teacher.indices must be a tensor, got NoneType"):
+        distillation_loss(student, TopKLogProbs(None, top[0]))
+    for argument in ("temperature", "beta", "alpha", "label_smoothing", "normalizer"):
+        for value in ("much", [0.5], torch.ones(2).numpy()):
+            with pytest.raises(TypeError, match=rf"^distillation_loss: {argument} must be a number, got \w+"):
+                distillation_loss(student, teacher, torch.zeros(4, dtype=torch.int64), **{argument: value})
+    with pytest.raises(TypeError, match=r"ignore_index must be an int, got float"):
+        distillation_loss(student, teacher, ignore_index=-1.5)
+    with pytest.raises(TypeError, match=r"student.num_classes must be an int, got float"):
+        distillation_loss(LinearHead(student.hidden, student.weight, num_classes=4.0), teacher)
+    with pytest.raises(TypeError, match=r"student.softcap must be a number, got str"):
+        distillation_loss(LinearHead(student.hidden, student.weight, softcap="30"), teacher)
 
 
 def test_what_passed_once_is_not_remembered_of_anything_else() -> None:

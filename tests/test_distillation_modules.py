@@ -65,5 +65,9 @@ def test_modules_tell_mistakes() -> None:
         FeatureDistillation(3, 3)(torch.randn(2, 3), torch.randn(2, 3), torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="FeatureDistillation: teacher must have shape"):
         FeatureDistillation(3, 5)(torch.randn(2, 3), torch.randn(2, 4))
+    with pytest.raises(TypeError, match="FeatureDistillation: teacher must be a tensor, got list"):
+        FeatureDistillation(3, 3)(torch.randn(2, 3), [1.0])
+    with pytest.raises(TypeError, match="MassMatching: teacher_mass must be a tensor, got NoneType"):
+        MassMatching()(torch.rand(2, 1, 3), None)
     with pytest.raises(ValueError, match="MassMatching: teacher_mass has modality"):
         MassMatching()(torch.rand(2, 1, 3), torch.rand(2, 1, 4))

@@ -52,6 +52,8 @@ def test_selection_refuses_what_is_no_score() -> None:
         select_rows(torch.zeros(3, 1), 0.5)
     with pytest.raises(TypeError, match=r"score must be a tensor, got None\. A score that needs labels"):
         select_rows(None, 0.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="select_rows: keep must be a number, got list"):
+        select_rows(torch.zeros(3), [0.5])  # type: ignore[arg-type]
 
 
 def test_score_log_counts_margins_and_forgetting() -> None:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from fusedmm.heads import Head, Teacher
 from fusedmm.ops.distillation import distillation_loss
-from fusedmm.shapes import ShapeError, check_dtype, check_shapes
+from fusedmm.shapes import ShapeError, check_dtype, check_shapes, check_tensor
 
 KINDS = ("mse", "cosine")
 MIN_MASS = 1e-6  # a student mass below counts as this, so that a modality it dropped costs much, not infinity
@@ -124,6 +124,8 @@ class MassMatching(nn.Module):
             teacher_mass: [total_q, Ht, M]; gets no gradient.
             mask: [total_q] bool, the queries that count, or None for all.
         """
+        check_tensor("MassMatching", "student_mass", student_mass)
+        check_tensor("MassMatching", "teacher_mass", teacher_mass)
         check_shapes(
             "MassMatching",
             {
@@ -142,6 +144,8 @@ class MassMatching(nn.Module):
 
 
 def _check_leading(op: str, student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
+    check_tensor(op, "student", student)
+    check_tensor(op, "teacher", teacher)
     leading = student.shape[:-1]
     if teacher.shape[:-1] != leading:
         raise ShapeError(

@@ -12,7 +12,7 @@ from fusedmm.ops.distillation_autograd import call
 from fusedmm.ops.distillation_inputs import Inputs, check_fraction, check_inputs
 from fusedmm.ops.distillation_op import problem_of
 from fusedmm.reference import distillation as reference
-from fusedmm.shapes import FLOATS, check_device, check_dtype, check_shapes
+from fusedmm.shapes import FLOATS, as_number, check_device, check_dtype, check_shapes, check_type
 
 MEMORIES = ("fast", "lean")
 REDUCTIONS = ("mean", "sum", "none")
@@ -242,7 +242,7 @@ def _check_weights(op: str, inputs: Inputs, row_weight: Tensor | None, normalize
                 f"{op}: normalizer must be a number or a tensor of one, got shape {list(normalizer.shape)}. Sum it "
                 "first."
             )
-    elif normalizer is not None and (normalizer == 0 or not math.isfinite(normalizer)):
+    elif normalizer is not None and (not math.isfinite(as_number(op, "normalizer", normalizer)) or normalizer == 0):
         raise ValueError(
             f"{op}: normalizer must be finite and not 0, got {normalizer}. Leave it out to divide by the sum of the "
             "weights, or pass a tensor, where 0 gives 0."
@@ -290,6 +290,7 @@ def _check_labels(op: str, inputs: Inputs, ignore_index: int) -> bool:
     """Refuse labels that are no class, where reading them waits for nothing: on a CPU. Returns whether it is known that
     no row is ignored.
     """
+    check_type(op, "ignore_index", ignore_index, int, "It is the label of rows that do not count.")
     labels, classes = inputs.labels, inputs.shard.total
     if labels is None:
         return True

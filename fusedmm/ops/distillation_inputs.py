@@ -17,7 +17,16 @@ from torch.nn import Parameter
 from fusedmm.eager.shard import Shard
 from fusedmm.heads import Head, LinearHead, Logits, Teacher, TopKLogProbs
 from fusedmm.impl import resolve_impl
-from fusedmm.shapes import FLOATS, ShapeError, check_device, check_dtype, check_shapes
+from fusedmm.shapes import (
+    FLOATS,
+    ShapeError,
+    as_number,
+    check_device,
+    check_dtype,
+    check_shapes,
+    check_tensor,
+    check_type,
+)
 
 ADVICE = "Wrap it: LinearHead(hidden, weight, bias), or Logits(logits)."
 MOST_PASSED = 256  # signatures that are remembered, before all are forgotten
@@ -86,7 +95,7 @@ def check_inputs(
     sizes = check_shapes(op, shapes)
     _check_dtypes(op, student, teacher, labels, row_temperature)
     check_device(op, {argument: tensor for argument, (tensor, _) in shapes.items()})
-    if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
+    if not isinstance(temperature, Tensor) and not 0 < as_number(op, "temperature", temperature) < math.inf:
         raise ValueError(
             f"{op}: temperature must be positive and finite, got {temperature}. 1.0 leaves the logits as they are."
         )
@@ -130,9 +139,9 @@ def _signature(
     found: list[object] = [temperature, impl]
     tensors: list[Tensor | None] = [labels]
     for head in (student, teacher):
-        if type(head) is LinearHead and head.group is None:
+        if type(head) is LinearHead and head.group is None and head.hidden is not None:
             tensors += (head.hidden, head.weight, head.bias)
-        elif type(head) is Logits and head.group is None:
+        elif type(head) is Logits and head.group is None and head.values is not None:
             tensors.append(head.values)
         else:
             return None
@@ -150,9 +159,10 @@ def _signature(
 
 def check_fraction(op: str, argument: str, value: float) -> float:
     """A number between 0 and 1, as a float."""
-    if not 0.0 <= value <= 1.0:
+    number = as_number(op, argument, value)
+    if not 0.0 <= number <= 1.0:
         raise ValueError(f"{op}: {argument} must be between 0 and 1, got {value}.")
-    return float(value)
+    return number
 
 
 def _head_shapes(role: str, head: Head) -> dict[str, tuple[Tensor | None, tuple[str, ...]]]:
@@ -172,8 +182,11 @@ def _localize(op: str, role: str, head: Head) -> tuple[Head, int | None]:
     A DTensor without `group` is gathered: its gradient is the sum over ranks, scattered back. With `group` it is the
     shard that this rank has.
     """
-    if head.softcap is not None and not head.softcap > 0:
+    if head.num_classes is not None:
+        check_type(op, f"{role}.num_classes", head.num_classes, int, "None counts every row of the weight.")
+    if head.softcap is not None and not as_number(op, f"{role}.softcap", head.softcap) > 0:
         raise ValueError(f"{op}: {role}.softcap must be positive, got {head.softcap}. Pass None for no bound.")
+    check_tensor(op, f"{role}.{'values' if isinstance(head, Logits) else 'hidden'}", head.source)
     if isinstance(head, Logits):
         return head, None
     size = None
@@ -215,6 +228,8 @@ def _local(parameter: Tensor, gather: bool) -> Tensor:
 def _check_dtypes(op: str, student: Head, teacher: Teacher, labels: Tensor | None, temperature: Tensor | None) -> None:
     for role, head in (("student", student), ("teacher", teacher)):
         if isinstance(head, TopKLogProbs):
+            check_tensor(op, f"{role}.indices", head.indices)
+            check_tensor(op, f"{role}.log_probs", head.log_probs)
             swapped = head.indices.is_floating_point() and head.log_probs.dtype == torch.int64
             advice = "TopKLogProbs(indices, log_probs)" if swapped else "indices.to(torch.int64)"
             check_dtype(op, f"{role}.indices", head.indices, (torch.int64,), f". Use {advice}.")
