@@ -228,10 +228,10 @@ def statistics(
     num_classes: int,
     first_class: int,
     for_scores: bool,
-    split_classes: int | None = None,
+    split_classes: int,
 ) -> torch.Tensor:
-    """States [splits, N, size] float32 of this rank's classes; as many splits as `split_classes` classes would have, so
-    that ranks with unequal shards agree.
+    """States [splits, N, size] float32 of this rank's classes; tiles and splits are chosen for `split_classes` classes,
+    so that ranks with unequal shards agree.
     """
     arch = device_arch(student.source.device)
     num_rows = student.source.shape[0]
@@ -241,9 +241,9 @@ def statistics(
         arch=arch,
         kind="scores" if for_scores else "loss",
         num_classes=num_classes,
-        columns=num_classes,
+        columns=split_classes,
     )
-    splits = vocabulary_splits(arch, num_rows, num_classes if split_classes is None else split_classes, config)
+    splits = vocabulary_splits(arch, num_rows, split_classes, config)
     size = (SIZE_SCORES if for_scores else SIZE_LOSS).value
     state = student.source.new_empty((splits, num_rows, size), dtype=torch.float32)
     if num_rows == 0:
