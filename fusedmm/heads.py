@@ -66,7 +66,8 @@ class TopKLogProbs:
     student gives to the other classes.
 
     Attributes:
-        indices: [N, K] int64, different classes within a row.
+        indices: [N, K] int64, different classes within a row; for a student with `group` numbers over all ranks, the
+            same on every rank.
         log_probs: [N, K] floating point, natural logarithms **at the temperature of the call**; -inf for a slot that is
             not used.
     """

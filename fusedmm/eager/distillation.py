@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedmm.eager import distillation_small
 from fusedmm.eager.products import compute_dtype
-from fusedmm.eager.shard import Shard
+from fusedmm.eager.shard import Shard, put
 from fusedmm.eager.waves import (
     FINITE_MINIMUM,
     HeadGradient,
@@ -245,18 +245,20 @@ def _balance(grad: Tensor, top: Tensor | None, shard: Shard) -> Tensor:
 
 
 def with_bucket(z: Tensor, teacher: TopKLogProbs, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits / ln 2 of student and teacher over the top-k classes and the rest as one bucket [rows, K+1], and each
-    class's share of the rest [rows, V], in the memory of the student's logits `z`.
+    """Logits / ln 2 of student and teacher over the top-k classes and the rest as one bucket [rows, K+1], on every
+    rank, and the share of the rest that each of this rank's classes has [rows, V], in the memory of the student's
+    logits `z`.
 
     The student's rest is a sum over the other classes, not 1 minus the sum, which would cancel for a confident
-    student. With K = V there is no bucket.
+    student. With as many top-k classes as there are there is no bucket.
     """
-    indices, top = teacher.indices, z.gather(1, teacher.indices)
+    index, mine = shard.local(teacher.indices)
+    top = shard.at(z, index, mine)
     log_probs = teacher.log_probs.double().clamp_min(FINITE_MINIMUM)
-    others = z.scatter_(1, indices, -math.inf)  # below what -inf counts as, which a temperature divides
-    if indices.shape[1] == z.shape[1]:
+    others = put(z, index, mine, -math.inf)  # below what -inf counts as, which a temperature divides
+    if top.shape[1] == shard.total:
         return top, (log_probs * LOG2_E).to(z.dtype), others
-    largest = others.amax(-1, keepdim=True)
+    largest = shard.max(others.amax(-1, keepdim=True))
     share, size = shard.powers(others.sub_(largest), others)
     rest = torch.log1p(-log_probs.exp().sum(-1, keepdim=True).clamp(max=1.0)).clamp_min(FINITE_MINIMUM)
     log_probs = torch.cat([log_probs, rest], -1)
@@ -267,17 +269,18 @@ def _top_divergence(
     z: Tensor, teacher: TopKLogProbs, objective: Objective, *, wants_gradient: bool
 ) -> tuple[Tensor, WaveGradient | None]:
     """`divergence` against a top-k teacher: the gradient of the bucket is spread over its classes by their shares."""
-    own, target, share = with_bucket(z, teacher, objective.shard)
-    logits = torch.stack([own, target])
+    shard, top = objective.shard, teacher.indices.shape[1]
+    own, target, share = with_bucket(z, teacher, shard)
+    logits, buckets = torch.stack([own, target]), Shard(own.shape[1], 0, own.shape[1])
     rows, gradient = divergence(
-        logits, objective.beta, objective.shard, torch.empty_like(logits), wants_gradient=wants_gradient
+        logits, objective.beta, buckets, torch.empty_like(logits), wants_gradient=wants_gradient
     )
     if gradient is None:
         return rows, None
-    (coarse, factor), top = gradient, teacher.indices.shape[1]
-    if top < share.shape[1]:
+    coarse, factor = gradient
+    if top < shard.total:
         share.mul_(coarse[:, top:])
-    return rows, (share.scatter_(1, teacher.indices, coarse[:, :top]), factor)
+    return rows, (put(share, *shard.local(teacher.indices), coarse[:, :top]), factor)
 
 
 def _cross_entropy(
@@ -287,7 +290,7 @@ def _cross_entropy(
     overwritten.
     """
     shard, smoothing = objective.shard, objective.label_smoothing
-    index, mine = shard.local_labels(labels)
+    index, mine = shard.local(labels[:, None])
     label = (1 - smoothing) * shard.at(shard.shift(z), index, mine)
     if smoothing:
         label += (smoothing / shard.total) * shard.row_sum(z)

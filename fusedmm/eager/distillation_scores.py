@@ -20,7 +20,7 @@ from torch import Tensor
 from fusedmm.eager import distillation_small
 from fusedmm.eager.distillation import LN_2, LOG2_E, Objective, divergence, with_bucket
 from fusedmm.eager.products import compute_dtype
-from fusedmm.eager.shard import Shard
+from fusedmm.eager.shard import Shard, put
 from fusedmm.eager.waves import (
     Scratch,
     counted_rows,
@@ -153,7 +153,7 @@ def _pair_sums(
     sums |= {"sizes": sizes, "of_sizes": of_sizes}
     additive = {"roots": _square_sum(root_t.addcmul_(root_p, weight.sqrt(), value=-1.0), root_p, ones)}
     if labels is not None:
-        index, mine = shard.local_labels(labels)
+        index, mine = shard.local(labels[:, None])
         sums["labels"] = shard.at(logits, index, mine)[..., 0]
         if isinstance(temperature, Tensor) or temperature != 1.0:
             sums["unit_sizes"] = shard.sum(_sum(torch.mul(logits, 2 * temperature, out=roots).exp2_(), ones))
@@ -199,20 +199,14 @@ def _others(powers: Tensor, index: Tensor, mine: Tensor | None, ones: Tensor | N
     1 - p_y without cancellation, and of its squares, for which the second makes room.
     """
     p, squares = powers.unbind()
-    _put(p, index, mine, 0.0)
+    put(p, index, mine, 0.0)
     torch.mul(p, p, out=squares)
     return _sum(powers, ones)
 
 
 def _runner_up(z: Tensor, index: Tensor, mine: Tensor | None, shard: Shard) -> Tensor:
     """Largest logit but the label's [rows]; `z` is overwritten."""
-    _put(z, index, mine, -torch.inf)
-    return shard.max(z.amax(-1))
-
-
-def _put(x: Tensor, index: Tensor, mine: Tensor | None, value: float) -> None:
-    """Write a value at `Shard.local_labels`."""
-    x.scatter_(1, index, value if mine is None else torch.where(mine, value, x.gather(1, index)))
+    return shard.max(put(z, index, mine, -torch.inf).amax(-1))
 
 
 def _top_sums(
@@ -227,22 +221,24 @@ def _top_sums(
     """The same over the top-k classes and the bucket; what concerns the student alone over all classes."""
     shard, count, (powers, spare) = objective.shard, teacher.indices.shape[1], memory
     p, p_size = shard.powers(shard.shift(z.mul_(2)), powers[0])
-    alone = {"whole_size": p_size[:, 0], "whole": torch.mul(p, z, out=spare[0]).sum(-1)}
+    alone, additive = {"whole_size": p_size[:, 0]}, {"whole": torch.mul(p, z, out=spare[0]).sum(-1)}
     if labels is not None:
-        index, mine = shard.local_labels(labels)
+        index, mine = shard.local(labels[:, None])
         half = torch.mul(z, 0.5, out=spare[0])
         alone["labels"] = shard.at(half, index, mine).mT
         alone["runner_up"] = _runner_up(half, index, mine, shard)
         p, p_size = shard.powers(torch.mul(z, temperature, out=powers[0]), powers[0])
         alone["unit_sizes"] = p_size.mT
-        alone |= shard.sums({"others": _others(powers, index, mine, _ones(powers))})
+        additive["others"] = _others(powers, index, mine, _ones(powers))
     best = teacher.indices.gather(1, teacher.log_probs.argmax(-1, keepdim=True))
     alone["agreement"] = shard.first_top(z, spare[0]) == -best[:, 0]
     own, target, share = with_bucket(z, teacher, shard)
     p, t = torch.softmax(own * LN_2, -1), torch.softmax(target * LN_2, -1)
+    additive["shares"] = share.square_().sum(-1)
+    alone |= shard.sums(additive)
     between = (p - t).square_()
-    if count < share.shape[1]:  # the bucket's gradient lies on its classes by their shares
-        between[:, count:] *= share.square_().sum(-1, keepdim=True)
+    if count < shard.total:  # the bucket's gradient lies on its classes by their shares
+        between[:, count:] *= alone["shares"][:, None]
     alone["top_square"] = between.sum(-1)
     alone["top_confidence"] = t[:, :count].amax(-1)
     coarse = replace(objective, shard=Shard(p.shape[1], 0, p.shape[1]))

@@ -1,6 +1,7 @@
 """A rank's part of the classes, and the row statistics that ranks must agree on."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,22 @@ class Shard:
         shares = zip(parts.items(), flat.split(sizes), strict=True)
         return {name: share.view(part.shape) for (name, part), share in shares}
 
+    def gather(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Each part of every rank [ranks, ...], in one exchange; the parts have the same shapes on all."""
+        if self.group is None:
+            return tuple(part[None] for part in parts)
+        flat = torch.cat([part.flatten() for part in parts])
+        every = flat.new_empty((self.group.size(), flat.numel()))
+        dist.all_gather(list(every.unbind()), flat, group=self.group)
+        shares = zip(every.split([part.numel() for part in parts], -1), parts, strict=True)
+        return tuple(share.contiguous().view(len(every), *part.shape) for share, part in shares)
+
+    def whole(self, own: Tensor) -> Tensor:
+        """The classes of all ranks [total, ...] from this rank's own [count, ...], padding cut; differentiable where
+        every rank forms the same loss of it, so that each has the whole gradient of its own.
+        """
+        return _Whole.apply(own, self)  # type: ignore[no-any-return, no-untyped-call]
+
     def max(self, x: Tensor) -> Tensor:
         """Maximum over ranks, in place."""
         if self.group is not None:
@@ -66,18 +83,41 @@ class Shard:
         numbers = torch.arange(-self.first, last, -1, dtype=shifted.dtype, device=shifted.device)
         return self.max(torch.add(numbers, shifted, alpha=AFTER_SHIFT, out=out).amax(-1))
 
-    def local_labels(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Labels [rows, 1] as indices into this rank's classes, and whether this rank has them (None: it has all); 0
-        where another rank has them.
+    def local(self, classes: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Class numbers [rows, k] as indices into this rank's classes, and whether this rank has them (None: it has
+        all); 0 where another rank has them.
         """
-        labels = labels[:, None]
         if self.group is None:
-            return labels, None
-        local = labels - self.first
+            return classes, None
+        local = classes - self.first
         mine = (local >= 0) & (local < self.count)
         return torch.where(mine, local, 0), mine
 
     def at(self, x: Tensor, index: Tensor, mine: Tensor | None) -> Tensor:
-        """Values [..., rows, 1] of `x` [..., rows, count] at `local_labels`, on every rank."""
-        value = x.gather(-1, index.expand(*x.shape[:-1], 1))
-        return value if mine is None else self.sum(torch.where(mine, value, 0.0))
+        """Values [..., rows, k] of `x` [..., rows, count] at what `local` returned, on every rank."""
+        value = x.gather(-1, index.expand(*x.shape[:-1], -1))
+        return value if mine is None else self.sum(value.masked_fill_(~mine, 0.0))
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, shard: Shard) -> Tensor:
+        ctx.shape, ctx.count, ctx.mine = own.shape, shard.count, slice(shard.first, shard.first + shard.count)
+        whole = own.new_zeros((shard.total, *own.shape[1:]))
+        whole[ctx.mine] = own[: shard.count]
+        return shard.sum(whole)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        own = grad.new_zeros(ctx.shape)
+        own[: ctx.count] = grad[ctx.mine]
+        return own, None
+
+
+def put(x: Tensor, index: Tensor, mine: Tensor | None, value: float | Tensor) -> Tensor:
+    """Write `value`, a number or [rows, k], to `x` [rows, count] at what `Shard.local` returned, in place."""
+    if mine is None:
+        return x.scatter_(1, index, value)
+    rows, slots = mine.nonzero(as_tuple=True)
+    x[rows, index[rows, slots]] = value[rows, slots] if isinstance(value, Tensor) else value
+    return x

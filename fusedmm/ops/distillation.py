@@ -1,13 +1,15 @@
 """Distillation scores and losses of two heads whose logits are never formed as a whole."""
 
 import math
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fusedmm.eager.distillation_scores import FIELDS, SECOND_PASS_FIELDS
-from fusedmm.heads import Head, LinearHead, Teacher, TopKLogProbs
+from fusedmm.eager.shard import Shard
+from fusedmm.heads import Head, LinearHead, Logits, Teacher, TopKLogProbs
 from fusedmm.ops.distillation_autograd import call
 from fusedmm.ops.distillation_inputs import Inputs, check_fraction, check_inputs
 from fusedmm.ops.distillation_op import problem_of
@@ -108,7 +110,7 @@ def distillation_scores(
     _check_labels(op, inputs, ignore_index)
     second_pass = beta is not None and 0.0 < beta < 1.0
     if inputs.impl == "reference":
-        fields = reference.scores(*_whole(inputs), num_classes=inputs.shard.count, beta=beta, ignore_index=ignore_index)
+        fields = reference.scores(*_whole(inputs), num_classes=inputs.shard.total, beta=beta, ignore_index=ignore_index)
         return _named({name: field.detach().to(_result_dtype(inputs)) for name, field in fields.items()})
     with torch.no_grad():
         problem = problem_of(inputs, beta=0.0 if beta is None else beta, ignore_index=ignore_index)
@@ -178,8 +180,9 @@ def distillation_loss(
         TypeError, ShapeError, ValueError, NotImplementedError: as the message says.
 
     A head with `group` has its classes split over ranks: every rank must call, gets the same loss, and the gradient of
-    hidden is the sum over ranks. Under `torch.autocast` hidden states, weights and biases are taken in its dtype, as
-    `torch.nn.functional.linear` does; all after the matmul is float32.
+    hidden is the sum over ranks; O(N) numbers are exchanged, no logits ("reference" gathers the heads). Under
+    `torch.autocast` hidden states, weights and biases are taken in its dtype, as `torch.nn.functional.linear` does; all
+    after the matmul is float32.
 
     Cost: fast ``2 N V (3 Ds + Dt)`` FLOPs with both gradients, without a weight gradient ``2 N V (2 Ds + Dt)``; lean
         ``2 N V (2 Ds + 2 Dt)`` more at most ``2 N V (Ds + Dt)`` for the second pass of 0 < beta < 1. A top-k teacher
@@ -217,7 +220,7 @@ def distillation_loss(
     if inputs.impl == "reference":
         rows = reference.loss(
             *_whole(inputs),
-            num_classes=inputs.shard.count,
+            num_classes=inputs.shard.total,
             beta=beta,
             alpha=alpha,
             label_smoothing=label_smoothing,
@@ -308,12 +311,22 @@ def _check_labels(op: str, inputs: Inputs, ignore_index: int) -> bool:
 
 
 def _whole(inputs: Inputs) -> tuple[Head, Teacher, Tensor | None, Tensor]:
-    """Arguments of the reference: the temperature as a float64 tensor."""
+    """Arguments of the reference: heads with the classes of all ranks, the temperature as a float64 tensor."""
     if inputs.row_temperature is not None:
         temperature = inputs.row_temperature.double()
     else:
         temperature = inputs.rows.new_full((inputs.rows.shape[0],), inputs.temperature, dtype=torch.float64)
-    return inputs.student, inputs.teacher, inputs.labels, temperature
+    student, shard = cast(Head, _whole_head(inputs.student, inputs.shard)), inputs.shard
+    return student, _whole_head(inputs.teacher, shard), inputs.labels, temperature
+
+
+def _whole_head(head: Teacher, shard: Shard) -> Teacher:
+    if shard.group is None or isinstance(head, TopKLogProbs):
+        return head
+    if isinstance(head, Logits):
+        return replace(head, values=shard.whole(head.values.double().T).T)
+    bias = None if head.bias is None else shard.whole(head.bias.double())
+    return replace(head, weight=shard.whole(head.weight.double()), bias=bias)
 
 
 def _needs(head: Head) -> tuple[bool, bool, bool]:

@@ -81,7 +81,7 @@ def check_inputs(
         raise TypeError(
             f"{op}: teacher must be LinearHead, Logits or TopKLogProbs, got {type(teacher).__name__}. {ADVICE}"
         )
-    student, sharded_classes = _localize(op, "student", student)
+    student, all_classes = _localize(op, "student", student)
     shapes = _head_shapes("student", student)
     if isinstance(teacher, TopKLogProbs):
         shapes["teacher.indices"] = (teacher.indices, ("row", "k"))
@@ -103,14 +103,9 @@ def check_inputs(
         raise ValueError(
             f"{op}: temperature must not require grad, it is a constant of the loss. Pass temperature.detach()."
         )
-    shard = _shard(op, student, teacher, sizes, sharded_classes)
+    shard = _shard(op, student, teacher, sizes, all_classes)
     source = student.source
     resolved = resolve_impl(op, impl, source.device, unsupported=_triton_gaps(student, teacher))
-    if resolved == "reference" and shard.group is not None:
-        raise NotImplementedError(
-            f"{op}: the reference holds all classes, got a head whose classes are split over a group. "
-            'Pass impl="eager".'
-        )
     if signature is not None and (resolved != "triton" or source.is_cuda):
         if len(_PASSED) >= MOST_PASSED:
             _PASSED.clear()
@@ -176,8 +171,8 @@ def _head_shapes(role: str, head: Head) -> dict[str, tuple[Tensor | None, tuple[
 
 
 def _localize(op: str, role: str, head: Head) -> tuple[Head, int | None]:
-    """The head on this rank's own tensors and in the autocast dtype; the shard size of a DTensor's classes, which ranks
-    may hold unevenly.
+    """The head on this rank's own tensors and in the autocast dtype; the classes over all ranks of a DTensor, which
+    those may hold unevenly.
 
     A DTensor without `group` is gathered: its gradient is the sum over ranks, scattered back. With `group` it is the
     shard that this rank has.
@@ -189,7 +184,7 @@ def _localize(op: str, role: str, head: Head) -> tuple[Head, int | None]:
     check_tensor(op, f"{role}.{'values' if isinstance(head, Logits) else 'hidden'}", head.source)
     if isinstance(head, Logits):
         return head, None
-    size = None
+    classes = None
     hidden, weight, bias = head.hidden, head.weight, head.bias
     if not isinstance(weight, Tensor):
         raise TypeError(
@@ -200,16 +195,16 @@ def _localize(op: str, role: str, head: Head) -> tuple[Head, int | None]:
         hidden = hidden.to_local()
     if isinstance(weight, DTensor):
         if head.group is not None:
-            size = -(-weight.shape[0] // head.group.size())
+            classes = weight.shape[0]
         weight, bias = _local(weight, head.group is None), bias if bias is None else _local(bias, head.group is None)
     device = hidden.device.type
     if hidden is head.hidden and weight is head.weight and not torch.is_autocast_enabled(device):
-        return head, size
+        return head, classes
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = _autocast(hidden, dtype), _autocast(weight, dtype)
         bias = bias if bias is None else _autocast(bias, dtype)
-    return replace(head, hidden=hidden, weight=weight, bias=bias), size
+    return replace(head, hidden=hidden, weight=weight, bias=bias), classes
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -255,18 +250,14 @@ def _check_dtypes(op: str, student: Head, teacher: Teacher, labels: Tensor | Non
         check_dtype(op, "temperature", temperature, FLOATS, ".")
 
 
-def _shard(op: str, student: Head, teacher: Teacher, sizes: dict[str, int], sharded_classes: int | None) -> Shard:
-    """This rank's classes after the padding is cut."""
+def _shard(op: str, student: Head, teacher: Teacher, sizes: dict[str, int], all_classes: int | None) -> Shard:
+    """This rank's classes after the padding is cut; `all_classes` of a student whose weight is a DTensor."""
     group = student.group
     ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
-    size = sizes["student_classes"] if sharded_classes is None else sharded_classes
-    total = size * ranks if student.num_classes is None else student.num_classes
+    size = sizes["student_classes"] if all_classes is None else -(-all_classes // ranks)
+    given = size * ranks if all_classes is None else all_classes
+    total = given if student.num_classes is None else student.num_classes
     if isinstance(teacher, TopKLogProbs):
-        if group is not None:
-            raise NotImplementedError(
-                f"{op}: no implementation has a top-k teacher for a student whose classes are split over a group. "
-                "Gather the student's weight."
-            )
         if sizes["k"] > total:
             raise ShapeError(f"{op}: teacher.indices must hold at most {total} classes, got k={sizes['k']}.")
     else:
@@ -276,7 +267,7 @@ def _shard(op: str, student: Head, teacher: Teacher, sizes: dict[str, int], shar
                 "Split both heads over the same ranks."
             )
         own = (
-            (sizes["teacher_classes"] if sharded_classes is None else size) * ranks
+            (sizes["teacher_classes"] * ranks if all_classes is None else all_classes)
             if teacher.num_classes is None
             else teacher.num_classes
         )

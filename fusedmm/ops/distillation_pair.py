@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fusedmm.eager.distillation import Objective
@@ -140,12 +139,9 @@ class PairRows:
             for_scores=for_scores,
             split_classes=classes_a_rank(shard),
         )
-        if shard.group is not None:
-            states = [torch.empty_like(state) for _ in range(shard.group.size())]
-            dist.all_gather(states, state, group=shard.group)
-            state = torch.cat(states)
+        (states,) = shard.gather(state)
         return merge_statistics(
-            state,
+            states.flatten(0, 1),
             labels=self.labels,
             row_temperature=self.temperature,
             temperature=objective.temperature,

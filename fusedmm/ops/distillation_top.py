@@ -13,6 +13,7 @@ from fusedmm.eager.distillation_scores import FIELDS
 from fusedmm.eager.shard import Shard
 from fusedmm.heads import TopKLogProbs
 from fusedmm.ops.distillation_pair import PairRows, weighted_losses, with_logits
+from fusedmm.ops.distillation_waves import classes_a_rank
 
 if TYPE_CHECKING:
     from fusedmm.kernels.distillation.heads import HeadTensors
@@ -24,7 +25,7 @@ class TopRows:
 
     Attributes:
         student: head as kernels take it.
-        classes: [N, K] int32, ascending in each row.
+        classes: [N, K] int32 numbers over all ranks, ascending in each row.
         log_probs: [N, K] of these classes.
         likeliest: [N] the teacher's most likely class; of equals the one that it names first.
         labels: [N], or None.
@@ -53,7 +54,8 @@ class TopRows:
         classes, order = teacher.indices.sort(-1)
         log_probs = teacher.log_probs.gather(1, order)
         likeliest = teacher.indices.gather(1, teacher.log_probs.argmax(-1, keepdim=True))[:, 0]
-        return cls(student, classes.to(torch.int32), log_probs, likeliest, labels, temperature, objective)
+        classes = classes.to(torch.int32, memory_format=torch.contiguous_format)  # sorted in the layout that they had
+        return cls(student, classes, log_probs, likeliest, labels, temperature, objective)
 
     def cut(self, rows: slice) -> "TopRows":
         """Rows of these."""
@@ -122,6 +124,8 @@ class TopRows:
             alpha=objective.alpha,
             label_smoothing=objective.label_smoothing,
             num_classes=objective.shard.count,
+            first_class=objective.shard.first,
+            total_classes=objective.shard.total,
             ignore_index=objective.ignore_index,
             columns=columns,
         )
@@ -129,21 +133,34 @@ class TopRows:
     def _buckets(self, *, for_scores: bool) -> tuple[PairRows, Tensor]:
         """Student and teacher over the top-k classes and the bucket, and numbers of the student.
 
-        Their logits have a temperature of their own, of 1/2 or less (see `top_statistics`).
+        Their logits have a temperature of their own, of 1/2 or less (see `merge_top_statistics`).
         """
         from fusedmm.kernels.distillation.heads import HeadTensors
-        from fusedmm.kernels.distillation.top_statistics import top_statistics
+        from fusedmm.kernels.distillation.top_statistics import merge_top_statistics, top_statistics
 
-        objective = self.objective
-        own, target, alone = top_statistics(
+        objective, shard = self.objective, self.objective.shard
+        state, top = top_statistics(
             self.student,
+            self.classes,
+            labels=self.labels,
+            row_temperature=self.temperature,
+            temperature=objective.temperature,
+            num_classes=shard.count,
+            first_class=shard.first,
+            for_scores=for_scores,
+            split_classes=classes_a_rank(shard),
+        )
+        states, tops = shard.gather(state, top)
+        own, target, alone = merge_top_statistics(
+            states.flatten(0, 1),
+            tops.amax(0),  # the logit of the rank that has the class
             self.classes,
             self.log_probs,
             labels=self.labels,
             row_temperature=self.temperature,
             temperature=objective.temperature,
+            total_classes=shard.total,
             label_smoothing=objective.label_smoothing,
-            num_classes=objective.shard.count,
             for_scores=for_scores,
         )
         heads = HeadTensors(own, None, None, None), HeadTensors(target, None, None, None)

@@ -46,6 +46,8 @@ def _top_gradient_kernel(
     label_smoothing,
     num_rows,
     num_classes,
+    first_class,
+    total_classes,
     size_k,
     ignore_index,
     first_column,
@@ -77,18 +79,19 @@ def _top_gradient_kernel(
     saved_ptrs = saved_ptr + offs_n
     bucket_ptrs = saved_ptrs + FIRST_BUCKET * row_stride
     grad_rows = tl.load(grad_rows_ptr + offs_n)
-    labels = tl.full([BLOCK_N], -1, tl.int64)
+    labels = tl.full([BLOCK_N], -1, tl.int32)
     if labels_ptr is not None:
         labels = tl.load(labels_ptr + offs_n)
         grad_rows = tl.where(labels == ignore_index, 0.0, grad_rows)
+        labels = (labels - first_class).to(tl.int32)
     class_ptrs = classes_ptr + offs_n * size_k
-    start = count_below(class_ptrs, size_k, first_v)
-    most = tl.max(count_below(class_ptrs, size_k, first_v + BLOCK_V) - start, 0)
+    start = count_below(class_ptrs, size_k, first_class + first_v)
+    most = tl.max(count_below(class_ptrs, size_k, first_class + first_v + BLOCK_V) - start, 0)
     width: tl.constexpr = BLOCK_V // SLABS
     for i in tl.static_range(SLABS):
         columns = first_tile + i * width + tl.arange(0, width)
         offs_v = first_column + columns
-        classes = offs_v[None, :]
+        classes = offs_v[None, :]  # of this rank: numbers over all ranks would take 10 registers more
         x = students[i]
         log_share = (x * inverse[:, None] - tl.load(saved_ptrs)[:, None]) - tl.load(saved_ptrs + row_stride)[:, None]
         share = tl.exp2(tl.minimum(log_share, 0.0))  # above 0 only where a class is one of the top-k
@@ -96,13 +99,14 @@ def _top_gradient_kernel(
         for passed in range(most):
             position = start + passed
             bucket = tl.load(bucket_ptrs + position * row_stride, mask=position < size_k, other=0.0)
-            g = tl.where(classes == class_at(class_ptrs, position, size_k)[:, None], bucket[:, None], g)
+            column = class_at(class_ptrs, position, size_k) - first_class
+            g = tl.where(classes == column[:, None], bucket[:, None], g)
         g *= (alpha / inverse)[:, None]
         if labels_ptr is not None:
-            is_top = classes == tl.load(saved_ptrs + 5 * row_stride).to(tl.int32)[:, None]
+            is_top = classes == (tl.load(saved_ptrs + 5 * row_stride).to(tl.int32) - first_class)[:, None]
             g += (1.0 - alpha) * cross_entropy_gradient(
                 x, is_top, classes == labels[:, None], saved_ptrs + 2 * row_stride, row_stride,
-                label_smoothing, num_classes,
+                label_smoothing, total_classes,
             )  # fmt: skip
         store_gradient(
             grad_logits_ptr + rows[:, None] * grad_stride_n + columns[None, :], g, x, grad_rows, student_softcap,
@@ -123,14 +127,16 @@ def top_gradient_logits(
     alpha: float,
     label_smoothing: float,
     num_classes: int,
+    first_class: int,
+    total_classes: int,
     ignore_index: int,
     columns: slice,
 ) -> torch.Tensor:
-    """``grad_rows`` times the gradient in the inputs of the student's soft-capped logits, for classes `columns`,
-    written to `out` [N, columns]; `out`.
+    """``grad_rows`` times the gradient in the inputs of the student's soft-capped logits, for local classes
+    `columns`, written to `out` [N, columns]; `out`.
 
     `classes` [N, K] int32 ascends in each row; `saved` [6 + K + 1, N] holds numbers of the student (see
-    `top_statistics`) and the gradient in the buckets.
+    `merge_top_statistics`) and the gradient in the buckets.
     """
     num_rows, width = out.shape
     if num_rows == 0:
@@ -152,6 +158,8 @@ def top_gradient_logits(
         label_smoothing=label_smoothing,
         num_rows=num_rows,
         num_classes=num_classes,
+        first_class=first_class,
+        total_classes=total_classes,
         size_k=classes.shape[1],
         ignore_index=ignore_index,
         first_column=columns.start,

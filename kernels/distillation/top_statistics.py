@@ -2,9 +2,10 @@
 
 `_top_sweep_kernel` walks one split of the classes. A row's top-k classes, sorted, are met in order: each is lifted out
 of its tile, and its logit kept. What stays is the rest, whose log-sum-exp is therefore a sum over the other classes
-and not 1 minus a sum, which would cancel for a confident student. `_top_merge_kernel` merges the splits of a row and
-gives the logits of student and teacher over the K classes and the rest as one bucket, for the kernels of two heads;
-and what concerns the student alone, over all classes: rest and top-k merged.
+and not 1 minus a sum, which would cancel for a confident student. `_top_merge_kernel` merges the splits (and the ranks)
+of a row and gives the logits of student and teacher over the K classes and the rest as one bucket, for the kernels of
+two heads; and what concerns the student alone, over all classes: rest and top-k merged. Class numbers are those over
+all ranks; a rank leaves the logits of top-k classes that are another's `ABSENT`.
 
 FLOPs: 2 N V Ds, where a teacher's head of the same size would double them. Bytes: the weight once for every group of
 row blocks, as statistics.py, and 16 N K of top-k classes and logits; never a row of the weight gathered, which would be
@@ -60,6 +61,7 @@ def _top_sweep_kernel(
     inverse_temperature,
     num_rows,
     num_classes,
+    first_class,
     size_k,
     tiles_per_split,
     num_splits,
@@ -78,7 +80,7 @@ def _top_sweep_kernel(
     first = split * tiles_per_split * BLOCK_V
     state_ptrs, mask_n = state_pointers(state_ptr, split, block_n, num_rows, BLOCK_N, SIZE)
     store_state(empty_top_state(BLOCK_N, IS_SCORES), state_ptrs, mask_n)
-    start = count_below(_row_pointers(classes_ptr, block_n, num_rows, size_k, BLOCK_N), size_k, first)
+    start = count_below(_row_pointers(classes_ptr, block_n, num_rows, size_k, BLOCK_N), size_k, first_class + first)
     for first_v in range(first, tl.minimum(first + tiles_per_split * BLOCK_V, num_classes), BLOCK_V):
         first_n = block_n + tl.minimum(first_v, 0)  # see `_statistics_kernel`
         students = head_slabs(
@@ -87,16 +89,16 @@ def _top_sweep_kernel(
             first_n, num_rows, first_v, num_classes, BLOCK_N, BLOCK_V, BLOCK_D, SLABS,
         )  # fmt: skip
         inverse, labels = row_inputs(
-            row_temperature_ptr, labels_ptr, first_n, num_rows, inverse_temperature, 0, num_classes, BLOCK_N
+            row_temperature_ptr, labels_ptr, first_n, num_rows, inverse_temperature, first_class, num_classes, BLOCK_N
         )
         state_ptrs, mask_n = state_pointers(state_ptr, split, first_n, num_rows, BLOCK_N, SIZE)
         class_ptrs = _row_pointers(classes_ptr, first_n, num_rows, size_k, BLOCK_N)
-        end = count_below(class_ptrs, size_k, first_v + BLOCK_V)
+        end = count_below(class_ptrs, size_k, first_class + first_v + BLOCK_V)
         top_ptrs = _row_pointers(top_ptr, first_n, num_rows, size_k, BLOCK_N)
-        students = lift(students, class_ptrs, top_ptrs, mask_n, start, end, first_v)
+        students = lift(students, class_ptrs, top_ptrs, mask_n, start, end, first_class + first_v)
         start = end
         tile = top_tile_state(
-            students, inverse, labels - first_v, num_classes - first_v, first_v,
+            students, inverse, labels - first_v, num_classes - first_v, first_class + first_v,
             IS_SCORES, IS_UNIT, labels_ptr is not None, LANES,
         )  # fmt: skip
         tl.debug_barrier()  # a row's numbers are stored by one thread and loaded by all that share it
@@ -126,7 +128,7 @@ def _top_merge_kernel(
     inverse_temperature,
     label_smoothing,
     num_rows,
-    num_classes,
+    total_classes,
     size_k,
     num_splits,
     IS_SCORES: tl.constexpr,
@@ -139,7 +141,7 @@ def _top_merge_kernel(
     offs_n = tl.minimum(first_n + tl.arange(0, BLOCK_N), num_rows - 1).to(tl.int64)
     mask_n = first_n + tl.arange(0, BLOCK_N) < num_rows
     inverse, labels = row_inputs(
-        row_temperature_ptr, labels_ptr, first_n, num_rows, inverse_temperature, 0, num_classes, BLOCK_N
+        row_temperature_ptr, labels_ptr, first_n, num_rows, inverse_temperature, 0, total_classes, BLOCK_N
     )
     row_stride = tl.full([], 1, tl.int64) * num_rows
     SIZE: tl.constexpr = top_state_size(IS_SCORES)
@@ -209,7 +211,7 @@ def _top_merge_kernel(
             (1.0 + rest[7]) / (rest_sum * rest_sum),  # sum over the rest of the squared shares of it
         )
     else:
-        cross_entropy = nll + label_smoothing * (whole[4] - whole[5] / num_classes) * LN_2
+        cross_entropy = nll + label_smoothing * (whole[4] - whole[5] / total_classes) * LN_2
         numbers = (  # type: ignore[assignment]
             rest[0] * inverse, rest_log,  # shift and log of the sum of the rest's share
             whole[0], tl.log2(unit_sum), whole[3] / unit_sum, whole[1],  # of the softmax at T = 1: and 1 - p_k, k
@@ -222,42 +224,28 @@ def _top_merge_kernel(
 def top_statistics(
     student: HeadTensors,
     classes: torch.Tensor,
-    log_probs: torch.Tensor,
     *,
     labels: torch.Tensor | None,
     row_temperature: torch.Tensor | None,
     temperature: float,
-    label_smoothing: float,
     num_classes: int,
+    first_class: int,
     for_scores: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits over the top-k classes and the rest, of student and teacher [N, K + 1] float32 (K columns where those are
-    all classes), and numbers of the student alone, [8, N] scores or [7, N] for the loss.
-
-    The logits are to be divided by ``min(temperature, 1) / 2``: what is forbidden, -1e30 / temperature then, is above
-    -1e30 here, and no kernel of two heads takes it for a class that its own heads forbid.
-
-    Args:
-        student: the head.
-        classes: [N, K] int32, ascending in each row.
-        log_probs: [N, K] of the same classes.
-        labels, row_temperature, temperature, label_smoothing: as in `statistics`.
-        num_classes: without padding.
-        for_scores: which numbers.
+    split_classes: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """States [splits, N, size] float32 of the rest of this rank's classes, and the student's logits in base 2 of the
+    top-k classes [N, K], `ABSENT` where they are another rank's. `classes` [N, K] int32 ascends in each row; the rest
+    as in `statistics`.
     """
     arch = device_arch(student.source.device)
     num_rows, size_k = classes.shape
-    config, head = launch_heads(student, arch=arch, kind="top_sweep", num_classes=num_classes, columns=num_classes)
-    splits = vocabulary_splits(arch, num_rows, num_classes, config)
+    config, head = launch_heads(student, arch=arch, kind="top_sweep", num_classes=num_classes, columns=split_classes)
+    splits = vocabulary_splits(arch, num_rows, split_classes, config)
     size = (TOP_SIZE_SCORES if for_scores else TOP_SIZE_LOSS).value
-    has_rest = size_k < num_classes
     state = torch.empty((splits, num_rows, size), dtype=torch.float32, device=classes.device)
-    top = state.new_full((num_rows, size_k), ABSENT.value)  # what a class has that does not exist
-    own, target = (state.new_empty((num_rows, size_k + has_rest)) for _ in range(2))
-    numbers = state.new_empty((STUDENT_SCORES if for_scores else STUDENT_LOSSES, num_rows))
+    top = state.new_full((num_rows, size_k), ABSENT.value)
     if num_rows == 0:
-        return own, target, numbers
-    is_unit = row_temperature is None and temperature == 1.0
+        return state, top
     _top_sweep_kernel[(triton.cdiv(num_rows, config.blocks["BLOCK_N"]) * splits,)](
         **head,
         classes_ptr=classes,
@@ -268,14 +256,45 @@ def top_statistics(
         inverse_temperature=1.0 / temperature,
         num_rows=num_rows,
         num_classes=num_classes,
+        first_class=first_class,
         size_k=size_k,
         tiles_per_split=triton.cdiv(triton.cdiv(num_classes, config.blocks["BLOCK_V"]), splits),
         num_splits=splits,
         IS_SCORES=for_scores,
-        IS_UNIT=is_unit,
+        IS_UNIT=row_temperature is None and temperature == 1.0,
         LANES=row_threads(arch),
         **config.launch_options(),
     )
+    return state, top
+
+
+def merge_top_statistics(
+    state: torch.Tensor,
+    top: torch.Tensor,
+    classes: torch.Tensor,
+    log_probs: torch.Tensor,
+    *,
+    labels: torch.Tensor | None,
+    row_temperature: torch.Tensor | None,
+    temperature: float,
+    total_classes: int,
+    label_smoothing: float,
+    for_scores: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits over the top-k classes and the rest, of student and teacher [N, K + 1] float32 (K columns where those are
+    all classes), and numbers of the student alone, [8, N] scores or [7, N] for the loss; from the states of all splits
+    and ranks, the top-k logits of all ranks, the top-k classes and the teacher's log-probabilities of them [N, K].
+
+    The logits are to be divided by ``min(temperature, 1) / 2``: what is forbidden, -1e30 / temperature then, is above
+    -1e30 here, and no kernel of two heads takes it for a class that its own heads forbid.
+    """
+    splits, num_rows, _ = state.shape
+    size_k = classes.shape[1]
+    has_rest = size_k < total_classes
+    own, target = (state.new_empty((num_rows, size_k + has_rest)) for _ in range(2))
+    numbers = state.new_empty((STUDENT_SCORES if for_scores else STUDENT_LOSSES, num_rows))
+    if num_rows == 0:
+        return own, target, numbers
     block_n = MERGED_ROWS
     _top_merge_kernel[(triton.cdiv(num_rows, block_n),)](
         state_ptr=state,
@@ -290,11 +309,11 @@ def top_statistics(
         inverse_temperature=1.0 / temperature,
         label_smoothing=label_smoothing,
         num_rows=num_rows,
-        num_classes=num_classes,
+        total_classes=total_classes,
         size_k=size_k,
         num_splits=splits,
         IS_SCORES=for_scores,
-        IS_UNIT=is_unit,
+        IS_UNIT=row_temperature is None and temperature == 1.0,
         HAS_REST=has_rest,
         BLOCK_N=block_n,
         BLOCK_K=BLOCK_K,
