@@ -92,7 +92,7 @@ def _bench(words: list[str]) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     kind = _kind(args.device)
-    chosen = _chosen(kind, args.cases, quick=args.quick)
+    chosen = _chosen(kind, args.cases, args.json if args.quick else None, quick=args.quick)
     seconds = args.seconds or (QUICK_SECONDS if args.quick else FULL_SECONDS)
     if not chosen:
         print(f"benchmarks: no case for {kind} contains {', '.join(args.cases)}. See --list.", file=sys.stderr)
@@ -112,13 +112,15 @@ def _bench(words: list[str]) -> int:
     return _measure(args, kind, chosen, seconds)
 
 
-def _chosen(kind: str, wanted: Sequence[str], *, quick: bool) -> dict[str, Builder]:
+def _chosen(kind: str, wanted: Sequence[str], seen: Path | None, *, quick: bool) -> dict[str, Builder]:
     """Cases by name, or by a part of it where there is none of that name, in the order in which they run: quickly means
-    what has no committed row first.
+    what has no row first, neither a committed one nor one in the file ``seen``.
     """
     known = builders(kind)
     names = {name for word in wanted for name in ([word] if word in known else [n for n in known if word in n])}
     measured = {case for case, _, _ in results.latest(kind)} if quick else set()
+    if seen is not None and seen.exists():
+        measured |= {row.case for row in results.read(seen)[1]}
     chosen = (name for name in known if name in names or not wanted)
     return {name: known[name] for name in plan.ordered(chosen, measured)}
 

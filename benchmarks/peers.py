@@ -41,8 +41,8 @@ def versions() -> dict[str, str]:
 
 
 def gather(group: str, out: Path) -> int:
-    """Download the wheels of one group for the target machine; 1 where one is not to be had, or they are more than one
-    transfer may carry.
+    """Download the wheels of one group for the target machine; 1 where one is not to be had. A wheel that no transfer
+    may carry is cut into parts, which ``ci/gpu --wheels`` joins.
 
     Raises:
         ValueError: for a group that the manifest does not have.
@@ -60,12 +60,34 @@ def gather(group: str, out: Path) -> int:
         print(f"wheels: {requirement}", flush=True)
         if subprocess.run([*command, requirement]).returncode:
             lacking.append(requirement)
-    total = sum(wheel.stat().st_size for wheel in out.glob("*.whl")) / 1e6
-    limit = facts["limit"]["megabytes"]
-    verdict = (
-        "" if total <= limit else f", over the {limit} MB that one transfer may carry: take a folder for each group"
-    )
-    print(f"wheels: {total:.1f} MB in {out}{verdict}")
+    limit = facts["limit"]["megabytes"] * 1_000_000
+    for wheel in out.glob("*.whl"):
+        if wheel.stat().st_size > limit:
+            split(wheel, facts["limit"]["part_megabytes"] * 1_000_000)
+    total = sum(file.stat().st_size for file in out.glob("*.whl*"))
+    verdict = f", over the {limit / 1e6:.0f} MB that one transfer may carry: take several, into one folder there"
+    print(f"wheels: {total / 1e6:.1f} MB in {out}{verdict if total > limit else ''}")
     if lacking:
         print(f"wheels: not to be had for this target: {', '.join(lacking)}; its cases will say that it is skipped")
-    return 1 if lacking or total > limit else 0
+    return 1 if lacking else 0
+
+
+def split(wheel: Path, size: int) -> None:
+    """Replace a file by its parts, ``NAME.0of2`` and so on."""
+    whole = wheel.read_bytes()
+    count = -(-len(whole) // size)
+    for place in range(count):
+        wheel.with_name(f"{wheel.name}.{place}of{count}").write_bytes(whole[place * size : (place + 1) * size])
+    wheel.unlink()
+
+
+def join(folder: Path, out: Path) -> list[Path]:
+    """The wheels of a folder, those that came in parts put together in ``out``; none of which a part is missing."""
+    found = sorted(folder.glob("*.whl"))
+    for first in sorted(folder.glob("*.whl.0of*")):
+        count = int(first.name.rpartition("of")[2])
+        parts = [first.with_name(f"{first.stem}.{place}of{count}") for place in range(count)]
+        if all(part.exists() for part in parts):
+            found.append(out / first.stem)
+            found[-1].write_bytes(b"".join(part.read_bytes() for part in parts))
+    return found

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from benchmarks import targets
 from benchmarks.case import Case
+from benchmarks.peers import missing
 
 # The most telling rows of the targets; the other targets', then every other case, follow in the order of definition.
 FIRST = (
@@ -24,12 +25,14 @@ FIRST = (
     "distillation/jsd-n1024",
     "attention/jagged-long",
 )
-# What compiles for long and is part of ``--quick`` beside what the targets need: the libraries on their own shapes.
-RIVALS = (
-    ("attention/dense-plain-d128-4k", "flash-attn-4"),
-    ("attention/dense-plain-d64-4k", "flash-attn-4"),
-    ("distillation/cross-entropy", "quack"),
-)
+# What compiles for long and is part of ``--quick`` beside what the targets need: the libraries on their own shapes, by
+# case and variant, where the distribution is installed.
+RIVALS = {
+    ("attention/dense-plain-d128-4k", "flash-attn-4"): "flash-attn-4",
+    ("attention/dense-plain-d64-4k", "flash-attn-4"): "flash-attn-4",
+    ("distillation/cross-entropy", "quack"): "quack-kernels",
+}
+SHARING = ("flex+mask",)  # what it compiles, another variant of its case has compiled
 # Assumed until a run on a GPU says otherwise.
 START_S = 20.0
 VARIANT_S = 1.0
@@ -46,7 +49,7 @@ def ordered(names: Iterable[str], measured: Collection[str] = ()) -> list[str]:
 
 def compiled_quickly() -> frozenset[tuple[str, str]]:
     """Case and variant of what compiles for long and is part of ``--quick``."""
-    return frozenset((*targets.wanted(), *RIVALS))
+    return frozenset((*targets.wanted(), *(key for key, peer in RIVALS.items() if missing(peer) is None)))
 
 
 def estimate_s(case: Case, seconds: float, *, quick: bool) -> float:
@@ -56,7 +59,8 @@ def estimate_s(case: Case, seconds: float, *, quick: bool) -> float:
     compiling = [variant.name for variant in case.variants if variant.compiles]
     plain = len(case.variants) - len(compiling)
     modes = len(case.modes) + case.launch_bound * sum(mode != "backward" for mode in case.modes)
-    compiled = sum(not quick or (case.name, name) in compiled_quickly() for name in compiling)
+    chosen = compiled_quickly() if quick else {(case.name, name) for name in compiling}
+    compiled = sum((case.name, name) in chosen and name not in SHARING for name in compiling)
     return modes * seconds + plain * VARIANT_S + compiled * COMPILE_S
 
 

@@ -152,6 +152,7 @@ def gpu_part(found: Latest) -> str:
     lines += ["|---|---|---|---|---|---|---|---|"]
     for name in _listed("cuda"):
         modes = [mode for mode in MODES if (name, mode, "fusedmm") in found]
+        modes = modes or ["all"] * ((name, "all", "fusedmm") in found)  # the whole case failed
         if not modes:
             lines.append(f"| {name} | | {NOT_MEASURED} | | | | | |")
         for mode in modes:
@@ -179,7 +180,7 @@ def _row(name: str, mode: str, found: Latest, *, with_rate: bool) -> str:
     ours = found[name, mode, "fusedmm"][1]
     best = _fastest_other(name, mode, ours, found)
     times = None if best is None else ratio(ours, best)
-    compared = "no ratio: clocks differ" if times is None else f"{times:.2f}"
+    compared = "-" if best is None else "no ratio: clocks differ" if times is None else f"{times:.2f}"
     rival = "-" if best is None else best.variant
     if not with_rate:
         memory = "-" if best is None or not ours.peak_mib else f"{(best.peak_mib or 0) / ours.peak_mib:.1f}"

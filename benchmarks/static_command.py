@@ -25,6 +25,7 @@ from benchmarks.static import (
 )
 from fusedmm.kernels.launch import ARCHITECTURES
 
+MIX_TABLED = 6  # instructions of a loop in the table; the committed rows have more
 PROGRESS = 50  # kernels between two signs of life
 
 
@@ -130,7 +131,7 @@ def table(rows: Sequence[Row]) -> str:
     width = max((len(row.name) for row in rows), default=4)
     head = f"{'arch':<7} {'kernel':<{width}} warps stages  regs spills(loop)  "
     head += "smem KiB  programs  loop  matrix   tma  flight  model"
-    lines = [head + ("  measured" if measured else "")]
+    lines = [head + ("  measured" if measured else "") + "  most of the loop"]
     for row in rows:
         share = "-" if row.share is None else f"{row.share:.0%}"
         flight = "-" if row.in_flight is None else f"{row.in_flight:.0%}"
@@ -142,7 +143,8 @@ def table(rows: Sequence[Row]) -> str:
         if row.key in measured and row.share is not None:
             real = measured[row.key]
             line += f"  {real:.0%} (model {row.share - real:+.0%})"
-        lines.append(line)
+        most = sorted(row.mix.items(), key=lambda item: -item[1])[:MIX_TABLED]
+        lines.append(line + "  " + " ".join(f"{name}:{count}" for name, count in most))
     chips = {row.arch for row in rows}
     limits = ", ".join(f"{arch} {SHARED_BYTES[arch] >> 10} KiB" for arch in ARCHITECTURES if arch in chips)
     return "\n".join([*lines, f"shared memory a program may take: {limits}"])

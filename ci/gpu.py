@@ -161,10 +161,12 @@ def add_wheels(folder: Path, out: Path) -> str:
 
     A wheel that is not for this machine costs its peer alone. The verdict, for the table.
     """
+    from benchmarks.peers import join
+
     site = out / ".peers"
     site.mkdir(exist_ok=True)
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target", str(site)]
-    wheels = [str(wheel) for wheel in sorted(folder.glob("*.whl"))]
+    wheels = [str(wheel) for wheel in join(folder, out)]
     fit = [wheel for wheel in wheels if subprocess.run([*pip, "--dry-run", wheel]).returncode == 0]
     lost = [Path(wheel).name for wheel in wheels if wheel not in fit]
     # All at once: some share a package, and pip replaces one that it finds.

@@ -353,6 +353,17 @@ def test_the_list_says_its_order_beside_the_names(capsys: pytest.CaptureFixture[
     assert "in the order in which they run" in shown.err
 
 
+def test_a_second_quick_run_begins_where_the_first_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "results.jsonl"
+    words = ["tiny", "dense-gated-d128-4k", "dense-plain-d128-4k", "--quick", "--device", "cuda", "--list"]
+    main([*words, "--json", str(file)])
+    first, second, *_ = capsys.readouterr().out.split()
+    results.append(file, [replace(RESULT, case=first)])
+    main([*words, "--json", str(file)])
+    assert (shown := capsys.readouterr().out.split())[0] == second
+    assert shown[-1] == first
+
+
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_every_case_can_be_built(kind: str) -> None:
     for name, build in builders(kind).items():

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks.command import main
+from benchmarks.peers import join, split
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("setup", "demo", "test", "check", "gpu", "wheels")
@@ -146,10 +147,14 @@ def test_wheels_are_unpacked_offline_and_found(
     other = "dummy_peer_of_another_machine-1.0-cp27-cp27m-win32.whl"
     (wheels / other).write_bytes((wheels / "dummy_peer-1.0-py3-none-any.whl").read_bytes())
     assert gpu.add_wheels(tmp_path / "nothing", tmp_path).startswith("FAILED: no wheel")
+    split(wheels / "dummy_peer-1.0-py3-none-any.whl", 300)
+    assert not (wheels / "dummy_peer-1.0-py3-none-any.whl").exists()
     assert gpu.add_wheels(wheels, tmp_path) == f"FAILED for {other}"
     code = "import dummy_peer, importlib.metadata as m; print(dummy_peer.ANSWER, m.version('dummy-peer'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["42", "1.0"], done.stderr
+    (wheels / "dummy_peer-1.0-py3-none-any.whl.1of3").unlink()
+    assert join(wheels, tmp_path) == [wheels / other]
 
 
 def test_without_a_gpu_it_says_so() -> None:
