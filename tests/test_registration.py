@@ -192,3 +192,26 @@ def test_operators_show_where_someone_watches() -> None:
     assert {"fusedmm::attention_forward", "fusedmm::attention_backward"} <= set(seen)
     for ours, theirs in zip(got, expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_transforms_of_torch_func_give_the_same_gradients() -> None:
+    layout = make_layout(3, 0, 5)
+    tensors = leaves(layout)
+    wanted = torch.autograd.grad(loss(*tensors, layout), tensors)
+    plain = [x.detach() for x in tensors]
+    everything = tuple(range(4))
+    torch.testing.assert_close(torch.func.grad(loss, everything)(*plain, layout), wanted)
+    stacked = [torch.stack((x, 2 * x)) for x in plain]
+    found = torch.func.vmap(torch.func.grad(loss, everything), in_dims=(0, 0, 0, 0, None))(*stacked, layout)
+    for example in range(2):
+        alone = torch.func.grad(loss, everything)(*(x[example] for x in stacked), layout)
+        torch.testing.assert_close([x[example] for x in found], list(alone))
+
+    def of_partials(query: torch.Tensor) -> torch.Tensor:
+        partials = fusedmm.modality_partials(query, *plain[1:3], layout)
+        return partials.output.square().sum() + partials.lse[partials.lse.isfinite()].sum()
+
+    (expected,) = torch.autograd.grad(of_partials(tensors[0]), tensors[0])
+    torch.testing.assert_close(torch.func.grad(of_partials)(plain[0]), expected)
+    with pytest.raises(RuntimeError, match="second derivatives of fusedmm's operators are not there"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x, *plain[1:], layout).sum())(plain[0])

@@ -18,7 +18,8 @@ from fusedmm.eager import attention as eager
 from fusedmm.eager import attention_small as eager_small
 from fusedmm.eager.attention_inputs import Inputs
 from fusedmm.eager.attention_small import Kept
-from fusedmm.ops.dispatch import is_watched, without_autocast
+from fusedmm.ops import attention_transforms as transforms
+from fusedmm.ops.dispatch import is_transformed, is_watched, without_autocast
 from fusedmm.ops.first_order import first_order
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Ou
     """Call ``fusedmm::attention_forward``: output, mass and lse."""
     arguments = query, key, value, *problem
     if is_watched(arguments):
+        if is_transformed() and not torch.compiler.is_compiling():
+            return cast(Outputs, transforms.Attention.apply(*arguments))  # type: ignore[no-untyped-call]
         return cast(Outputs, torch.ops.fusedmm.attention_forward.default(*arguments))
     if _needs_gradient(arguments):
         return _differentiable(arguments)
@@ -318,5 +321,7 @@ def _fake_backward(
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 _library.impl("attention_forward", _autograd_forward, "Autograd")
+for _operator in (torch.ops.fusedmm.attention_forward, torch.ops.fusedmm.attention_backward):
+    library.register_vmap(_operator.default, transforms.once_an_example(_operator.default), lib=_library)
 library.register_fake("fusedmm::attention_forward", _fake_forward, lib=_library)
 library.register_fake("fusedmm::attention_backward", _fake_backward, lib=_library)

@@ -14,6 +14,11 @@ from torch.nn import Parameter
 PLAIN = frozenset((Tensor, Parameter, NoneType, bool, int, float, str))  # types of arguments that watch nothing
 
 
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` is under way."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
 def is_watched(arguments: Iterable[Any]) -> bool:
     """Whether calls must show in the dispatcher: to the compiler, a mode, a transform, a tracer or a subclass of
     Tensor.
@@ -22,7 +27,7 @@ def is_watched(arguments: Iterable[Any]) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None
+        or is_transformed()
         or torch._C._get_tracing_state() is not None
         or not PLAIN.issuperset(map(type, arguments))
     )
