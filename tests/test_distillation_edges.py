@@ -246,7 +246,7 @@ def test_either_way_of_few_logits(
 def test_either_way_of_few_scores(way: str, classes: int, std: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """All fields, of a forbidden class, of heads that hardly differ and of saturated ones too."""
     if way == "waves":
-        monkeypatch.setattr(distillation_small, "SCALAR_ELEMENTS", 0)
+        monkeypatch.setattr(distillation_small, "FEW_ELEMENTS", 0)
     hidden, weight, bias = draw(ROWS, 6), draw(classes, 6, seed=1), draw(classes, seed=2)
     bias[3:4] = -torch.inf
     heads = LinearHead(hidden, weight, bias), LinearHead(hidden, weight + std * draw(classes, 6, seed=3), bias)
@@ -341,9 +341,11 @@ def test_of_equal_classes_a_top_k_teacher_means_the_first_it_names(impl: str, de
     assert scores.agreement.tolist() == [1.0, 0.0, 0.0]
 
 
-def test_sums_are_not_rounded_where_products_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["few", "waves"])
+def test_sums_are_not_rounded_where_products_may_be(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums over few classes are products with ones, but not where float32 products are rounded to bfloat16."""
-    monkeypatch.setattr(distillation_small, "SCALAR_ELEMENTS", 0)
+    if way == "waves":
+        monkeypatch.setattr(distillation_small, "FEW_ELEMENTS", 0)
     heads = LinearHead(draw(ROWS, 6), draw(5, 6, seed=1)), LinearHead(draw(ROWS, 6, seed=2), draw(5, 6, seed=3))
     expected = distillation_scores(*heads, impl="eager")
     monkeypatch.setattr(torch.Tensor, "__matmul__", None)

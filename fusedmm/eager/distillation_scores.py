@@ -5,11 +5,6 @@ as much as the passes. A wave is read about two dozen times, by operators that w
 exponential a head gives the roots of the probabilities (for the Hellinger distance), their squares the probabilities.
 Sums over few classes are matrix products, which take half the time of a reduction. A view takes as long as a small
 operator, hence few of them; the fields are taken from the sums of all waves.
-
-4096 rows of 32 classes from 64 features: 34 MFLOP and one pass over 1 MiB of logits, 0.25 ms on a core of an EPYC
-(Zen 5); this takes 1.0 ms, 0.2 of them in the two matmuls and the rest in some 60 unfused operators. Compiled, where
-one loop reads the logits once, ten of the fields take 0.75 ms. Halving the waves, so that L2 holds them, costs more
-calls than it saves.
 """
 
 from dataclasses import replace
@@ -19,7 +14,7 @@ from torch import Tensor
 
 from fusedmm.eager import distillation_small
 from fusedmm.eager.distillation import LN_2, LOG2_E, Objective, divergence, with_bucket
-from fusedmm.eager.products import compute_dtype
+from fusedmm.eager.products import compute_dtype, ones_to_sum
 from fusedmm.eager.shard import Shard, put
 from fusedmm.eager.waves import (
     Scratch,
@@ -174,11 +169,8 @@ def _pair_sums(
 
 
 def _ones(x: Tensor) -> Tensor | None:
-    """What sums the classes of `x` as a product with it, where they are major, and where products of float32 are not
-    rounded to less at a user's wish: that is a wish for logits.
-    """
-    precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-    return None if x.stride(-1) == 1 or precision in ("bf16", "tf32") else x.new_ones((x.shape[-1],))
+    """What sums the classes of `x` as a product with it, where they are major."""
+    return None if x.stride(-1) == 1 else ones_to_sum(x, x.shape[-1])
 
 
 def _sum(x: Tensor, ones: Tensor | None) -> Tensor:
