@@ -226,7 +226,7 @@ def test_either_way_of_few_logits(
 ) -> None:
     """Every row's gradient keeps its digits, a saturated one's (std 30) too."""
     if way == "waves":
-        monkeypatch.setattr(distillation_small, "SCALAR_ELEMENTS", 0)
+        monkeypatch.setattr(distillation_small, "FEW_ELEMENTS", 0)
     labels, results = torch.arange(ROWS) % 5, []
     for impl, dtype in (("reference", torch.float64), ("eager", torch.float32)):
         leaves = [x.to(dtype).requires_grad_() for x in (draw(ROWS, 6), std * draw(5, 6, seed=1), draw(5, seed=2))]

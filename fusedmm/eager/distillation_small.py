@@ -1,9 +1,9 @@
 """Losses and scores of few logits, all rows at once: there the calls of operators cost more than their passes.
 
 PyTorch's fused softmax does in one call what a wave does in five. Of fewer classes than a vector holds it goes number
-by number, ten times as slowly as a wave that lies classes-major. The rest is the same: differences of logarithms are
-taken before they are weighted, and a saturated row's gradient is made to sum to 0. What is not common (soft-caps,
-padding, ignored rows, split classes, temperatures by row) goes the way of the waves.
+by number, unless they are major, so that a vector holds rows. The rest is the same: differences of logarithms are taken
+before they are weighted, and a saturated row's gradient is made to sum to 0. What is not common (soft-caps, padding,
+ignored rows, split classes, temperatures by row) goes the way of the waves.
 """
 
 import math
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LOG2_E = 1 / math.log(2.0)
 FEW_ELEMENTS = 1 << 18  # of logits with few classes, which may all be held
 VECTOR = 16  # float32 numbers
-SCALAR_ELEMENTS = 1 << 11  # of logits with fewer classes
+CALL_ELEMENTS = 1 << 11  # of logits, of which a pass costs no more than the call
 SATURATED = math.log(8 / 9)  # log-probability of a top class beyond which 1 - p loses more than three bits
 
 
@@ -33,9 +33,8 @@ def suits(student: Teacher, teacher: Teacher, temperature: Tensor | None, object
     if type(student) is not LinearHead or temperature is not None or objective.label_smoothing != 0.0:
         return False
     rows, classes = student.hidden.shape[0], student.weight.shape[0]
-    limit = SCALAR_ELEMENTS if classes < VECTOR else FEW_ELEMENTS if classes <= FEW_CLASSES else WHOLE_ELEMENTS
     return (
-        0 < rows * classes <= limit
+        0 < rows * classes <= (FEW_ELEMENTS if classes <= FEW_CLASSES else WHOLE_ELEMENTS)
         and _is_whole(student, objective.shard)
         and (objective.alpha == 0.0 or (objective.alpha == 1.0 and _are_alike(student, teacher, objective.shard)))
     )
@@ -49,7 +48,7 @@ def suits_scores(
         return False
     rows, classes = student.hidden.shape[0], student.weight.shape[0]
     return (
-        0 < rows * classes <= (FEW_ELEMENTS if classes <= FEW_CLASSES else SCALAR_ELEMENTS)
+        0 < rows * classes <= (FEW_ELEMENTS if classes <= FEW_CLASSES else CALL_ELEMENTS)
         and (objective.temperature == 1.0 or labels is None)
         and _is_whole(student, objective.shard)
         and _are_alike(student, teacher, objective.shard)
@@ -77,15 +76,18 @@ def loss(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """As `fusedmm.eager.distillation.loss`, of rows none of which is ignored."""
+    dim = 0 if student.weight.shape[0] < VECTOR else 1  # of the classes: major where they would not fill a vector
     temperature = 1.0 if objective.alpha == 0.0 else objective.temperature
-    log_p = _log_probabilities(student, temperature)
-    factor = None if grad_rows is None else (grad_rows if temperature == 1.0 else grad_rows * temperature)[:, None]
+    log_p = _log_probabilities(student, temperature, dim)
+    factor = None
+    if grad_rows is not None:
+        factor = (grad_rows if temperature == 1.0 else grad_rows * temperature).unsqueeze(dim)
     if objective.alpha == 0.0:
         assert labels is not None
-        rows, grad = _cross_entropy(log_p, labels, factor)
+        rows, grad = _cross_entropy(log_p, labels, factor, dim)
     else:
         assert isinstance(teacher, LinearHead)
-        rows, grad = _divergence(log_p, _log_probabilities(teacher, temperature), objective.beta, factor)
+        rows, grad = _divergence(log_p, _log_probabilities(teacher, temperature, dim), objective.beta, factor, dim)
         if temperature != 1.0:
             rows.mul_(temperature * temperature)
     empty = student.hidden.new_empty((0,))
@@ -93,7 +95,8 @@ def loss(
         return rows, (empty, empty, empty)
     if log_p.amax().item() > SATURATED:
         top = log_p.gt_(SATURATED)  # 1 at a class that saturates its row, else 0
-        grad.addcmul_(top, grad.sum(-1, keepdim=True), value=-1.0)
+        grad.addcmul_(top, grad.sum(dim, keepdim=True), value=-1.0)
+    grad = grad.transpose(dim, 1)
     clear_forbidden(grad, rows, student, slice(None))
     hidden, weight, dtype = student.hidden, student.weight, grad.dtype
     grad_input = cast(multiply(grad, cast(weight, dtype)), hidden.dtype) if needs[0] else empty
@@ -182,57 +185,57 @@ def _sum(x: Tensor, ones: Tensor | None) -> Tensor:
     return x.sum(0) if ones is None else ones @ x
 
 
-def _logits(head: LinearHead, temperature: float) -> Tensor:
+def _log_probabilities(head: LinearHead, temperature: float, dim: int) -> Tensor:
+    """[V, N] where `dim`, that of the classes, is 0; else [N, V]."""
     dtype = compute_dtype(head.hidden)
-    logits = multiply(cast(head.hidden, dtype), cast(head.weight, dtype).t())
+    hidden, weight = cast(head.hidden, dtype), cast(head.weight, dtype)
+    logits = multiply(weight, hidden.t()) if dim == 0 else multiply(hidden, weight.t())
     if head.bias is not None:
-        logits.add_(cast(head.bias, dtype).clamp_min(FINITE_MINIMUM))
+        logits.add_(cast(head.bias, dtype).clamp_min(FINITE_MINIMUM).unsqueeze(1 - dim))
     if temperature != 1.0:
         logits.div_(temperature)
-    return logits
-
-
-def _log_probabilities(head: LinearHead, temperature: float) -> Tensor:
-    return torch.log_softmax(_logits(head, temperature), -1)
+    return torch.log_softmax(logits, dim)
 
 
 def _powers(logarithms: Tensor) -> Tensor:
     """exp; of more than a few, in a third of its time."""
-    if logarithms.numel() <= SCALAR_ELEMENTS:
+    if logarithms.numel() <= CALL_ELEMENTS:
         return torch.exp(logarithms)
     return torch.mul(logarithms, LOG2_E).exp2_()
 
 
-def _cross_entropy(log_p: Tensor, labels: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """[rows] and, with a factor [rows, 1], its gradient in the logits times that."""
-    rows = F.nll_loss(log_p, labels, reduction="none")
+def _cross_entropy(log_p: Tensor, labels: Tensor, factor: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
+    """[N] and, with a factor of every row, its gradient in the logits times that, classes in dimension `dim`."""
+    rows = F.nll_loss(log_p.transpose(dim, 1), labels, reduction="none")
     if factor is None:
         return rows, None
-    return rows, _powers(log_p).mul_(factor).scatter_add_(1, labels[:, None], -factor)
+    return rows, _powers(log_p).mul_(factor).scatter_add_(dim, labels.unsqueeze(dim), -factor)
 
 
-def _divergence(log_p: Tensor, log_t: Tensor, beta: float, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _divergence(
+    log_p: Tensor, log_t: Tensor, beta: float, factor: Tensor | None, dim: int
+) -> tuple[Tensor, Tensor | None]:
     """The same of the generalised Jensen-Shannon divergence, by the formulas of `fusedmm.eager.distillation`; `log_t`
     is overwritten.
     """
     if beta == 0.0:
         t = _powers(log_t)
-        rows = log_t.sub_(log_p).mul_(t).sum(-1)
+        rows = log_t.sub_(log_p).mul_(t).sum(dim)
         if factor is None:
             return rows, None
-        return rows, torch._log_softmax_backward_data(t.mul_(-factor), log_p, -1, log_p.dtype, out=log_t)
+        return rows, torch._log_softmax_backward_data(t.mul_(-factor), log_p, dim, log_p.dtype, out=log_t)
     p = _powers(log_p)
     if beta == 1.0:
         ratio = torch.sub(log_p, log_t, out=log_t)
-        rows = (p * ratio).sum(-1)
-        return rows, None if factor is None else torch._softmax_backward_data(ratio.mul_(factor), p, -1, p.dtype)
+        rows = (p * ratio).sum(dim)
+        return rows, None if factor is None else torch._softmax_backward_data(ratio.mul_(factor), p, dim, p.dtype)
     t = _powers(log_t)
     odds = log_t.sub_(log_p).add_(math.log(beta / (1 - beta)))
     log_share = F.softplus(odds)
-    of_teacher = F.softplus(odds.neg_()).mul_(t).sum(-1)
-    of_student = torch.mul(p, log_share, out=t).sum(-1)
+    of_teacher = F.softplus(odds.neg_()).mul_(t).sum(dim)
+    of_student = torch.mul(p, log_share, out=t).sum(dim)
     entropy = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)
     rows = entropy - of_teacher.mul_(beta).add_(of_student, alpha=1 - beta)
     if factor is None:
         return rows, None
-    return rows, torch._softmax_backward_data(log_share.mul_(factor * (beta - 1)), p, -1, p.dtype)
+    return rows, torch._softmax_backward_data(log_share.mul_(factor * (beta - 1)), p, dim, p.dtype)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 HAS_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-ONEDNN_FLOPS = 1 << 22
-ONEDNN_DEPTH = 32  # length of the sums below which it is no faster, half of what it takes to pay for turning `a`
+ONEDNN_FLOPS = 1 << 22  # half of what it takes to pay for turning `a`
+ONEDNN_DEPTH = 32  # length of the sums below which it is no faster
 # A weight is converted, and laid out anew by oneDNN, in blocks of so many elements: the copy of one at a time is held.
 BLOCK_ELEMENTS = 1 << 22
 
@@ -83,7 +83,7 @@ def ones_to_sum(x: Tensor, count: int) -> Tensor | None:
 def _suits_onednn(a: Tensor, b: Tensor) -> bool:
     (rows, depth), columns = a.shape, b.shape[1]
     return (
-        2 * rows * depth * columns >= ONEDNN_FLOPS
-        and depth >= (ONEDNN_DEPTH if a.stride(1) == 1 else 2 * ONEDNN_DEPTH)
+        2 * rows * depth * columns >= (ONEDNN_FLOPS if a.stride(1) == 1 else 2 * ONEDNN_FLOPS)
+        and depth >= ONEDNN_DEPTH
         and has_onednn(a.device, a.dtype)
     )
