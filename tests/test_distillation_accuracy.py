@@ -158,10 +158,11 @@ def test_identical_heads_give_zero(std: float, impl: str, device: torch.device) 
 
 @pytest.mark.parametrize("rows", [1, 3, 5, 8, 17])
 @pytest.mark.parametrize("classes", [2, 3, 64])
-def test_identical_heads_have_identical_logits(classes: int, rows: int) -> None:
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_identical_heads_have_identical_logits(softcap: float | None, classes: int, rows: int) -> None:
     """Of any number of rows: a temperature of 0.1 shows every rounding in grad_norm."""
     hidden, weight = torch.randn(rows, 16), torch.randn(classes, 16)
-    scores = distillation_scores(*[LinearHead(hidden, weight, softcap=30.0)] * 2, temperature=0.1, impl="eager")
+    scores = distillation_scores(*[LinearHead(hidden, weight, softcap=softcap)] * 2, temperature=0.1, impl="eager")
     assert bool((scores.grad_norm <= 1e-7 * hidden.norm(dim=-1) / 0.1).all())
 
 
