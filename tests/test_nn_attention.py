@@ -329,6 +329,39 @@ def test_nested_tensors_of_another_kind_are_refused(batch) -> None:
         layer(batch["query"], {"price": strided})
 
 
+@pytest.mark.parametrize("softmax", ["joint", "per_modality"])
+def test_a_modality_added_after_training_leaves_the_others_as_they_were(softmax, batch) -> None:
+    torch.manual_seed(0)
+    block = FusionBlock(64, 4, {"price": 5, "text": 32}, softmax=softmax, threshold=0.1, patience=3)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    gate = block.attention.modality_gate
+    gate.updates_below[0] = gate.patience  # price is off, and stays off
+    gate.updates.fill_(1000)
+    arguments = {name: batch[name] for name in ("query", "tokens", "masks")}
+    before = block(**arguments)
+    block.attention.add_modality("audio", 7)
+    after = block(**arguments)  # audio is missing everywhere
+    torch.testing.assert_close(after.output, before.output)
+    torch.testing.assert_close(after.mass[..., :2], before.mass)
+    assert block.modalities == {"price": 5, "text": 32, "audio": 7}
+    assert gate.active(1).tolist() == [[False, True, True]]
+    tokens = {**batch["tokens"], "audio": torch.randn(3, 2, 7)}
+    output, mass = block(batch["query"], tokens)
+    assert (mass[..., 2] > 0).all()
+    output.square().sum().backward()
+    assert block.attention.key_proj["audio"].weight.grad.abs().sum() > 0
+    gate.update(torch.tensor([[1.0, 1.0, 1.0]]))
+    assert gate.importance.tolist() == [1.0, 1.0, 1.0]  # a mean that starts anew: 0 would switch audio off
+    other = FusionBlock(64, 4, block.modalities, softmax=softmax, threshold=0.1, patience=3)
+    other.load_state_dict(block.state_dict())
+    torch.testing.assert_close(other(batch["query"], tokens).output, block(batch["query"], tokens).output)
+    with pytest.raises(ValueError, match=r"add_modality: name must be new, got 'audio'"):
+        block.attention.add_modality("audio", 7)
+    with pytest.raises(ValueError, match="a token width must be at least 1, got 0"):
+        block.attention.add_modality("orders", 0)
+
+
 class LowRank(torch.nn.Module):
     """An adapter as users put in place of a linear layer: without a weight of its own."""
 

@@ -136,13 +136,41 @@ class GatedMultimodalAttention(nn.Module):
         """Xavier-uniform projections with zero biases, an output gate half open, a neutral modality gate."""
         for layer in (self.query_proj, self.out_proj, *self.key_proj.values(), *self.value_proj.values()):
             assert isinstance(layer, nn.Linear)
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+            _reset_projection(layer)
         if self.output_gate_proj is not None:
             nn.init.zeros_(self.output_gate_proj.weight)
             nn.init.zeros_(self.output_gate_proj.bias)
         self.modality_gate.reset_parameters()
+
+    def add_modality(self, name: str, width: int) -> None:
+        """Take in a modality that a trained module has not seen, as the last one; the others keep what they learnt.
+
+        Its projections are new and its prior and gate neutral. An optimiser made before, or a sharded module, does not
+        know the new parameters: add first.
+
+        Args:
+            name: of the modality.
+            width: of its tokens.
+
+        Raises:
+            ValueError: for a name that is there already or cannot be one, or a width below 1.
+            TypeError: for a width that is no whole number, or projections that are no `nn.Linear` any more.
+        """
+        op = "GatedMultimodalAttention.add_modality"
+        if name in self.modalities:
+            raise ValueError(f"{op}: name must be new, got {name!r}. The module knows {list(self.modalities)}.")
+        modalities = _modality_widths({**self.modalities, name: width}, self.embed_dim)
+        gate = self.modality_gate
+        for argument, layer in (("query_proj", self.query_proj), ("prior", gate.prior), ("gate", gate.gate)):
+            if layer is not None:
+                check_type(op, argument, layer, nn.Linear, "Add before layers are replaced or sharded.")
+        weight, bias = self.query_proj.weight, self.query_proj.bias is not None
+        for proj in (self.key_proj, self.value_proj):
+            new = nn.Linear(width, self.num_kv_heads * self.head_dim, bias, weight.device, weight.dtype)
+            _reset_projection(new)
+            proj[name] = new
+        gate.add_modality()
+        self.modalities = modalities
 
     def forward(
         self,
@@ -341,6 +369,12 @@ class FusionBlock(nn.Module):
         x = x + self.residual_dropout(fused.output)
         x = x + self.residual_dropout(self.mlp(self.mlp_norm(x)))
         return FusionOutput(batch.restore_query(x, query), batch.restore_query(fused.mass, query))
+
+
+def _reset_projection(layer: nn.Linear) -> None:
+    nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 def _modality_widths(modalities: Modalities, embed_dim: int) -> dict[str, int]:

@@ -88,6 +88,18 @@ class ModalityGate(nn.Module):
         for buffer in (self.importance, self.updates_below, self.updates):
             buffer.zero_()
 
+    @torch.no_grad()
+    def add_modality(self) -> None:
+        """Make room for one more, the last: neutral, on, and with running means that start anew."""
+        for layer in (self.prior, self.gate):
+            if layer is not None:
+                grown = (_with_zeros(x.unflatten(0, (self.num_heads, -1))) for x in (layer.weight, layer.bias))
+                layer.weight, layer.bias = (nn.Parameter(x, layer.weight.requires_grad) for x in grown)
+                layer.out_features = layer.bias.numel()
+        self.importance, self.updates_below = (_with_zeros(x[None]) for x in (self.importance, self.updates_below))
+        self.updates.zero_()
+        self.num_modalities += 1
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Casts of the module spare the running mean: in half precision its small steps would round away."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -157,3 +169,8 @@ class ModalityGate(nn.Module):
         )
         target = torch.softmax(scores.detach().float().clamp_min(MIN_SCORE).log() / temperature, -1)
         return -(target[:, None] * torch.log_softmax(log_prior, -1)).sum(-1).mean()
+
+
+def _with_zeros(x: Tensor) -> Tensor:
+    """[H, M, ...] to [H * (M + 1), ...], zeros for the new modality."""
+    return torch.cat((x, torch.zeros_like(x[:, :1])), 1).flatten(0, 1)
