@@ -102,7 +102,7 @@ def _bench(words: list[str]) -> int:
         print("\n".join(chosen))
         return 0
     if args.plan:
-        print(plan.table([build() for build in chosen.values()], seconds, quick=args.quick))
+        print(plan.table([build() for build in chosen.values()], seconds, quick=args.quick, energy=args.energy))
         return 0
     if kind == "cuda" and not torch.cuda.is_available():
         print(f"benchmarks: {len(chosen)} GPU cases skipped: no CUDA device here. On one, run ci/gpu.", file=sys.stderr)
@@ -235,7 +235,8 @@ def _case(
     if quick and not case.quick:
         print(f"{name}: left out by --quick", flush=True)
         return [], []
-    if left_s < (needed := plan.estimate_s(case, harness.seconds, quick=quick)):
+    needed = plan.estimate_s(case, harness.seconds, quick=quick, energy=harness.energy)
+    if left_s < needed:
         print(f"{name}: not run, it may take {needed:.0f} s and {left_s:.0f} s are left", flush=True)
         return [], []
     _begin(name)

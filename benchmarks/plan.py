@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 from benchmarks import targets
 from benchmarks.case import Case
 from benchmarks.peers import missing
+from benchmarks.telemetry import ENERGY_SECONDS
 
 # The most telling rows of the targets; the other targets', then every other case, follow in the order of definition.
 FIRST = (
@@ -52,7 +53,7 @@ def compiled_quickly() -> frozenset[tuple[str, str]]:
     return frozenset((*targets.wanted(), *(key for key, peer in RIVALS.items() if missing(peer) is None)))
 
 
-def estimate_s(case: Case, seconds: float, *, quick: bool) -> float:
+def estimate_s(case: Case, seconds: float, *, quick: bool, energy: bool) -> float:
     """Seconds that a case should take on a GPU; 0 where ``--quick`` leaves it out."""
     if quick and not case.quick:
         return 0.0
@@ -61,17 +62,18 @@ def estimate_s(case: Case, seconds: float, *, quick: bool) -> float:
     modes = len(case.modes) + case.launch_bound * sum(mode != "backward" for mode in case.modes)
     chosen = compiled_quickly() if quick else {(case.name, name) for name in compiling}
     compiled = sum((case.name, name) in chosen and name not in SHARING for name in compiling)
-    return modes * seconds + plain * VARIANT_S + compiled * COMPILE_S
+    measured = modes * (seconds + energy * (plain + compiled) * ENERGY_SECONDS)
+    return measured + plain * VARIANT_S + compiled * COMPILE_S
 
 
-def table(cases: Sequence[Case], seconds: float, *, quick: bool) -> str:
+def table(cases: Sequence[Case], seconds: float, *, quick: bool, energy: bool) -> str:
     """The plan: every case with when it should be done."""
     at = START_S
     lines = [f"{'start':<40}{at:>8.0f} s"]
     for case in cases:
-        took = estimate_s(case, seconds, quick=quick)
+        took = estimate_s(case, seconds, quick=quick, energy=energy)
         at += took
         lines.append(f"{case.name:<40}{at:>8.0f} s" if took else f"{case.name:<40}left out by --quick")
-    count = sum(estimate_s(case, seconds, quick=quick) > 0 for case in cases)
+    count = sum(estimate_s(case, seconds, quick=quick, energy=energy) > 0 for case in cases)
     lines.append(f"{count} cases, an estimated {at:.0f} s, of which {seconds:g} s of timing for each case and mode")
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """The GPU's side of the benchmarks, line by line, on a CPU: with stand-ins for torch.cuda and for NVML."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -332,3 +333,27 @@ def test_isolated_runs_keep_every_row(tmp_path: Path) -> None:
     kinds = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["kind_of_row"] for row in kinds] == ["run"] + 3 * ["result"]
     assert [row["mode"] for row in kinds[1:]] == ["forward", "backward", "both"]
+
+
+ABORTS = """
+import os
+
+from benchmarks.cases import attention_peers
+
+attention_peers.loops = lambda problem: os.abort()
+"""
+
+
+def test_an_isolated_run_goes_on_without_who_ended_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(ABORTS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(results.ROOT))))
+    file = tmp_path / "results.jsonl"
+    words = ["attention/tiny", "distillation/small-v", "--device", "cpu", "--seconds", "0.02", "--isolate"]
+    assert main([*words, "--json", str(file), "--variants", "loops", "fusedmm", "chunked"]) == 1
+    runs, rows = results.read(file)
+    assert len(runs) == 3  # of both cases, of the first again, of the second
+    ended = [row for row in rows if row.status == "crashed"]
+    assert [(row.case, row.variant, row.reason) for row in ended] == [("attention/tiny", "loops", "exit status -6")]
+    timed = {(row.case, row.variant) for row in rows if row.status == results.TIMED}
+    small = {("distillation/small-v", "fusedmm"), ("distillation/small-v", "chunked")}
+    assert timed == {("attention/tiny", "fusedmm"), *small}
