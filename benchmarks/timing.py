@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from benchmarks.case import Unavailable
 from benchmarks.telemetry import ENERGY_SECONDS, Telemetry
 
 T = TypeVar("T")
@@ -102,8 +103,11 @@ def throttles(seen: str | None, now: str | None) -> str | None:
 def captured(call: Callable[[], T]) -> Callable[[], T]:
     """The call as a CUDA graph that is replayed: what the GPU takes, without the host.
 
-    Raises whatever makes the call one that cannot be captured. That it waits for the GPU is found out before: a capture
-    that fails leaves PyTorch's allocator in a state in which no later one succeeds.
+    That a call waits for the GPU is found out before: a capture that fails leaves PyTorch's allocator in a state in
+    which no later one succeeds.
+
+    Raises:
+        Unavailable: where it waits.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -114,6 +118,10 @@ def captured(call: Callable[[], T]) -> Callable[[], T]:
         torch.cuda.set_sync_debug_mode("error")
         try:
             call()
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            raise Unavailable("it waits for the GPU, which a CUDA graph cannot") from error
         finally:
             torch.cuda.set_sync_debug_mode(mode)
     torch.cuda.current_stream().wait_stream(side)
