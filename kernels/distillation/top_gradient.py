@@ -87,6 +87,7 @@ def _top_gradient_kernel(
     class_ptrs = classes_ptr + offs_n * size_k
     start = count_below(class_ptrs, size_k, first_class + first_v)
     most = tl.max(count_below(class_ptrs, size_k, first_class + first_v + BLOCK_V) - start, 0)
+    student_arg = tl.load(saved_ptrs + 5 * row_stride).to(tl.int32) - first_class
     width: tl.constexpr = BLOCK_V // SLABS
     for i in tl.static_range(SLABS):
         columns = first_tile + i * width + tl.arange(0, width)
@@ -103,7 +104,7 @@ def _top_gradient_kernel(
             g = tl.where(classes == column[:, None], bucket[:, None], g)
         g *= (alpha / inverse)[:, None]
         if labels_ptr is not None:
-            is_top = classes == (tl.load(saved_ptrs + 5 * row_stride).to(tl.int32) - first_class)[:, None]
+            is_top = classes == student_arg[:, None]
             g += (1.0 - alpha) * cross_entropy_gradient(
                 x, is_top, classes == labels[:, None], saved_ptrs + 2 * row_stride, row_stride,
                 label_smoothing, total_classes,
