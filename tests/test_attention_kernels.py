@@ -398,13 +398,17 @@ def test_active_of_any_strides(modalities: int, device: torch.device) -> None:
         assert all(torch.equal(results[name], expected[name]) for name in expected)
 
 
-def test_addresses_past_32_bits() -> None:
-    """A head stride over 2^31 elements, in a sparse file of which only the pages in use exist."""
+def test_addresses_past_32_bits(device: torch.device) -> None:
+    """A head stride over 2^31 elements, in 8 GiB of a GPU or in a sparse file of which only the pages in use exist."""
     total_k, head_dim, far = 9, 16, 2**31 + 64
-    plain = draw_problem(11, "joint", [4], [[5, 4]], heads=2, kv_heads=2)
+    size = far + total_k * head_dim
+    plain = draw_problem(11, "joint", [4], [[5, 4]], heads=2, kv_heads=2, device=device)
     with tempfile.NamedTemporaryFile() as file:
-        sparse = torch.from_file(file.name, shared=True, size=far + total_k * head_dim, dtype=torch.float32)
-        wide = sparse.as_strided((total_k, 2, head_dim), (head_dim, far, 1))
+        if device.type == "cuda":
+            memory = torch.empty(size, device=device)
+        else:
+            memory = torch.from_file(file.name, shared=True, size=size, dtype=torch.float32)
+        wide = memory.as_strided((total_k, 2, head_dim), (head_dim, far, 1))
         wide.copy_(plain.tensors["key"])
         expected = launch(plain)
         plain.tensors["key"] = wide

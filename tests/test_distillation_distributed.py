@@ -289,6 +289,12 @@ def run_rank(rank: int, store: str, ranks: int, check: Callable[[int, dist.Proce
     dist.destroy_process_group()
 
 
+@pytest.fixture(autouse=True)
+def ranks_interpret_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a machine with a GPU: for gloo the ranks hold their tensors on the CPU."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
 def test_two_ranks_agree_with_one(tmp_path: Path) -> None:
     mp.spawn(run_rank, (str(tmp_path / "store"), RANKS, check_two_ranks), nprocs=RANKS)
 

@@ -12,6 +12,7 @@ from fusedmm.eager import distillation_small, waves
 from fusedmm.heads import Head, Teacher
 
 ROWS, DIM = 9, 8
+CPU = torch.device("cpu")
 IMPLS = ("eager", "reference", "triton")
 HOST = ("eager", "reference")
 INTERPRETED = pytest.mark.filterwarnings(  # NumPy, of rows of NaN and inf
@@ -21,25 +22,33 @@ INTERPRETED = pytest.mark.filterwarnings(  # NumPy, of rows of NaN and inf
 )
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def draw(*shape: int, seed: int = 0, device: torch.device = CPU) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def rows_of(*numbers: int, device: torch.device = CPU) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 def student_of(kind: str, classes: int, poisoned: Tensor) -> tuple[Head, list[Tensor]]:
-    """A student whose `poisoned` rows hold NaN and inf, and its leaves."""
+    """A student whose `poisoned` rows hold NaN and inf, on their device, and its leaves."""
+    device = poisoned.device
     if kind == "logits":
-        values = draw(ROWS, classes).index_fill(0, poisoned, math.nan).requires_grad_()
+        values = draw(ROWS, classes, device=device).index_fill(0, poisoned, math.nan).requires_grad_()
         return Logits(values), [values]
-    hidden = draw(ROWS, DIM).index_fill(0, poisoned, math.inf).requires_grad_()
-    weight, bias = draw(classes, DIM, seed=1).requires_grad_(), draw(classes, seed=2).requires_grad_()
+    hidden = draw(ROWS, DIM, device=device).index_fill(0, poisoned, math.inf).requires_grad_()
+    weight = draw(classes, DIM, seed=1, device=device).requires_grad_()
+    bias = draw(classes, seed=2, device=device).requires_grad_()
     return LinearHead(hidden, weight, bias), [hidden, weight, bias]
 
 
 def teacher_of(kind: str, classes: int, poisoned: Tensor) -> Teacher:
+    device = poisoned.device
     if kind == "top":
-        top = draw(ROWS, classes, seed=3).log_softmax(-1).topk(2)
+        top = draw(ROWS, classes, seed=3, device=device).log_softmax(-1).topk(2)
         return TopKLogProbs(top.indices, top.values.index_fill(0, poisoned, math.nan))
-    return LinearHead(draw(ROWS, DIM, seed=3).index_fill(0, poisoned, math.nan), draw(classes, DIM, seed=4))
+    hidden = draw(ROWS, DIM, seed=3, device=device).index_fill(0, poisoned, math.nan)
+    return LinearHead(hidden, draw(classes, DIM, seed=4, device=device))
 
 
 @INTERPRETED
@@ -47,12 +56,14 @@ def teacher_of(kind: str, classes: int, poisoned: Tensor) -> Teacher:
 @pytest.mark.parametrize("by", ["label", "weight", "both"])
 @pytest.mark.parametrize("memory", ["fast", "lean"])
 @pytest.mark.parametrize(("kind", "teacher"), [("linear", "linear"), ("linear", "top"), ("logits", "linear")])
-def test_rows_that_do_not_count_may_hold_anything(kind: str, teacher: str, memory: str, by: str, impl: str) -> None:
+def test_rows_that_do_not_count_may_hold_anything(
+    kind: str, teacher: str, memory: str, by: str, impl: str, device: torch.device
+) -> None:
     """Loss and gradients are those of the other rows alone; the rows themselves have none."""
-    classes, dead = 7, torch.tensor([0, 4, 8])
-    alive = torch.tensor([row for row in range(ROWS) if row not in dead])
-    labels = torch.arange(ROWS) % classes
-    weight = torch.linspace(0.5, 1.5, ROWS)
+    classes, dead, none = 7, rows_of(0, 4, 8, device=device), rows_of(device=device)
+    labels = torch.arange(ROWS, device=device) % classes
+    weight = torch.linspace(0.5, 1.5, ROWS, device=device)
+    weight_of_others = weight.index_fill(0, dead, 0.0)
     if by != "weight":
         labels = labels.index_fill(0, dead[:2] if by == "both" else dead, -100)
     if by != "label":
@@ -69,15 +80,15 @@ def test_rows_that_do_not_count_may_hold_anything(kind: str, teacher: str, memor
         impl=impl,
     )
     grads = torch.autograd.grad(loss, leaves)
-    few, few_leaves = student_of(kind, classes, torch.tensor([], dtype=torch.int64))
-    whole = teacher_of(teacher, classes, torch.tensor([], dtype=torch.int64))
+    few, few_leaves = student_of(kind, classes, none)
+    whole = teacher_of(teacher, classes, none)
     few_loss = distillation_loss(
         few,
         whole,
         labels.where(labels >= 0, 0),
         beta=0.5,
         alpha=0.6,
-        row_weight=torch.zeros(ROWS).index_copy(0, alive, torch.linspace(0.5, 1.5, ROWS)[alive]),
+        row_weight=weight_of_others,
         impl="reference",
     )
     torch.testing.assert_close(loss, few_loss, rtol=1e-5, atol=1e-6)
@@ -88,8 +99,8 @@ def test_rows_that_do_not_count_may_hold_anything(kind: str, teacher: str, memor
 
 @INTERPRETED
 @pytest.mark.parametrize("impl", IMPLS)
-def test_scores_of_ignored_rows_are_zero_whatever_they_hold(impl: str) -> None:
-    dead, labels = torch.tensor([1, 2]), torch.arange(ROWS) % 5
+def test_scores_of_ignored_rows_are_zero_whatever_they_hold(impl: str, device: torch.device) -> None:
+    dead, labels = rows_of(1, 2, device=device), torch.arange(ROWS, device=device) % 5
     student, _ = student_of("linear", 5, dead)
     scores = distillation_scores(
         student, teacher_of("linear", 5, dead), labels.index_fill(0, dead, -100), beta=0.5, impl=impl
@@ -103,24 +114,22 @@ def test_scores_of_ignored_rows_are_zero_whatever_they_hold(impl: str) -> None:
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 @pytest.mark.parametrize("where", ["logits", "bias"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_forbidden_class_counts_as_a_logit_of_minus_1e30(temperature: float, where: str, impl: str) -> None:
+def test_a_forbidden_class_counts_as_a_logit_of_minus_1e30(
+    temperature: float, where: str, impl: str, device: torch.device
+) -> None:
     """Of either head, of both, all but one; what would be infinite is the same huge number in every implementation."""
-    classes, labels = 6, torch.zeros(ROWS, dtype=torch.int64)
+    classes, labels = 6, torch.zeros(ROWS, dtype=torch.int64, device=device)
     forbidden = ({3}, {2, 3})  # class 2 by the teacher alone
     if where == "bias":
-        biases = [torch.zeros(classes).index_fill(0, torch.tensor(list(some)), -math.inf) for some in forbidden]
+        biases = [torch.zeros(classes).index_fill(0, rows_of(*some), -math.inf) for some in forbidden]
 
         def heads(dtype: torch.dtype) -> list[Head]:
-            return [
-                LinearHead(
-                    draw(ROWS, DIM, seed=i).to(dtype), draw(classes, DIM, seed=2 + i).to(dtype), biases[i].to(dtype)
-                )
-                for i in range(2)
-            ]
+            parts = [(draw(ROWS, DIM, seed=i), draw(classes, DIM, seed=2 + i), biases[i]) for i in range(2)]
+            return [LinearHead(*(part.to(device, dtype) for part in head)) for head in parts]
     else:
 
         def heads(dtype: torch.dtype) -> list[Head]:
-            values = draw(2, ROWS, classes).to(dtype)
+            values = draw(2, ROWS, classes).to(device, dtype)
             for head, some in zip(values, forbidden, strict=True):
                 head[:, list(some)] = -math.inf
             values[0, 0, 1:] = -math.inf  # a row with a single class
@@ -144,29 +153,31 @@ def test_a_forbidden_class_counts_as_a_logit_of_minus_1e30(temperature: float, w
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_normalizer_of_zero(impl: str) -> None:
+def test_a_normalizer_of_zero(impl: str, device: torch.device) -> None:
     """As a number it is a mistake; a tensor of 0 says that no row counts on any rank."""
-    student, leaves = student_of("linear", 5, torch.tensor([], dtype=torch.int64))
-    teacher = teacher_of("linear", 5, torch.tensor([], dtype=torch.int64))
+    none = rows_of(device=device)
+    student, leaves = student_of("linear", 5, none)
+    teacher = teacher_of("linear", 5, none)
     for wrong in (0.0, 0, math.nan, math.inf):
         with pytest.raises(ValueError, match=r"^distillation_loss: normalizer must be finite and not 0, got"):
             distillation_loss(student, teacher, normalizer=wrong, impl=impl)
-    loss = distillation_loss(student, teacher, normalizer=torch.tensor(0), impl=impl)
+    loss = distillation_loss(student, teacher, normalizer=torch.tensor(0, device=device), impl=impl)
     assert loss == 0
     assert all(bool((grad == 0).all()) for grad in torch.autograd.grad(loss, leaves))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_one_class(impl: str) -> None:
+def test_one_class(impl: str, device: torch.device) -> None:
     """Nothing to choose from: every divergence is 0, and so is the gradient; the margin has no runner-up."""
-    student, leaves = student_of("linear", 1, torch.tensor([], dtype=torch.int64))
-    teacher = teacher_of("linear", 1, torch.tensor([], dtype=torch.int64))
-    labels = torch.zeros(ROWS, dtype=torch.int64)
+    none = rows_of(device=device)
+    student, leaves = student_of("linear", 1, none)
+    teacher = teacher_of("linear", 1, none)
+    labels = torch.zeros(ROWS, dtype=torch.int64, device=device)
     scores = distillation_scores(student, teacher, labels, beta=0.3, impl=impl)
     assert bool((scores.margin == math.inf).all())
     assert bool((scores.agreement == 1).all())
     for name in ("forward_kl", "reverse_kl", "hellinger", "grad_norm", "el2n", "divergence", "student_nll"):
-        torch.testing.assert_close(getattr(scores, name).float(), torch.zeros(ROWS), rtol=0, atol=1e-6)
+        torch.testing.assert_close(getattr(scores, name).float(), torch.zeros(ROWS, device=device), rtol=0, atol=1e-6)
     for beta in (0.0, 0.3, 1.0):
         grads = torch.autograd.grad(distillation_loss(student, teacher, labels, beta=beta, impl=impl), leaves)
         assert all(float(grad.abs().max()) <= 1e-6 for grad in grads)
@@ -186,8 +197,8 @@ def test_either_layout_of_a_wave(beta: float, classes: int, monkeypatch: pytest.
     """Several waves, the last one shorter, with few classes and with one more than few."""
     monkeypatch.setattr(waves, "WAVE_ELEMENTS", 4 * classes)
     monkeypatch.setattr(waves, "MIN_WAVE_ROWS", 4)
-    student, leaves = student_of("linear", classes, torch.tensor([], dtype=torch.int64))
-    teacher, labels = teacher_of("linear", classes, torch.tensor([], dtype=torch.int64)), torch.arange(ROWS) % 2
+    student, leaves = student_of("linear", classes, rows_of())
+    teacher, labels = teacher_of("linear", classes, rows_of()), torch.arange(ROWS) % 2
     loss, expected = (
         distillation_loss(student, teacher, labels, beta=beta, alpha=0.5, temperature=2.0, impl=impl) for impl in HOST
     )

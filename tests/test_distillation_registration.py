@@ -16,20 +16,22 @@ from fusedmm.ops.distillation_op import problem_of
 OPERATORS = torch.ops.fusedmm
 
 
-def heads(dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[LinearHead, LinearHead, Tensor]:
-    student = LinearHead(
-        torch.randn(6, 8, dtype=dtype), torch.randn(11, 8, dtype=dtype), torch.randn(11, dtype=dtype) if bias else None
-    )
-    return (
-        student,
-        LinearHead(torch.randn(6, 5, dtype=dtype), torch.randn(11, 5, dtype=dtype)),
-        torch.randint(0, 11, (6,)),
-    )
+CPU = torch.device("cpu")
 
 
-def problem(impl: str, requires_grad: bool = False, beta: float = 0.3, is_top: bool = False) -> list[Any]:
-    student, full, labels = heads()
-    top = torch.log_softmax(torch.randn(6, 11), -1).topk(3)
+def heads(bias: bool = True, device: torch.device = CPU) -> tuple[LinearHead, LinearHead, Tensor]:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device)
+
+    student = LinearHead(draw(6, 8), draw(11, 8), draw(11) if bias else None)
+    return student, LinearHead(draw(6, 5), draw(11, 5)), torch.randint(0, 11, (6,), device=device)
+
+
+def problem(
+    impl: str, device: torch.device, requires_grad: bool = False, beta: float = 0.3, is_top: bool = False
+) -> list[Any]:
+    student, full, labels = heads(device=device)
+    top = torch.log_softmax(torch.randn(6, 11, device=device), -1).topk(3)
     teacher = TopKLogProbs(top.indices, top.values) if is_top else full
     if requires_grad:
         for tensor in (student.hidden, student.weight, student.bias):
@@ -42,12 +44,12 @@ def problem(impl: str, requires_grad: bool = False, beta: float = 0.3, is_top: b
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("is_top", [False, True])
-def test_opcheck(is_top: bool, impl: str, requires_grad: bool) -> None:
-    grad_rows, needs = torch.rand(6), (True, True, True)
-    arguments = problem(impl, requires_grad, is_top=is_top)
+def test_opcheck(is_top: bool, impl: str, requires_grad: bool, device: torch.device) -> None:
+    grad_rows, needs = torch.rand(6, device=device), (True, True, True)
+    arguments = problem(impl, device, requires_grad, is_top=is_top)
     library.opcheck(OPERATORS.distillation_rows.default, tuple(arguments))
     library.opcheck(OPERATORS.distillation_fast.default, (*arguments, grad_rows, *needs))
-    frozen = problem(impl, is_top=is_top)
+    frozen = problem(impl, device, is_top=is_top)
     statistics = OPERATORS.distillation_rows(*frozen)[1]
     library.opcheck(OPERATORS.distillation_scores.default, (*frozen, True))
     library.opcheck(OPERATORS.distillation_backward.default, (*frozen, grad_rows, statistics, *needs))
@@ -82,14 +84,14 @@ def test_compiles_into_one_graph(memory: str) -> None:
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 @pytest.mark.parametrize("memory", ["fast", "lean"])
-def test_top_k_teachers_compile_into_one_graph(memory: str, impl: str) -> None:
+def test_top_k_teachers_compile_into_one_graph(memory: str, impl: str, device: torch.device) -> None:
     def step(hidden: Tensor, weight: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
         student, teacher = LinearHead(hidden, weight), TopKLogProbs(indices, log_probs)
         loss = distillation_loss(student, teacher, beta=0.5, memory=memory, impl=impl)
         return loss + distillation_scores(LinearHead(hidden.detach(), weight.detach()), teacher, impl=impl)[0].sum()
 
-    student, _, _ = heads(bias=False)
-    top = torch.log_softmax(torch.randn(6, 11), -1).topk(3)
+    student, _, _ = heads(bias=False, device=device)
+    top = torch.log_softmax(torch.randn(6, 11, device=device), -1).topk(3)
     results = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         leaves = [student.hidden.clone().requires_grad_(), student.weight.clone().requires_grad_()]
