@@ -18,7 +18,16 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, in plain sight, what needs a GPU where there is none."""
+    """Skip, in plain sight, what needs a GPU where there is none; refuse what would fail where there is one.
+
+    Raises:
+        pytest.UsageError: a test of kernels holds its tensors on the CPU.
+    """
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        runs_kernels = any(type(value) is str and value == "triton" for value in parameters.values())
+        if runs_kernels and "device" not in item.fixturenames:
+            raise pytest.UsageError(f"{item.nodeid} must take its tensors' device from the fixture `device`.")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; ci/gpu runs it on one")
