@@ -236,7 +236,7 @@ def backward(
     groups = x.groups()
     certain = certain_rows(x, softmax, groups)
     exponent, offset = _exponent_and_offset(softmax, x.log_prior, grad_mass, grad_lse, inner, mass, lse)
-    terms = RowTerms(exponent, offset, certain, grad_lse, mass if is_far(exponent, mass) else None)
+    terms = RowTerms(exponent, offset, certain, grad_lse, mass if is_far(exponent, lse, mass) else None)
     x = without_unseen(x)
     has_all_rows = sum(group.count_q for group in groups) == x.query.shape[0]
     has_all_keys = sum(group.count_k for group in groups) == x.key.shape[0]

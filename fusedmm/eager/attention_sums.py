@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedmm.eager.attention_groups import Block, Group
-from fusedmm.eager.attention_inputs import Inputs, visible_counts
+from fusedmm.eager.attention_inputs import LOG2_E, Inputs, visible_counts
 
 NEAR = 16.0  # exponents in base 2, of which P is off by 1e-6 at most
 
@@ -27,9 +27,12 @@ class RowTerms(NamedTuple):
     mass: Tensor | None  # [total_q, Hq, M] what P is made to sum to; None where a rounded lse leaves it close enough
 
 
-def is_far(exponent: Tensor, mass: Tensor) -> bool:
-    """Whether an exponent [total_q, Hq, M] of a ``mass`` that is not 0 is beyond `NEAR`."""
-    return bool((exponent.abs() > NEAR).logical_and_(mass > 0).any())
+def is_far(exponent: Tensor, lse: Tensor, mass: Tensor) -> bool:
+    """Whether an exponent, or the lse that a prior brings near 0 again, is beyond `NEAR` where the ``mass`` is not 0;
+    all [total_q, Hq, M].
+    """
+    size = torch.maximum(exponent.abs(), lse.abs() * LOG2_E)
+    return bool((size > NEAR).logical_and_(mass > 0).any())
 
 
 def settle(shares: list[Tensor], terms: RowTerms, x: Inputs, group: Group, block: Block) -> None:
