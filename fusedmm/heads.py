@@ -44,6 +44,7 @@ class Logits:
     Attributes:
         values: [N, V] float16, bfloat16, float32 or float64; -inf forbids a class. It counts as -1e30: a divergence
             that would be infinite is 1e30 / temperature times the mass that one head gives to what the other forbids.
+            So is its gradient, which float16 does not hold: inf under beta=1, where a teacher forbids a class.
         num_classes: how many leading classes are real, over all ranks. None: all.
         softcap: positive bound on the size of a logit, or None.
         group: process group over which the vocabulary is split, as in `LinearHead`.

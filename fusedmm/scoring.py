@@ -70,7 +70,8 @@ def modality_scores(
     temperature = as_number("modality_scores", "temperature", temperature)
     if not temperature > 0:
         raise ValueError(f"modality_scores: temperature must be positive, got {temperature}.")
-    full = merge_modalities(partials, log_prior, gate, softmax).output.flatten(1)
+    merged = merge_modalities(partials, log_prior, gate, softmax)
+    full = merged.output.flatten(1)
     without = [x.flatten(1) for x in leave_one_out(partials, log_prior, gate, softmax).unbind(2)]
     if projection is not None:
         full, without = projection(full), [projection(x) for x in without]
@@ -94,7 +95,8 @@ def modality_scores(
     else:
         answer = head(full).float()
         rows = [(answer - head(x).float()).square().sum(-1) for x in without]
-    return torch.stack(rows, 1).clamp_(min=0.0)
+    is_absent = (merged.mass == 0).all(1)  # [N, M]: the same answer, but not bit for bit
+    return torch.stack(rows, 1).clamp_(min=0.0).masked_fill_(is_absent, 0.0)
 
 
 def _check_classes(classes: int) -> None:

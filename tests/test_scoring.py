@@ -35,6 +35,18 @@ def test_equals_attention_without_the_modality(packed, linear) -> None:
     assert (scores[6:, 1] == 0).all()  # the second sample has no token of that modality
 
 
+@pytest.mark.parametrize("measure", ["kl", "squared_error"])
+@pytest.mark.parametrize("softmax", ["joint", "per_modality"])
+def test_what_had_no_mass_scores_exactly_0(softmax: str, measure: str) -> None:
+    """Two answers that are the same are rounded otherwise."""
+    layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([64]), torch.tensor([[0, 4, 1, 0, 4]]))
+    partials = fusedmm.modality_partials(torch.randn(64, 2, 16), *torch.randn(2, 9, 2, 16), layout)
+    head = nn.Linear(32, 40)
+    nn.init.normal_(head.weight, std=3.0)
+    scores = fusedmm.modality_scores(partials, head, gate=torch.randn(5), softmax=softmax, measure=measure)
+    assert ((scores == 0).all(0) == torch.tensor([True, False, False, True, False])).all()
+
+
 def test_squared_error_for_regression(packed) -> None:
     partials = fusedmm.modality_partials(*packed)
     head = nn.Linear(32, 1)

@@ -80,6 +80,11 @@ def gated_multimodal_attention(
     and accumulated in float32. Under autocast query, key, value and output_gate are cast to the autocast dtype,
     log_prior and gate to float32. Deterministic: two runs agree bit for bit.
 
+    Triton's backward makes P again from a float32 lse, whose rounding shows in float32 gradients of sharp softmaxes;
+    half precision rounds its inputs by far more. Where scores have a standard deviation of 100, the value's errs by
+    2e-5 of its norm (plain PyTorch's by 2e-6), those of query and key as plain PyTorch's, under per_modality 10 times
+    as much; at 1000 these, then nearly 0, keep two digits or none. impl="eager" is as exact as plain PyTorch.
+
     Args:
         query: [total_q, Hq, D] float16, bfloat16 or float32 (float64 too for "eager" and "reference"), D 16 to 256.
         key: [total_k, Hkv, D], the query's dtype; Hq is a multiple of Hkv.
