@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from benchmarks import isolate, results, roofline, timing
-from benchmarks.cases import attention, attention_peers
+from benchmarks import isolate, plot, readme, results, roofline, targets, timing
+from benchmarks.cases import attention, attention_peers, builders
 from benchmarks.command import main
 from benchmarks.telemetry import Reading, Telemetry
 from benchmarks.timing import throttles
@@ -357,3 +358,45 @@ def test_an_isolated_run_goes_on_without_who_ended_it(tmp_path: Path, monkeypatc
     timed = {(row.case, row.variant) for row in rows if row.status == results.TIMED}
     small = {("distillation/small-v", "fusedmm"), ("distillation/small-v", "chunked")}
     assert timed == {("attention/tiny", "fusedmm"), *small}
+
+
+def test_every_page_and_figure_can_be_made_from_gpu_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run in which one thing each went wrong: a case, a variant, a clock."""
+    versions = {"torch": "2.11.0", "triton": "3.6.0", "arch": "sm_90"}
+    began = "2026-01-01T00:00:00Z"
+    rates = {"bfloat16": 780.0, "float16": 780.0, "float32": 50.0}
+    run = results.Run("1", "NVIDIA H200", "cuda", began, "abc", "x", versions, 0, 700.0, 132, 4300.0, rates)
+    sizes = {"total_q": 8, "heads": 2, "head_dim": 64, "modalities": 4, "rows": 8, "classes": 8, "student_dim": 8}
+    blank = results.Result("1", "", "", "", {**sizes, "softmax": "joint"}, results.TIMED)
+    rows, kernel = [], "attention_hopper_forward[joint,gated,d64,bf16]"
+    for rank, name in enumerate(builders("cuda")):
+        for mode in ("forward", "backward", "both", "forward-graph"):
+            for place, variant in enumerate(("fusedmm", "fusedmm-portable", "fusedmm-hopper", "eager", "sdpa-cudnn")):
+                ms = 1.0 + 0.1 * place
+                clock = 1200.0 if variant == "eager" and rank % 3 == 0 else 1980.0
+                row = replace(blank, case=name, mode=mode, variant=variant, median_ms=ms, p20_ms=ms, p80_ms=ms)
+                row = replace(row, clock_mhz=clock, peak_mib=10.0 + place, tflops=300.0, share=0.5, intensity=100.0)
+                rows.append(replace(row, kernel=kernel if variant == "fusedmm-hopper" else None))
+            rows.append(replace(blank, case=name, mode=mode, variant="flex", status="failed", reason="it broke"))
+    whole = replace(blank, case="attention/tiny", mode="all", variant="fusedmm", status="out of memory", reason="big")
+    rows = [row for row in rows if row.case != "attention/tiny"] + [whole]
+    results.append(tmp_path / "results.jsonl", [run, *rows])
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "kept")
+    (kept,) = results.keep(tmp_path / "results.jsonl")
+    assert kept.name == "nvidia-h200.jsonl"
+    assert plot.run(tmp_path) == 0
+    assert {file.stem for file in tmp_path.glob("*.svg")} == set(plot.FIGURES)
+    page = readme.section()
+    assert "NVIDIA H200, torch 2.11.0, triton 3.6.0, commit abc" in page
+    assert "| attention/tiny | all | out of memory: big |" in page
+    assert "| eager | 1.30 |" in page
+    assert "no ratio: clocks differ" in page
+    assert "not measured yet" not in page.split("**CPU")[0]
+    text = targets.page(results.latest("cuda"))
+    assert "dense-gated-d128-4k forward TFLOP/s: 300 (>= 620, MISSED)" in text
+    assert main(["paths", str(kept)]) == 0
+    assert "('forward', 'joint', 64): not justified" in capsys.readouterr().out
+    assert results.measured_shares() == {("sm_90", kernel): pytest.approx(300e12 / (4096 * 132 * 1980e6))}
+    assert main(["compare", str(kept), str(kept)]) == 0
