@@ -280,9 +280,17 @@ def table(name: str, rows: Sequence[Result]) -> str:
         lines.append(
             f"  {row.mode:<14}{row.variant:<{width}}{row.median_ms:>11.4f} ms [{row.p20_ms:.4f}, {row.p80_ms:.4f}]"
             f"  {row.tflops:8.3g} TFLOP/s  {row.share:6.1%} of ceiling  {row.peak_mib:9.1f} MiB"
-            f"  {against:>7}  error {row.worst_error:.1e}"
+            f"  {against:>7}  error {row.worst_error:.1e}{_state(row)}"
         )
     return "\n".join(lines)
+
+
+def _state(row: Result) -> str:
+    """What was read of the GPU while a variant ran."""
+    parts = [f"{row.clock_mhz:.0f} MHz"] * bool(row.clock_mhz)
+    parts += [f"{row.power_w:.0f} W, {row.energy_mj:g} mJ"] * (row.power_w is not None and row.energy_mj is not None)
+    parts += [f"throttled: {row.throttled}"] * (row.throttled not in (None, "no"))
+    return "".join(f"  {part}" for part in parts)
 
 
 def _static(words: list[str]) -> int:

@@ -146,7 +146,10 @@ def _looks(timed: Measured, cases: Collection[str]) -> dict[str, dict[str, str]]
     everyone = sorted({variant for _, _, variant in timed if variant != "fusedmm"})
     here = {variant for case, _, variant in timed if case in cases}
     return {
-        variant: {"color": COLOURS[rank % len(COLOURS)], "marker": MARKERS[rank % len(MARKERS)]}
+        variant: {
+            "color": COLOURS[rank % len(COLOURS)],
+            "marker": MARKERS[(rank + rank // len(COLOURS)) % len(MARKERS)],  # no two alike: a GPU's are more than 8
+        }
         for rank, variant in enumerate(everyone)
         if variant in here
     }

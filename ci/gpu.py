@@ -167,11 +167,13 @@ def add_wheels(folder: Path, out: Path) -> str:
     site.mkdir(exist_ok=True)
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target", str(site)]
     wheels = [str(wheel) for wheel in join(folder, out)]
-    fit = [wheel for wheel in wheels if subprocess.run([*pip, "--dry-run", wheel]).returncode == 0]
-    lost = [Path(wheel).name for wheel in wheels if wheel not in fit]
+    lost: list[str] = []
     # All at once: some share a package, and pip replaces one that it finds.
-    if not fit or subprocess.run([*pip, *fit]).returncode:
-        return f"FAILED: no wheel of {folder} could be unpacked"
+    if not wheels or subprocess.run([*pip, *wheels]).returncode:
+        fit = [wheel for wheel in wheels if subprocess.run([*pip, "--dry-run", wheel]).returncode == 0]
+        lost = [Path(wheel).name for wheel in wheels if wheel not in fit]
+        if not fit or subprocess.run([*pip, *fit]).returncode:
+            return f"FAILED: no wheel of {folder} could be unpacked"
     # PYTHONPATH is not searched for .pth files, with which CUTLASS's wheels add the folder of their modules: ask site.
     done = subprocess.run([sys.executable, "-c", ADDED, str(site)], capture_output=True, text=True, check=True)
     # After this tree and before the machine's own packages: PYTHONPATH is searched first.

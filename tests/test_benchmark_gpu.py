@@ -144,7 +144,9 @@ def test_a_gpu_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
     assert Graph.replays > 0
     absent = next(row for row in rows if row.variant == "flash-attn-4+merge")
     assert (absent.status, absent.reason) == ("skipped", "flash-attn-4 is not installed (ci/wheels gathers it)")
-    assert "1.00x" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "1.00x" in shown
+    assert "  1755 MHz  650 W, 100 mJ  throttled: power cap" in shown
 
 
 WORDS = ["--device", "cuda", "--seconds", "0.02", "attention/tiny"]
@@ -388,6 +390,8 @@ def test_every_page_and_figure_can_be_made_from_gpu_results(
     assert kept.name == "nvidia-h200.jsonl"
     assert plot.run(tmp_path) == 0
     assert {file.stem for file in tmp_path.glob("*.svg")} == set(plot.FIGURES)
+    many = {("case", "both", f"peer {place}"): (run, blank) for place in range(30)}
+    assert len({tuple(look.values()) for look in plot._looks(many, ["case"]).values()}) == 30
     page = readme.section()
     assert "NVIDIA H200, torch 2.11.0, triton 3.6.0, commit abc" in page
     assert "| attention/tiny | all | out of memory: big |" in page
