@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -199,10 +200,10 @@ def test_missing_file(tmp_path: Path, file: str) -> None:
 def test_an_interrupted_write_leaves_no_data_set(tmp_path: Path) -> None:
     write_small(tmp_path)
     described = read_dataset(tmp_path).info
-    tokens = {"price": RawTokens(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros((1, 2), np.float32))}
-    broken = RawTokens(np.zeros(1, np.int64), np.zeros(1, np.int64), text=[object()])  # type: ignore[list-item]
+    one = np.zeros(1, np.int64)
+    tokens = {"price": RawTokens(one, one, np.zeros((1, 2), np.float32)), "text": RawTokens(one, one, text=["a"])}
     with pytest.raises(pa.ArrowException):
-        write_dataset(tmp_path, described, pd.DataFrame({"sample": [1]}), {**tokens, "text": broken})
+        write_dataset(tmp_path, described, pd.DataFrame({"sample": [object()]}), tokens)
     with pytest.raises(FileNotFoundError, match=r"dataset\.json"):
         read_dataset(tmp_path)
 
@@ -211,6 +212,27 @@ def test_write_refuses_other_modalities(tmp_path: Path) -> None:
     described = DatasetInfo("x", "regression", "", "", {"price": ModalityInfo("numeric")})
     with pytest.raises(ValueError, match=r"tokens must have the modalities \['price'\], got \[\]"):
         write_dataset(tmp_path, described, pd.DataFrame(), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("sound", {}, "must have values or text, got neither"),
+        ("sound", {"values": np.zeros((2, 3)), "text": ["a", "b"]}, "must have values or text, got both"),
+        ("sound", {"values": np.zeros(2)}, r"values must be \[token, feature\], got shape \[2\]. Flatten what a"),
+        ("chart", {"values": np.zeros((2, 8, 8))}, r"got shape \[2, 8, 8\]"),
+        ("sound", {"values": np.zeros((3, 1))}, "a sample and a time for each of its 3 tokens, got 2 and 2"),
+        ("log", {"text": ["a", 3]}, "text must be strings, got another type among them"),
+        ("a.b", {"text": ["a", "b"]}, "must name modalities by letters, digits, _ and -, .* got 'a.b'"),
+        ("keys", {"text": ["a", "b"]}, "not as a method of torch.nn.ModuleDict, got 'keys'"),
+    ],
+)
+def test_write_refuses_what_are_no_tokens(tmp_path: Path, name: str, content: dict[str, Any], message: str) -> None:
+    described = DatasetInfo("x", "regression", "", "", {name: ModalityInfo("numeric")})
+    two = np.zeros(2, np.int64)
+    with pytest.raises(ValueError, match=message):
+        write_dataset(tmp_path / "data", described, pd.DataFrame(), {name: RawTokens(two, two, **content)})
+    assert not (tmp_path / "data").exists()
 
 
 def test_classes_are_read(tmp_path: Path) -> None:

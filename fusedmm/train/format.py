@@ -7,6 +7,7 @@ arrays by offsets.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch import nn
 
 FORMAT_VERSION = 1
 SECONDS_PER_DAY = 86_400
@@ -111,28 +113,60 @@ def write_dataset(directory: Path, info: DatasetInfo, samples: pd.DataFrame, tok
         info: ``info.modalities`` names exactly the keys of ``tokens``.
         samples: the columns of ``docs/data-format.md``.
         tokens: for each modality its tokens.
+
+    Raises:
+        ValueError: before anything is written, for tokens that are none; what is in the columns, `read_dataset` checks.
     """
     if set(info.modalities) != set(tokens):
         raise ValueError(
             f"write_dataset: tokens must have the modalities {sorted(info.modalities)}, got {sorted(tokens)}."
         )
+    tables = {name: _token_columns(name, table) for name, table in tokens.items()}
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "dataset.json").unlink(missing_ok=True)
     pq.write_table(
         pa.Table.from_pandas(samples, preserve_index=False), directory / "samples.parquet", compression="zstd"
     )
-    for name, table in tokens.items():
-        columns: dict[str, pa.Array] = {
-            "sample": pa.array(table.sample, pa.int64()),
-            "time": pa.array(table.time, pa.int64()),
-        }
-        if table.values is not None:
-            flat = pa.array(np.ascontiguousarray(table.values, np.float32).reshape(-1))
-            columns["values"] = pa.FixedSizeListArray.from_arrays(flat, table.values.shape[1])
-        else:
-            columns["text"] = pa.array(table.text, pa.large_string())
-        pq.write_table(pa.table(columns), directory / f"tokens_{name}.parquet", compression="zstd")
+    for name in tokens:
+        pq.write_table(tables[name], directory / f"tokens_{name}.parquet", compression="zstd")
     (directory / "dataset.json").write_text(json.dumps(asdict(info), indent=1) + "\n")
+
+
+def _token_columns(name: str, tokens: RawTokens) -> pa.Table:
+    """The columns of one modality's file."""
+    where = f"write_dataset: tokens[{name!r}]"
+    _check_name(name, "write_dataset: tokens")
+    if (tokens.values is None) == (tokens.text is None):
+        raise ValueError(f"{where} must have values or text, got {'neither' if tokens.text is None else 'both'}.")
+    if tokens.values is not None:
+        values = np.asarray(tokens.values, np.float32)
+        if values.ndim != 2 or values.shape[1] == 0:
+            raise ValueError(
+                f"{where}.values must be [token, feature], got shape {list(values.shape)}. Flatten what a token holds."
+            )
+        rows, column = len(values), pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+    else:
+        try:
+            column = pa.array(tokens.text, pa.large_string())
+        except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{where}.text must be strings, got another type among them ({error}).") from error
+        rows = len(column)
+    if not len(tokens.sample) == len(tokens.time) == rows:
+        raise ValueError(
+            f"{where} must have a sample and a time for each of its {rows} tokens, got {len(tokens.sample)} and "
+            f"{len(tokens.time)}."
+        )
+    keys = {"sample": pa.array(tokens.sample, pa.int64()), "time": pa.array(tokens.time, pa.int64())}
+    return pa.table(keys | {"values" if tokens.text is None else "text": column})
+
+
+def _check_name(name: str, where: str) -> None:
+    """Files and modules are named after a modality."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
+        raise DataFormatError(
+            f"{where} must name modalities by letters, digits, _ and -, not as a method of torch.nn.ModuleDict, got "
+            f"{name!r}. Rename it."
+        )
 
 
 def read_dataset(directory: Path | str, *, need_targets: bool = True) -> Dataset:
@@ -199,6 +233,7 @@ def _read_info(directory: Path) -> DatasetInfo:
         raise _fail(file, "modalities", None, "must name at least one modality.")
     modalities = {}
     for name, entry in raw["modalities"].items():
+        _check_name(name, "read_dataset: dataset.json column modalities")
         kind = entry.get("kind") if isinstance(entry, dict) else None
         if kind not in KINDS:
             raise _fail(file, f"modalities.{name}.kind", None, f"must be one of {', '.join(KINDS)}, got {kind!r}.")
