@@ -287,9 +287,13 @@ def table(name: str, rows: Sequence[Result]) -> str:
 
 def _state(row: Result) -> str:
     """What was read of the GPU while a variant ran."""
-    parts = [f"{row.clock_mhz:.0f} MHz"] * bool(row.clock_mhz)
-    parts += [f"{row.power_w:.0f} W, {row.energy_mj:g} mJ"] * (row.power_w is not None and row.energy_mj is not None)
-    parts += [f"throttled: {row.throttled}"] * (row.throttled not in (None, "no"))
+    parts = []
+    if row.clock_mhz:
+        parts.append(f"{row.clock_mhz:.0f} MHz")
+    if row.power_w is not None and row.energy_mj is not None:
+        parts.append(f"{row.power_w:.0f} W, {row.energy_mj:g} mJ")
+    if row.throttled not in (None, "no"):
+        parts.append(f"throttled: {row.throttled}")
     return "".join(f"  {part}" for part in parts)
 
 

@@ -332,7 +332,7 @@ def test_a_child_that_cannot_start_is_not_started_again(tmp_path: Path) -> None:
 def test_isolated_runs_keep_every_row(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
     words = ["attention/tiny", "--device", "cpu", "--seconds", "0.02", "--json", str(file)]
-    assert main([*words, "--variants", "fusedmm", "--isolate"]) == 0
+    assert main([*words, "--variants", "fusedmm", "--isolate"]) == 0  # prints a table without clocks, too
     kinds = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["kind_of_row"] for row in kinds] == ["run"] + 3 * ["result"]
     assert [row["mode"] for row in kinds[1:]] == ["forward", "backward", "both"]
