@@ -1,19 +1,23 @@
-"""`python -m benchmarks readme`: writes the README's performance section and docs/performance.md.
+"""`python -m benchmarks readme`: writes the README's performance section, docs/performance.md and the table of small
+losses in docs/distillation.md.
 
-Both come from committed results alone, nothing is typed by hand: what has no committed result says "not measured yet",
+All come from committed results alone, nothing is typed by hand: what has no committed result says "not measured yet",
 with the command that will measure it. The README holds the GPU's table and one line each on the rest.
 """
 
 from collections.abc import Sequence
 
-from benchmarks.cases import builders
+from benchmarks.cases import builders, scaling
 from benchmarks.harness import ratio
 from benchmarks.results import RESULTS, ROOT, TIMED, Result, Run, latest
 from benchmarks.static import Row, read_rows
 
 README = ROOT / "README.md"
 DETAILS = ROOT / "docs" / "performance.md"
+DISTILLATION = ROOT / "docs" / "distillation.md"
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+GRID_BEGIN, GRID_END = "<!-- grid:begin -->", "<!-- grid:end -->"
+GRID_COMMAND = "`python -m benchmarks scaling/grid --device cpu --threads 1 --save`"
 NOT_MEASURED = "not measured yet: `ci/gpu --quick`"
 GPU_COMMAND = "`ci/gpu` on a machine with a GPU, then `python -m benchmarks keep gpu-results/results.jsonl`"
 MODES = ("forward", "both", "forward-graph", "both-graph")
@@ -34,21 +38,21 @@ Latest = dict[tuple[str, str, str], tuple[Run, Result]]
 
 
 def run(*, check: bool) -> int:
-    """Rewrite both; with ``check`` only say whether they would change."""
-    text = README.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        print(f"readme: README.md must have one {BEGIN} and one {END}.")
-        return 1
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    pages = {README: f"{head}{BEGIN}\n{section()}\n{END}{tail}", DETAILS: details()}
+    """Rewrite all; with ``check`` only say whether they would change."""
+    pages = {DETAILS: details()}
+    for page, begin, end, part in ((README, BEGIN, END, section()), (DISTILLATION, GRID_BEGIN, GRID_END, grid_part())):
+        text = page.read_text()
+        if text.count(begin) != 1 or text.count(end) != 1:
+            print(f"readme: {page.name} must have one {begin} and one {end}.")
+            return 1
+        pages[page] = f"{text.split(begin)[0]}{begin}\n{part}\n{end}{text.split(end)[1]}"
     if check:
         stale = [page.name for page, new in pages.items() if not page.exists() or page.read_text() != new]
         print(f"readme: {', '.join(stale)} out of date. Run python -m benchmarks readme." if stale else "readme: fresh")
         return 1 if stale else 0
     for page, new in pages.items():
         page.write_text(new)
-    print("readme: wrote the performance section and docs/performance.md")
+    print(f"readme: wrote {', '.join(page.name for page in pages)}")
     return 0
 
 
@@ -174,6 +178,32 @@ def cpu_part(found: Latest) -> str:
             if (name, mode, "fusedmm") in found:
                 lines.append(_row(name, mode, found, with_rate=False))
     return "\n".join(lines)
+
+
+def grid_part() -> str:
+    """Losses of few rows and classes: the fastest composition's time, fusedmm's, and how many times as long it is."""
+    found = {key: row for key, row in latest("cpu").items() if key[0].startswith("scaling/grid-")}
+    if not found:
+        return f"**CPU: not measured yet.** Command: {GRID_COMMAND}."
+    lines = [
+        f"{_machine(found)} ({GRID_COMMAND}, then `python -m benchmarks readme`)",
+        "",
+        "| N | V | forward KL | half forward KL, half cross entropy | JSD(0.5) |",
+        "|---|---|---|---|---|",
+    ]
+    for rows, classes in scaling.GRID:
+        names = [scaling.grid_name(rows, classes, loss) for loss in scaling.LOSSES]
+        lines.append(f"| {rows} | {classes} | {' | '.join(_grid_cell(name, found) for name in names)} |")
+    return "\n".join(lines)
+
+
+def _grid_cell(name: str, found: Latest) -> str:
+    ours = found[name, "both", "fusedmm"][1] if (name, "both", "fusedmm") in found else None
+    best = None if ours is None else _fastest_other(name, "both", ours, found)
+    times = None if ours is None or best is None else ratio(ours, best)
+    if ours is None or best is None or times is None:
+        return "not measured yet"
+    return f"{best.median_ms:.3f} / {ours.median_ms:.3f} ms: {times:.2f}x"
 
 
 def _row(name: str, mode: str, found: Latest, *, with_rate: bool) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import compare, peers, plot, readme, results
 from benchmarks.against import Against, over_rounds
 from benchmarks.case import Case, Prepared, Unavailable, Variant
-from benchmarks.cases import attention, attention_paths, attention_peers, builders
+from benchmarks.cases import attention, attention_paths, attention_peers, builders, scaling
 from benchmarks.command import COMMANDS, main
 from benchmarks.gate import Gate
 from benchmarks.harness import Harness, call_of, ratio
@@ -400,6 +400,19 @@ def test_a_wheel_that_is_not_to_be_had_is_named_and_the_others_are_gathered(
 
 def test_the_readme_s_performance_section_is_generated() -> None:
     assert readme.run(check=True) == 0
+
+
+def test_the_table_of_small_losses_holds_the_fastest_composition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same run and mode; a point that no run has says so."""
+    run = next(run for run, _ in results.latest("cpu").values())
+    name = scaling.grid_name(*scaling.GRID[0], "jsd")
+    times = {"fusedmm": 0.2, "fusedmm-lean": 0.05, "eager": 0.1, "chunked": 0.3}
+    rows = [replace(RESULT, case=name, mode="both", variant=variant, median_ms=ms) for variant, ms in times.items()]
+    monkeypatch.setattr(readme, "latest", lambda kind: {row.key: (run, row) for row in rows})
+    cells = readme.grid_part().splitlines()[4].split(" | ")
+    assert cells == ["| 64", "2", "not measured yet", "not measured yet", "0.100 / 0.200 ms: 0.50x |"]
+    monkeypatch.setattr(readme, "latest", lambda kind: {})
+    assert readme.grid_part() == f"**CPU: not measured yet.** Command: {readme.GRID_COMMAND}."
 
 
 SMALL = [name for name in builders("cpu") if name.startswith(("attention/", "distillation/", "modules/"))]

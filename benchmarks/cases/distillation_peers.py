@@ -103,9 +103,10 @@ def _rows_loss(
     hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, labels: Tensor, beta: float, alpha: float
 ) -> Tensor:
     logits = hidden @ weight.T
-    if alpha == 0.0:
-        return F.cross_entropy(logits.float(), labels, reduction="sum")
-    return divergence(logits, teacher @ teacher_weight.T, beta)
+    if alpha == 1.0:
+        return divergence(logits, teacher @ teacher_weight.T, beta)
+    hard = F.cross_entropy(logits.float(), labels, reduction="sum")
+    return hard if alpha == 0.0 else alpha * divergence(logits, teacher @ teacher_weight.T, beta) + (1 - alpha) * hard
 
 
 def eager_loss(problem: Problem, *, compiled: bool = False) -> Prepared:

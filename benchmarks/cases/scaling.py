@@ -1,6 +1,7 @@
 """How cost grows: with tokens, modalities, rows and classes, one at a time, forward and backward; for `plot`.
 
-The share of modalities that is active is among the attention cases already.
+The share of modalities that is active is among the attention cases already. On a CPU also a grid of few rows and few
+classes, where calls cost more than passes; `readme` writes it into docs/distillation.md.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,9 @@ KEYS = {"cpu": 512, "cuda": 8192}
 ROWS = {"cpu": (128, 256, 512, 1024, 2048), "cuda": (256, 1024, 4096, 16384)}
 CLASSES = {"cpu": (256, 1024, 4096, 16384), "cuda": (1024, 8192, 32768, 131072)}
 FIXED = {"cpu": (512, 2048, 128), "cuda": (4096, 32768, 1024)}  # rows, classes, hidden sizes
+GRID = ((64, 2), (64, 16), (64, 100), (64, 1000), (1024, 2), (1024, 16), (1024, 1000), (16384, 2), (16384, 64))
+GRID_DIM = 64
+LOSSES = {"kl": (0.0, 1.0), "half-kl": (0.0, 0.5), "jsd": (0.5, 1.0)}  # beta, alpha
 
 
 def builders(kind: str) -> dict[str, Callable[[], Case]]:
@@ -34,7 +38,16 @@ def builders(kind: str) -> dict[str, Callable[[], Case]]:
         found[f"scaling/rows-{size}"] = partial(_distillation, kind, distillation.Shape(size, classes, width, width))
     for size in CLASSES[kind]:
         found[f"scaling/classes-{size}"] = partial(_distillation, kind, distillation.Shape(rows, size, width, width))
+    for rows, classes in GRID if kind == "cpu" else ():
+        for loss, (beta, alpha) in LOSSES.items():
+            shape = distillation.Shape(rows, classes, GRID_DIM, GRID_DIM, beta=beta, alpha=alpha)
+            found[grid_name(rows, classes, loss)] = partial(_distillation, kind, shape)
     return {name: partial(_point, name, build) for name, build in found.items()}
+
+
+def grid_name(rows: int, classes: int, loss: str) -> str:
+    """Of a point of the grid."""
+    return f"scaling/grid-{rows}x{classes}-{loss}"
 
 
 def _attention(kind: str, arguments: dict[str, object]) -> Case:
