@@ -228,12 +228,13 @@ def test_half_precision_logits_with_an_ignored_row(memory: str, dtype: torch.dty
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
 @pytest.mark.parametrize("std", [1.0, 30.0])
 @pytest.mark.parametrize("way", ["few", "waves"])
 def test_either_way_of_few_logits(
-    way: str, std: float, beta: float, alpha: float, monkeypatch: pytest.MonkeyPatch
+    way: str, std: float, temperature: float, beta: float, alpha: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every row's gradient keeps its digits, a saturated one's (std 30) too."""
     if way == "waves":
@@ -243,7 +244,7 @@ def test_either_way_of_few_logits(
         leaves = [x.to(dtype).requires_grad_() for x in (draw(ROWS, 6), std * draw(5, 6, seed=1), draw(5, seed=2))]
         teacher = LinearHead(draw(ROWS, 4, seed=3).to(dtype), (std * draw(5, 4, seed=4)).to(dtype))
         loss = distillation_loss(
-            LinearHead(*leaves), teacher, labels, alpha=alpha, beta=beta, temperature=1.5, impl=impl
+            LinearHead(*leaves), teacher, labels, alpha=alpha, beta=beta, temperature=temperature, impl=impl
         )
         results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
     for exact, found in zip(*results, strict=True):

@@ -36,7 +36,7 @@ def suits(student: Teacher, teacher: Teacher, temperature: Tensor | None, object
     return (
         0 < rows * classes <= (FEW_ELEMENTS if classes <= FEW_CLASSES else WHOLE_ELEMENTS)
         and _is_whole(student, objective.shard)
-        and (objective.alpha == 0.0 or (objective.alpha == 1.0 and _are_alike(student, teacher, objective.shard)))
+        and (objective.alpha == 0.0 or _are_alike(student, teacher, objective.shard))
     )
 
 
@@ -77,24 +77,31 @@ def loss(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """As `fusedmm.eager.distillation.loss`, of rows none of which is ignored."""
     dim = 0 if student.weight.shape[0] < VECTOR else 1  # of the classes: major where they would not fill a vector
-    temperature = 1.0 if objective.alpha == 0.0 else objective.temperature
-    log_p = _log_probabilities(student, temperature, dim)
-    factor = None
-    if grad_rows is not None:
-        factor = (grad_rows if temperature == 1.0 else grad_rows * temperature).unsqueeze(dim)
-    if objective.alpha == 0.0:
-        assert labels is not None
-        rows, grad = _cross_entropy(log_p, labels, factor, dim)
-    else:
+    alpha, temperature = objective.alpha, objective.temperature
+    logits = _logits(student, dim)
+    wanted = dict.fromkeys([temperature] * (alpha != 0.0) + [1.0] * (alpha != 1.0))
+    log_p = {t: _log_softmax(logits, t, dim) for t in wanted}
+    parts = []
+    if alpha != 0.0:
         assert isinstance(teacher, LinearHead)
-        rows, grad = _divergence(log_p, _log_probabilities(teacher, temperature, dim), objective.beta, factor, dim)
-        if temperature != 1.0:
-            rows.mul_(temperature * temperature)
+        log_t = _log_softmax(_logits(teacher, dim), temperature, dim)
+        factor = None if grad_rows is None else _times(grad_rows, alpha * temperature).unsqueeze(dim)
+        losses, grad = _divergence(log_p[temperature], log_t, objective.beta, factor, dim)
+        parts.append((_times(losses, alpha * temperature * temperature), grad))
+    if alpha != 1.0:
+        assert labels is not None
+        factor = None if grad_rows is None else _times(grad_rows, 1 - alpha).unsqueeze(dim)
+        losses, grad = _cross_entropy(log_p[1.0], labels, factor, dim)
+        parts.append((_times(losses, 1 - alpha), grad))
+    rows, grad = parts[0]
+    for more_rows, more_grad in parts[1:]:
+        rows, grad = rows + more_rows, None if grad is None or more_grad is None else grad.add_(more_grad)
     empty = student.hidden.new_empty((0,))
     if grad is None:
         return rows, (empty, empty, empty)
-    if log_p.amax().item() > SATURATED:
-        top = log_p.gt_(SATURATED)  # 1 at a class that saturates its row, else 0
+    sharpest = log_p[min(log_p)]
+    if sharpest.amax().item() > SATURATED:
+        top = sharpest.gt_(SATURATED)  # 1 at a class that saturates its row, else 0
         grad.addcmul_(top, grad.sum(dim, keepdim=True), value=-1.0)
     grad = grad.transpose(dim, 1)
     clear_forbidden(grad, rows, student, slice(None))
@@ -185,16 +192,22 @@ def _sum(x: Tensor, ones: Tensor | None) -> Tensor:
     return x.sum(0) if ones is None else ones @ x
 
 
-def _log_probabilities(head: LinearHead, temperature: float, dim: int) -> Tensor:
+def _logits(head: LinearHead, dim: int) -> Tensor:
     """[V, N] where `dim`, that of the classes, is 0; else [N, V]."""
     dtype = compute_dtype(head.hidden)
     hidden, weight = cast(head.hidden, dtype), cast(head.weight, dtype)
     logits = multiply(weight, hidden.t()) if dim == 0 else multiply(hidden, weight.t())
     if head.bias is not None:
         logits.add_(cast(head.bias, dtype).clamp_min(FINITE_MINIMUM).unsqueeze(1 - dim))
-    if temperature != 1.0:
-        logits.div_(temperature)
-    return torch.log_softmax(logits, dim)
+    return logits
+
+
+def _log_softmax(logits: Tensor, temperature: float, dim: int) -> Tensor:
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim)
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1.0 else x * factor
 
 
 def _powers(logarithms: Tensor) -> Tensor:
