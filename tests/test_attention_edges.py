@@ -101,6 +101,21 @@ def test_a_head_that_is_off_does_not_read_what_overflows() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(x.sum(), query)[0][:, 0] for x in (output, expected)))
 
 
+@pytest.mark.parametrize("shape", LENGTHS)
+def test_the_logarithm_of_no_mass_sends_nothing_back(shape: str) -> None:
+    """Its gradient is inf, or NaN, where the mass is 0 because nothing is there: as for the kernels."""
+    layout = layout_of(shape)
+    query, key, value = leaves(layout)
+    prior = torch.tensor([0.0, -torch.inf]) if shape != "ragged" else None
+    mass = attend(query, key, value, layout, log_prior=prior).mass
+    assert bool((mass == 0).any())
+    losses = [mass.log().sum(), -(mass * mass.log()).nansum()]
+    if shape == "ragged":
+        losses.append(fusedmm.modality_partials(query, key, value, layout).lse.logsumexp(-1).sum())
+    for loss in losses:
+        assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (query, key), retain_graph=True))
+
+
 def test_nan_in_one_row_does_not_hide_that_another_needs_its_peak() -> None:
     """A row of NaN that sees nothing of a modality is as good as blind: it must not make up for one that is too far."""
     layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([2]), torch.tensor([[6, 5]]))

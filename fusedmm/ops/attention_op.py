@@ -215,6 +215,10 @@ def _eager_backward(
 ) -> Gradients:
     inputs = problem.eager_inputs(query, key, value)
     groups = inputs.groups()
+    # Of what sees nothing the mass is 0 and lse -inf, from which a logarithm or a difference sends NaN.
+    grad_mass, grad_lse = (
+        None if g is None else g.masked_fill(torch.isneginf(lse), 0.0) for g in (grad_mass, grad_lse)
+    )
     if problem.output_gate is None and eager_small.fits(inputs, problem.softmax, groups):
         small = eager_small.backward(inputs, groups[0], grad_output, grad_mass, mass, lse, kept)
         return *small[:3], *_wanted(small[3:], mass, needs), query.new_empty((0,))
