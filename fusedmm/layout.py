@@ -302,7 +302,8 @@ class ModalityLayout(TensorTree, static=("num_modalities", "names")):
 
     def _leading_key_slots(self, lengths: Sequence[int]) -> Tensor:
         segment = self.key_segments()
-        starts = torch.tensor([sum(lengths[:index]) for index in range(len(lengths))], device=segment.device)
+        starts = torch.tensor([sum(lengths[:index]) for index in range(len(lengths))])
+        starts = starts.to(segment.device, non_blocking=True)  # the GPU is not waited for
         position = torch.arange(self.total_k, device=segment.device) - self.cu_seqlens_k[segment]
         return (
             torch.div(segment, self.num_modalities, rounding_mode="floor") * sum(lengths)

@@ -94,13 +94,15 @@ def lookback_tensor(op: str, layout: "ModalityLayout", lookback: int | Sequence[
         raise TypeError(
             f"{op}: lookback must be int64, got {type(lookback).__name__}. Use int(lookback), in the unit of the times."
         )
-    window = torch.as_tensor(lookback)
+    device = layout.cu_seqlens_k.device
+    # A number is written there: a copy from the host's memory would wait for all that the GPU still has to do.
+    window = torch.full((), lookback, device=device) if isinstance(lookback, int) else torch.as_tensor(lookback)
     check_dtype(op, "lookback", window, (torch.int64,), ". Use lookback.to(torch.int64).")
     if window.ndim > 1 or (window.ndim == 1 and window.shape[0] != layout.num_modalities):
         raise ShapeError(
             f"{op}: lookback must be an int or have shape [modality={layout.num_modalities}], got {list(window.shape)}."
         )
-    return window.to(layout.cu_seqlens_k.device).clamp_min(0).expand(layout.num_modalities)
+    return window.to(device, non_blocking=True).clamp_min(0).expand(layout.num_modalities)
 
 
 def _sorted_within_segments(layout: "ModalityLayout", key_time: Tensor) -> bool:

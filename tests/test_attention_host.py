@@ -1,6 +1,7 @@
 """What a call of the Triton path does on the host, kernels aside: few operators, and none that waits for the GPU."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedmm
 from fusedmm.ops import attention_op
+from fusedmm.visibility import lookback_tensor
 
 pytest.importorskip("triton")
 
@@ -101,6 +103,15 @@ def test_nothing_waits_for_the_gpu(
     names = {name.removeprefix("aten::") for name in operators.names}
     assert {"fusedmm::attention_forward", "fusedmm::attention_backward"} <= names
     assert names.isdisjoint(WAITS)
+
+
+def test_a_look_back_is_written_where_it_is_needed() -> None:
+    """A copy from the host would wait for the GPU."""
+    layout = SimpleNamespace(cu_seqlens_k=torch.empty(4, dtype=torch.int32, device="meta"), num_modalities=3)
+    with Operators() as operators:
+        window = lookback_tensor("op", layout, 7)
+    assert (window.device.type, window.dtype, list(window.shape)) == ("meta", torch.int64, [3])
+    assert {"aten::_to_copy", "aten::copy_", "aten::lift_fresh"}.isdisjoint(operators.names)
 
 
 def test_a_forward_calls_few_operators(device: torch.device, no_kernels: None) -> None:

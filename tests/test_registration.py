@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import library
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -72,7 +73,7 @@ def test_compiles_to_one_graph_with_equal_gradients(impl: str, device: torch.dev
 
 @pytest.mark.parametrize("timed", [False, True])
 def test_new_lengths_and_times_do_not_recompile(timed: bool, device: torch.device) -> None:
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
     for step, lengths in enumerate([(3, 0, 5), (7, 2, 5), (9, 9, 1), (11, 4, 6), (2, 30, 8)]):
