@@ -53,7 +53,8 @@ def _compare(key: tuple[str, str, str], was: Result, now: Result) -> list[Change
         clocks = f"clocks {was.clock_mhz} and {now.clock_mhz} MHz"
         return [Change(key, "not comparable", f"{clocks} differ by more than 5 %")]
     if was.sizes != now.sizes:
-        return [Change(key, "not comparable", "the case has another size")]
+        changed = [f"{name} {was.sizes.get(name)} -> {x}" for name, x in now.sizes.items() if was.sizes.get(name) != x]
+        return [Change(key, "not comparable", f"sizes differ: {', '.join(changed)}")]
     times = f"{was.median_ms:.4g} -> {now.median_ms:.4g} ms"
     assert was.p20_ms is not None
     assert was.p80_ms is not None

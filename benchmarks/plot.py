@@ -49,7 +49,9 @@ def run(out: Path) -> int:
 
 def speed_and_memory(timed: Measured, file: Path) -> None:
     """Time and peak memory of forward and backward (of the forward, for scores), as multiples of this project's."""
-    cases = [case for case in dict.fromkeys(case for case, _, _ in timed) if not case.startswith("scaling/")]
+    cases = [
+        case for case in dict.fromkeys(case for case, _, _ in timed) if not case.startswith(("scaling/", "overheads/"))
+    ]
     cases = [case for case in cases if any((case, mode, "fusedmm") in timed for mode in ("both", "forward"))]
     looks = _looks(timed, cases)
     figure, axes = _figure(1, 2, width=10, height=1.6 + 0.24 * len(cases))

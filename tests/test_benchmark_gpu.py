@@ -17,10 +17,11 @@ from torch.overrides import TorchFunctionMode
 from benchmarks import isolate, plot, readme, results, roofline, targets, timing
 from benchmarks.cases import attention, attention_peers, builders
 from benchmarks.command import main
+from benchmarks.overheads import Overheads
 from benchmarks.telemetry import Reading, Telemetry
 from benchmarks.timing import throttles
 
-CUDA = torch.device("cuda")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MHZ, WATTS = 1755, 650_000
 
 
@@ -384,11 +385,13 @@ def test_every_page_and_figure_can_be_made_from_gpu_results(
             rows.append(replace(blank, case=name, mode=mode, variant="flex", status="failed", reason="it broke"))
     whole = replace(blank, case="attention/tiny", mode="all", variant="fusedmm", status="out of memory", reason="big")
     rows = [row for row in rows if row.case != "attention/tiny"] + [whole]
-    results.append(tmp_path / "results.jsonl", [run, *rows])
+    overheads = [replace(row, run="1") for row in Overheads(CPU, Telemetry(CPU), "1", 0.01).rows()]
+    results.append(tmp_path / "results.jsonl", [run, *rows, *overheads])
     monkeypatch.setattr(results, "RESULTS", tmp_path / "kept")
     (kept,) = results.keep(tmp_path / "results.jsonl")
     assert kept.name == "nvidia-h200.jsonl"
     assert plot.run(tmp_path) == 0
+    assert "overheads" not in (tmp_path / "speed-and-memory.svg").read_text()
     assert {file.stem for file in tmp_path.glob("*.svg")} == set(plot.FIGURES)
     many = {("case", "both", f"peer {place}"): (run, blank) for place in range(30)}
     assert len({tuple(look.values()) for look in plot._looks(many, ["case"]).values()}) == 30
