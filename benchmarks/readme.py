@@ -273,7 +273,10 @@ def _static_row(row: Row) -> str:
 
 def _machine(found: Latest) -> str:
     listed = [run for (case, _, _), (run, _) in found.items() if not case.startswith("scaling/")]
-    run = max(listed or [run for run, _ in found.values()], key=lambda run: run.began)
+    listed = listed or [run for run, _ in found.values()]
+    run = max(listed, key=lambda run: run.began)
+    commits = len({run.commit for run in listed})
     threads = f", {run.threads} thread{'s' * (run.threads > 1)}" if run.threads else ""
     software = f"torch {run.versions['torch']}, triton {run.versions['triton']}"
-    return f"{run.device}{threads}, {software}, commit {run.commit}, {run.began[:10]}"
+    newest = f" (the newest of {commits})" if commits > 1 else ""
+    return f"{run.device}{threads}, {software}, commit {run.commit}{newest}, {run.began[:10]}"

@@ -252,10 +252,14 @@ def committed(kind: str) -> Iterator[tuple[Run, list[Result]]]:
 
 
 def latest(kind: str) -> dict[tuple[str, str, str], tuple[Run, Result]]:
-    """The newest committed result of every case, mode and variant on a kind of device."""
+    """The newest committed result of every case, mode and variant on a kind of device: on that of the newest run, since
+    rows of several devices say nothing beside each other.
+    """
     found: dict[tuple[str, str, str], tuple[Run, Result]] = {}
-    for run, results in sorted(committed(kind), key=lambda pair: pair[0].began):
-        found.update({result.key: (run, result) for result in results})
+    runs = sorted(committed(kind), key=lambda pair: pair[0].began)
+    for run, results in runs:
+        if run.device == runs[-1][0].device:
+            found.update({result.key: (run, result) for result in results})
     return found
 
 

@@ -279,6 +279,18 @@ def test_runs_are_kept_once_in_the_file_of_their_device(tmp_path: Path, monkeypa
     assert results.read(kept) == results.read(file)
 
 
+def test_rows_of_two_devices_do_not_share_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    for day, device in enumerate(("H100", "H200", "H200"), 1):
+        began = f"2026-01-0{day}T00:00:00Z"
+        facts = {"torch": "2", "triton": "3"}
+        run = Run(began, device, "cuda", began, f"commit{day}", "x", facts, 0, None, 132, 1.0, {"bfloat16": 1.0})
+        results.append(tmp_path / f"{device}.jsonl", [run, replace(RESULT, run=began, case=f"case{day}")])
+    found = results.latest("cuda")
+    assert [key[0] for key in found] == ["case2", "case3"]
+    assert readme._machine(found) == "H200, torch 2, triton 3, commit commit3 (the newest of 2), 2026-01-03"
+
+
 SASS = """
 .section .text.kernel,"ax"
 .L_x_0:
