@@ -19,10 +19,10 @@ def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
 
     @wraps(backward)
     def run(*arguments: Any) -> Gradients:
+        if not torch.is_grad_enabled():  # no create_graph
+            return backward(*arguments)
         with torch.no_grad():
             gradients = backward(*arguments)
-        if not torch.is_grad_enabled():  # no create_graph
-            return gradients
         refuse: Callable[..., Any] = torch._C._functions.DelayedError(
             b"second derivatives of fusedmm's operators are not there: their backward is first_order", len(gradients)
         )
