@@ -216,3 +216,23 @@ def test_transforms_of_torch_func_give_the_same_gradients() -> None:
     torch.testing.assert_close(torch.func.grad(of_partials)(plain[0]), expected)
     with pytest.raises(RuntimeError, match="second derivatives of fusedmm's operators are not there"):
         torch.func.grad(lambda x: torch.func.grad(loss)(x, *plain[1:], layout).sum())(plain[0])
+
+
+def test_second_derivatives_towards_an_input_are_refused_beside_other_paths() -> None:
+    """The gate leads to the query around the operator: what it gives alone would pass for the whole."""
+    layout = make_layout(3, 4)
+    query, key, value, _ = leaves(layout)
+    gate = torch.sigmoid(query[..., :2])
+    output = fusedmm.gated_multimodal_attention(query, key, value, layout, gate=gate).output
+    (first,) = torch.autograd.grad(output.sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives of fusedmm's operators are not there"):
+        torch.autograd.grad(first.square().sum(), query)
+
+
+def test_a_graph_of_the_gradient_under_checkpointing_unpacks_once() -> None:
+    layout = make_layout(3, 4)
+    tensors = leaves(layout)
+    (expected,) = torch.autograd.grad(loss(*tensors, layout), tensors[0])
+    value = checkpoint(loss, *tensors, layout, use_reentrant=False)
+    (found,) = torch.autograd.grad(value, tensors[0], create_graph=True)
+    torch.testing.assert_close(found, expected)

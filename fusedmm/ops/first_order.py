@@ -10,22 +10,37 @@ from torch import Tensor
 Gradients = tuple[Tensor | None, ...]
 
 
+class _Unpacked:
+    """A ctx whose saved tensors are asked for once: activation checkpointing gives them no second time."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+        self.saved_tensors: tuple[Tensor | None, ...] = ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
 def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """Refuse second derivatives of a backward without autograd's knowledge.
 
     `torch.autograd.function.once_differentiable` refuses them only where the gradient from upstream requires one: that
-    of a plain sum does not, and a penalty on what comes back would be a constant without a word.
+    of a plain sum does not, and a penalty on what comes back would be a constant without a word. And it ties them to
+    nothing: `torch.autograd.grad` towards an input passes by what does not lead to it, and gives what other paths give.
     """
 
     @wraps(backward)
-    def run(*arguments: Any) -> Gradients:
+    def run(ctx: Any, *upstream: Any) -> Gradients:
         if not torch.is_grad_enabled():  # no create_graph
-            return backward(*arguments)
+            return backward(ctx, *upstream)
+        ctx = _Unpacked(ctx)
         with torch.no_grad():
-            gradients = backward(*arguments)
+            gradients = backward(ctx, *upstream)
+        given = (*gradients, *(x for x in (*ctx.saved_tensors, *upstream) if x is not None and x.requires_grad))
         refuse: Callable[..., Any] = torch._C._functions.DelayedError(
-            b"second derivatives of fusedmm's operators are not there: their backward is first_order", len(gradients)
+            b"second derivatives of fusedmm's operators are not there: their backward is first_order", len(given)
         )
-        return cast(Gradients, refuse(*(None if g is None else g.detach().requires_grad_() for g in gradients)))
+        leaves = (None if g is None else g.detach().requires_grad_() for g in gradients)
+        return cast(Gradients, refuse(*leaves, *given[len(gradients) :])[: len(gradients)])
 
     return run
