@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fusedmm.heads import LinearHead
 from fusedmm.ops.distillation import distillation_scores
 from fusedmm.ops.partials import ModalityPartials, leave_one_out, merge_modalities
-from fusedmm.shapes import ShapeError, as_number
+from fusedmm.shapes import ShapeError, as_number, check_shapes
 
 MEASURES = ("kl", "squared_error")
 
@@ -87,16 +87,23 @@ def modality_scores(
         students = (LinearHead(x.to(head.weight.dtype), head.weight, head.bias) for x in without)
         rows = [distillation_scores(x, teacher, temperature=temperature, impl=impl).forward_kl for x in students]
     elif measure == "kl":
-        logits = head(full)
-        _check_classes(logits.shape[-1])
-        answer = torch.log_softmax(logits.float() / temperature, -1)
-        others = (torch.log_softmax(head(x).float() / temperature, -1) for x in without)
+        logits = _answer(head, full)
+        _check_classes(logits.shape[1])
+        answer = torch.log_softmax(logits / temperature, -1)
+        others = (torch.log_softmax(_answer(head, x) / temperature, -1) for x in without)
         rows = [(answer.exp() * (answer - x)).sum(-1) for x in others]
     else:
-        answer = head(full).float()
-        rows = [(answer - head(x).float()).square().sum(-1) for x in without]
+        answer = _answer(head, full)
+        rows = [(answer - _answer(head, x)).square().sum(-1) for x in without]
     is_absent = (merged.mass == 0).all(1)  # [N, M]: the same answer, but not bit for bit
     return torch.stack(rows, 1).clamp_(min=0.0).masked_fill_(is_absent, 0.0)
+
+
+def _answer(head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """[N, width] to the head's [N, V], float32."""
+    answer = head(x)
+    check_shapes("modality_scores", {"the head's answer": (answer, ("row", "class"))}, {"row": x.shape[0]})
+    return answer.float()
 
 
 def _check_classes(classes: int) -> None:

@@ -65,6 +65,9 @@ def test_bad_input(packed) -> None:
     for head in (nn.Linear(32, 1), nn.Sequential(nn.Linear(32, 1))):  # its softmax never changes: every score were 0
         with pytest.raises(fusedmm.ShapeError, match=r'2 classes or more .* got 1, .* Use measure="squared_error"'):
             fusedmm.modality_scores(partials, head)
+    for measure in ("kl", "squared_error"):
+        with pytest.raises(fusedmm.ShapeError, match=r"the head's answer must have 2 dimensions \[row, class\], got"):
+            fusedmm.modality_scores(partials, lambda x: x[:, None], measure=measure)
     with pytest.raises(TypeError, match=r"head must be an nn\.Linear or another callable, got NoneType"):
         fusedmm.modality_scores(partials, None)
     with pytest.raises(ValueError, match="temperature must be positive, got 0"):
