@@ -139,6 +139,13 @@ def test_libraries_that_run_on_a_cpu(distribution: str, names: tuple[str, ...], 
         assert Gate(case, CPU).check(found[name]).complaints == []
 
 
+def test_the_gate_s_twin_is_one_that_quack_takes() -> None:
+    """Its rows and classes; of classes in multiples of 128 the pipeline that is timed on Hopper."""
+    small = builders("cuda")["distillation/cross-entropy"]().small(CPU)
+    assert small.student.shape[0] % 8 == 0
+    assert small.student_weight.shape[0] % 128 == 0
+
+
 def test_what_an_installed_library_lacks_is_named() -> None:
     from benchmarks.harness import why
 
