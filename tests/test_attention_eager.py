@@ -164,6 +164,20 @@ def test_peaks_are_taken_off_large_samples_too(features: tuple[str, ...], by_hea
 
 
 @needs_onednn
+@pytest.mark.parametrize("features", [(), ("gate",)])
+def test_a_head_that_sees_one_key_of_a_large_sample_has_no_gradient_of_scores(
+    features: tuple[str, ...], by_head: list[str]
+) -> None:
+    example = attention_example(3, [40], [[1, 60]], heads=4, kv_heads=2, features=features)
+    active = torch.tensor([[[True, False], [True, True]] * 2])
+    example = dataclasses.replace(example, tensors={**example.tensors, "active": active})
+    results = run_attention(example, attend)
+    assert bool((results["grad_query"][:, ::2] == 0).all())
+    assert bool((results["grad_query"][:, 1::2] != 0).any())
+    assert "backward_block" in by_head
+
+
+@needs_onednn
 def test_a_gate_that_overflows_beside_exponentials_does_not_beside_probabilities(by_head: list[str]) -> None:
     layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([8]), torch.tensor([[8, 4]]))
     query, key, value = torch.full((8, 1, 16), 2.5), torch.full((12, 1, 16), 2.5), torch.full((12, 1, 16), 3.0)

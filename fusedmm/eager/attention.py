@@ -249,7 +249,7 @@ def backward(
         for number, block in enumerate(attention_heads.blocks(x, group) if by_head else group.blocks):
             token_sums = grad_key, grad_value, number > 0
             if by_head:
-                packed = grad_output, mass, terms.exponent, terms.offset
+                packed = grad_output, mass, terms.exponent, terms.offset, terms.certain
                 results = attention_heads.backward_block(x, group, block, tokens, packed, token_sums)
             else:
                 results = _backward_block(x, softmax, group, block, tokens, grad_output, terms, token_sums)

@@ -97,14 +97,14 @@ def backward_block(
     group: Group,
     block: Block,
     tokens: tuple[Tensor, Tensor],
-    packed: tuple[Tensor, Tensor, Tensor, Tensor],
+    packed: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
     token_sums: tuple[Tensor, Tensor, bool],
 ) -> tuple[Tensor, Tensor | None]:
     """The query's gradient, and by modality the sum of P * R with a gate, else of dz, if anything needs it; writes the
     gradients of keys and values to two buffers [total_k, Hkv, D], or adds them.
 
     Args:
-        packed: gradient of the output, mass, exponent and offset, [total_q, Hq, D or M].
+        packed: gradient of the output, mass, exponent, offset and which rows see a single key, [total_q, Hq, D or M].
     """
     (keys, values), (grad_key, grad_value, add) = tokens, token_sums
     query = x.rows(x.query, group, block)
@@ -133,6 +133,7 @@ def _backward_head(
     mass: Tensor,
     exponent: Tensor,
     offset: Tensor,
+    certain: Tensor | None,
     gate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Of a key head, the gradients of query [G * n, D] and key [k, D] without their scale, of value [k, D], and the
@@ -160,6 +161,8 @@ def _backward_head(
         for part, share, scale, start in zip(columns, shares, group.factors(gate), offsets, strict=True):
             part.mul_(scale).addcmul_(share, start)
             share.mul_(scale)
+    if certain is not None:  # of all modalities alike
+        products.masked_fill_(certain[:, :1].bool(), 0.0)
     grad_query, grad_key = linear(key.mT, products).mT, linear(products.mT, query.mT)
     return grad_query, grad_key, linear(probabilities.mT, gradient.mT), sums
 
