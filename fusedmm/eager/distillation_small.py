@@ -125,7 +125,7 @@ def scores(
     holds them, costs more calls than it saves.
     """
     classes, rows = student.weight.shape[0], student.hidden.shape[0]
-    scale, unit = 0.5 * LOG2_E / objective.temperature, 2 / LOG2_E  # 2 ** log is the root of a probability
+    scale, unit = 0.5 * LOG2_E / objective.temperature, 2 / LOG2_E  # 2 ** log is the root of a power
     logs = student.hidden.new_empty((classes, 2 * rows), dtype=compute_dtype(student.hidden))
     log_p, log_t = logs.chunk(2, 1)
     _few_logits(student, scale, out=log_p)
@@ -138,7 +138,8 @@ def scores(
     root_most = most.sqrt()
     probabilities.mul_(most)
     roots.mul_(root_most)
-    logs.add_(root_most.log2_())
+    offsets = root_most.log2_()  # of logarithms of roots of probabilities from `logs`
+    (confidence, teacher_confidence), (offset, teacher_offset) = most.chunk(2), offsets.chunk(2)
     p, t = probabilities.chunk(2, 1)
     root_p, root_t = roots.chunk(2, 1)
     if labels is not None:
@@ -147,15 +148,15 @@ def scores(
     root_t.sub_(root_p)
     torch.sub(t, p, out=root_p)
     square, distance = _sum(roots.mul_(roots), ones).chunk(2)
-    entropy, teacher_entropy = _sum(torch.mul(probabilities, logs, out=roots), ones).mul_(-unit).chunk(2)
+    entropy, teacher_entropy = _sum(torch.mul(probabilities, logs, out=roots), ones).add_(offsets).mul_(-unit).chunk(2)
     ratio = log_t.sub_(log_p)
     torch.mul(p, ratio, out=root_p)
     torch.mul(t, ratio, out=root_t)
     reverse, forward = _sum(roots, ones).chunk(2)
-    confidence, teacher_confidence = most.chunk(2)
+    gap = torch.div(teacher_confidence, confidence).log2_()  # more exact than a difference of offsets, and twice that
     fields = {
-        "forward_kl": forward.mul_(unit),
-        "reverse_kl": reverse.mul_(-unit),
+        "forward_kl": forward.add_(gap, alpha=0.5).mul_(unit),
+        "reverse_kl": reverse.add_(gap, alpha=0.5).mul_(-unit),
         "hellinger": distance.mul_(0.5),  # 1 - sum sqrt(p t), without cancellation
         "student_entropy": entropy,
         "teacher_entropy": teacher_entropy,
@@ -171,9 +172,9 @@ def scores(
         flat.index_fill_(0, index, -torch.inf)
         fields |= {
             "margin": (label - log_p.amax(0)).mul_(unit),
-            "excess_loss": (teacher_label - label).mul_(unit),
-            "student_nll": label.mul_(-unit),
-            "teacher_nll": teacher_label.mul_(-unit),
+            "student_nll": (nll := label.add_(offset).mul_(-unit)),
+            "teacher_nll": (teacher_nll := teacher_label.add_(teacher_offset).mul_(-unit)),
+            "excess_loss": nll - teacher_nll,
             "el2n": torch.addcmul(squares, others, others).sqrt_(),
         }
     return fields
