@@ -82,7 +82,7 @@ def one_rank() -> Iterator[None]:
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("timed", [False, True])
 def test_fsdp2_casts_what_the_batch_holds(timed: bool) -> None:
-    """Its mixed precision puts every argument together anew; that it warns of no view is the filter's doing."""
+    """Its mixed precision puts every argument together anew; a view among the results would warn, which is an error."""
     torch.manual_seed(0)
     stack = Stack()
     query, batch = example(4, 3, 5, timed=timed)

@@ -194,7 +194,7 @@ class GatedMultimodalAttention(nn.Module):
         """
         batch = MultimodalBatch.of(query, tokens, self.modalities, **options)
         packed = batch.pack_query(query, self.embed_dim)
-        self._check_dtype("query", packed, self.query_proj)
+        self._check_dtypes(packed, batch)
         log_prior, gate = self.modality_gate(packed)
         output_gate = None if self.output_gate_proj is None else self._heads(self.output_gate_proj(packed))
         result = gated_multimodal_attention(
@@ -245,7 +245,7 @@ class GatedMultimodalAttention(nn.Module):
         """
         batch = MultimodalBatch.of(query, tokens, self.modalities, **options)
         packed = batch.pack_query(query, self.embed_dim)
-        self._check_dtype("query", packed, self.query_proj)
+        self._check_dtypes(packed, batch)
         log_prior, gate = self.modality_gate(packed)
         open_share = None if self.output_gate_proj is None else self.output_gate_proj(packed).sigmoid()
         scores = modality_scores(
@@ -275,18 +275,25 @@ class GatedMultimodalAttention(nn.Module):
         projected: Tensor = self.out_proj(x)
         return projected
 
-    def _check_dtype(self, argument: str, x: Tensor, layer: nn.Module) -> None:
-        """Say what to do where a plain layer cannot multiply ``x``: what replaces it, an adapter or a quantised layer,
-        knows itself what it takes.
+    def _check_dtypes(self, query: Tensor, batch: MultimodalBatch) -> None:
+        """Say what to do where a plain layer cannot multiply what it is given: what replaces one, an adapter or a
+        quantised layer, knows itself what it takes.
         """
-        if type(layer) is nn.Linear and not torch.is_autocast_enabled(x.device.type):
-            advice = ". Cast it to the dtype of the weights, cast the module, or use torch.autocast."
-            check_dtype("GatedMultimodalAttention", argument, x, (layer.weight.dtype,), advice)
+        layer = self.query_proj
+        if type(layer) is not nn.Linear:
+            return
+        wanted = layer.weight.dtype
+        if all(x.dtype == wanted for x in (query, *batch.tokens.values())):
+            return
+        given: dict[str, tuple[Tensor, nn.Module]] = {"query": (query, layer)}
+        given |= {f"tokens[{name!r}]": (x, self.key_proj[name]) for name, x in batch.tokens.items()}
+        for argument, (x, own) in given.items():
+            if type(own) is nn.Linear and not torch.is_autocast_enabled(x.device.type):
+                advice = ". Cast it to the dtype of the weights, cast the module, or use torch.autocast."
+                check_dtype("GatedMultimodalAttention", argument, x, (own.weight.dtype,), advice)
 
     def _keys_values(self, batch: MultimodalBatch) -> tuple[Tensor, Tensor]:
         """Project every modality's tokens and put them in the layout's order: [total_k, Hkv, D] each."""
-        for name, tokens in batch.tokens.items():
-            self._check_dtype(f"tokens[{name!r}]", tokens, self.key_proj[name])
         key, value = (
             self._heads(
                 torch.cat([proj[name](tokens) for name, tokens in batch.tokens.items()]).index_select(

@@ -154,7 +154,8 @@ class MultimodalBatch(TensorTree):
         ValueError where query and batch are on two devices.
         """
         check_tensor(OP, "query", query)
-        check_device(OP, {"the batch": self.layout.cu_seqlens_q, "query": query})
+        if query.device != self.key_source.device:
+            check_device(OP, {"the batch": self.key_source, "query": query})
         if query.ndim == 3 and not query.is_nested and tuple(query.shape[:2]) != self.query_shape:
             raise ShapeError(
                 f"{OP}: query must have the shape that the batch was built with, {list(self.query_shape)}, got "
@@ -176,7 +177,7 @@ class MultimodalBatch(TensorTree):
             flat = packed.new_zeros((self.query_shape[0] * self.query_shape[1], *packed.shape[1:]))
             rows = flat.index_copy(0, self.query_slots, packed)
         # no view to autograd, as of a matmul: FSDP2 wants none from what it shards
-        restored: Tensor = torch.ops.aten._unsafe_view(rows, [*self.query_shape, *packed.shape[1:]])
+        restored: Tensor = torch.ops.aten._unsafe_view.default(rows, (*self.query_shape, *packed.shape[1:]))
         return restored
 
 
