@@ -7,7 +7,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from benchmarks import (
     roofline,
     static_command,
     targets,
+    warm,
 )
 from benchmarks.against import ROUNDS, Against, against, is_commit
 from benchmarks.cases import Builder, builders
@@ -375,6 +376,35 @@ def _overheads(words: list[str]) -> int:
     return int(any(row.status not in (results.TIMED, "skipped") for row in found))
 
 
+def _warm(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks warm", description=warm.__doc__)
+    parser.add_argument("cases", nargs="*", help="names of cases, or parts of them; default: all for the device")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--quick", action="store_true", help="only what a run with --quick needs")
+    parser.add_argument("--without", nargs="+", default=[], help="not these variants")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; 1: all in this one")
+    args = parser.parse_args(words)
+    kind = _kind(args.device)
+    if kind == "cuda" and not torch.cuda.is_available():
+        print("benchmarks: nothing to warm up: no CUDA device here. On one, run ci/gpu.", file=sys.stderr)
+        return 2
+    cases = {}
+    for name, build in _chosen(kind, args.cases, None, quick=args.quick).items():
+        with suppress(ImportError):
+            cases[name] = build()
+    if args.jobs > 1:
+        cost = {name: plan.estimate_s(case, 0.0, quick=args.quick, energy=False) for name, case in cases.items()}
+        cost = {name: seconds for name, seconds in cost.items() if seconds}  # --quick leaves out the others
+        options = ["--device", kind, "--jobs", "1", *["--quick"] * args.quick]
+        without = ["--without", *args.without] if args.without else []
+        command = [sys.executable, "-m", "benchmarks", "warm", *options, *without, "--"]
+        return warm.side_by_side(cost, command, args.jobs)
+    compiling = plan.compiled_quickly() if args.quick else None
+    for case in cases.values():
+        warm.once(case, torch.device(kind), args.without, compiling)
+    return 0
+
+
 def _wheels(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="ci/wheels", description=peers.__doc__)
     parser.add_argument("--group", default="default")
@@ -384,6 +414,7 @@ def _wheels(words: list[str]) -> int:
 
 
 COMMANDS = {
+    "warm": (_warm, "what a run would compile, compiled side by side before it"),
     "static": (_static, "registers, spills and modelled share of every kernel, compiled without a GPU"),
     "compare": (_compare, "what got slower or larger from one result file to another"),
     "overheads": (_overheads, "host time, CUDA graphs, metadata, recompilation"),

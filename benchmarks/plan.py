@@ -34,10 +34,10 @@ RIVALS = {
     ("distillation/cross-entropy", "quack"): "quack-kernels",
 }
 SHARING = ("flex+mask",)  # what it compiles, another variant of its case has compiled
-# Assumed until a run on a GPU says otherwise.
+# Assumed until a run on a GPU says otherwise, from caches that `benchmarks.warm` has filled.
 START_S = 20.0
-VARIANT_S = 1.0
-COMPILE_S = 20.0
+VARIANT_S = 0.5
+COMPILE_S = 6.0  # of what torch.compile traces anew
 
 
 def ordered(names: Iterable[str], measured: Collection[str] = ()) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import compare, peers, plot, readme, results
+from benchmarks import compare, peers, plot, readme, results, warm
 from benchmarks.against import Against, over_rounds
 from benchmarks.case import Case, Prepared, Unavailable, Variant
 from benchmarks.cases import attention, attention_paths, attention_peers, builders, scaling
@@ -78,6 +79,31 @@ def test_every_variant_and_mode_gets_a_row() -> None:
         ("broken", "forward"): "failed",
     }
     assert next(row.reason for row in rows if row.variant == "broken") == "RuntimeError: it broke"
+
+
+def test_warming_up_calls_what_will_be_timed_and_times_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    def variant(name: str, *, compiles: bool = False) -> Variant:
+        def prepare(x: Tensor) -> Prepared:
+            called.append(name)
+            return doubled(x)
+
+        return Variant(name, prepare, compiles=compiles)
+
+    found = [variant("fusedmm"), variant("left-out"), variant("slow", compiles=True), variant("wanted", compiles=True)]
+    monkeypatch.setattr("benchmarks.timing.time_once", None)
+    warm.once(toy(*found, Variant("broken", broken)), CPU, {"left-out"}, {("toy", "wanted")})
+    assert called == ["fusedmm", "fusedmm", "wanted", "wanted"]  # the gate's twin, and the problem
+
+
+def test_cases_are_warmed_up_side_by_side_in_shares_of_one_cost(tmp_path: Path) -> None:
+    cost = {"long": 9.0, "a": 3.0, "b": 3.0, "c": 2.0}
+    assert warm.divided(cost, 2) == [["long"], ["a", "b", "c"]]
+    command = [sys.executable, "-c", f"import sys; open('{tmp_path}/' + sys.argv[-1], 'w'); sys.exit('c' in sys.argv)"]
+    assert warm.side_by_side(cost, command, 3) == 1  # that of a and c
+    assert {file.name for file in tmp_path.iterdir()} == {"long", "b", "c"}
+    assert warm.side_by_side({"a": 1.0}, command, 3) == 0
 
 
 @pytest.mark.parametrize(("room_alone", "status"), [(True, "timed"), (False, "out of memory")])

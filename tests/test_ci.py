@@ -81,7 +81,7 @@ def test_the_gpu_tests_come_first_and_the_choice_of_kernels_last(gpu: ModuleType
     args = argparse.Namespace(workers=2, conformance=Path("oracle"), quick=True, only=None)
     found = gpu.steps(args, Path("out"))
     seeds = [f"conformance seed {seed}" for seed in range(3)]
-    names = ["tests", "Hopper tests", *seeds, "overheads", "benchmarks", "choice of kernels"]
+    names = ["tests", "Hopper tests", *seeds, "compiling", "overheads", "benchmarks", "choice of kernels"]
     assert [step.name for step in found] == names
     assert not [word for step in found for word in step.command if word.startswith("tests/") and not exists(word)]
     assert exists(gpu.HOPPER)
@@ -93,7 +93,10 @@ def test_the_gpu_tests_come_first_and_the_choice_of_kernels_last(gpu: ModuleType
     args.quick = True
     for step in found:
         if step.command[1:3] == ["-m", "benchmarks"]:
-            assert main([*step.command[3:], "--list"] if "paths" not in step.command else ["paths", "none"]) in (0, 2)
+            words = step.command[3:]
+            assert main(
+                ["paths", "none"] if "paths" in words else words if "warm" in words else [*words, "--list"]
+            ) in (0, 2)
     args.only = ["conformance", "choice"]
     assert [step.name for step in gpu.steps(args, Path("out"))] == [*seeds, "choice of kernels"]
 
@@ -125,10 +128,9 @@ def test_the_quick_plan_needs_no_gpu_and_less_than_ten_minutes(gpu: ModuleType) 
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Hopper tests, at most" in done.stdout
-    assert "all, at most 540 s" in done.stdout
+    assert "all, at most 580 s" in done.stdout
     (limit,) = (line for line in done.stdout.splitlines() if line.startswith("benchmarks, at most"))
-    assert float(done.stdout.split("an estimated ")[1].split()[0]) < 540
-    assert float(limit.split()[3]) > 200
+    assert float(done.stdout.split("an estimated ")[1].split()[0]) <= float(limit.split()[3])  # every row is filled
 
 
 def test_wheels_are_unpacked_offline_and_found(
