@@ -388,8 +388,12 @@ def _warm(words: list[str]) -> int:
     if kind == "cuda" and not torch.cuda.is_available():
         print("benchmarks: nothing to warm up: no CUDA device here. On one, run ci/gpu.", file=sys.stderr)
         return 2
+    chosen = _chosen(kind, args.cases, None, quick=args.quick)
+    if not chosen:
+        print(f"benchmarks: no case for {kind} contains {', '.join(args.cases)}. See --list.", file=sys.stderr)
+        return 2
     cases = {}
-    for name, build in _chosen(kind, args.cases, None, quick=args.quick).items():
+    for name, build in chosen.items():
         with suppress(ImportError):
             cases[name] = build()
     if args.jobs > 1:
