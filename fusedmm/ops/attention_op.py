@@ -326,6 +326,6 @@ _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 _library.impl("attention_forward", _autograd_forward, "Autograd")
 for _operator in (torch.ops.fusedmm.attention_forward, torch.ops.fusedmm.attention_backward):
-    library.register_vmap(_operator.default, transforms.once_an_example(_operator.default), lib=_library)
+    library.register_vmap(_operator.default, transforms.sequential_vmap(_operator.default), lib=_library)
 library.register_fake("fusedmm::attention_forward", _fake_forward, lib=_library)
 library.register_fake("fusedmm::attention_backward", _fake_backward, lib=_library)

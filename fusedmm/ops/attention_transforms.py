@@ -1,6 +1,8 @@
-"""The attention under the transforms of `torch.func`: what `fusedmm.ops.attention_op` registers, once more as functions
-that `grad`, `vjp`, `jacrev` and `vmap` of them can take apart. They want everything that is saved to be an argument, so
-what a small problem would keep is computed again; `vmap` calls the operators once an example.
+"""The attention under the transforms of `torch.func`: the operators of `fusedmm.ops.attention_op` as autograd functions
+that `grad`, `vjp`, `jacrev` and `vmap` can take apart.
+
+A transform wants everything that is saved to be an input or an output, so what a small problem would keep for its
+backward is computed again. `vmap` calls the operators once for each example.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TENSORS = 13  # leading arguments of fusedmm::attention_forward that are tensors, or None; the first six have gradients
+from fusedmm.ops.first_order import NO_SECOND_DERIVATIVES
+
+NUM_TENSORS = 13  # leading arguments of fusedmm::attention_forward, tensors or None; the others are settings
 
 
-def once_an_example(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule of `torch.vmap` for an operator with several results."""
+def sequential_vmap(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule of `torch.vmap` for an operator with several results: a call for each example."""
 
     def rule(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         results = []
@@ -37,20 +41,18 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-        ctx.settings = inputs[TENSORS:]
-        ctx.partials = "partials" in ctx.settings
-        ctx.save_for_backward(*inputs[:TENSORS], *output)
-        ctx.mark_non_differentiable(output[1] if ctx.partials else output[2])
+        ctx.settings = inputs[NUM_TENSORS:]
+        ctx.is_partials = "partials" in ctx.settings
+        ctx.save_for_backward(*inputs[:NUM_TENSORS], *output)
+        ctx.mark_non_differentiable(output[1] if ctx.is_partials else output[2])
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, grad_mass: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-        inputs, results = ctx.saved_tensors[:TENSORS], ctx.saved_tensors[TENSORS:]
-        upstream = (grad_output, None, grad_lse) if ctx.partials else (grad_output, grad_mass, None)
+        inputs, results = ctx.saved_tensors[:NUM_TENSORS], ctx.saved_tensors[NUM_TENSORS:]
+        upstream = (grad_output, None, grad_lse) if ctx.is_partials else (grad_output, grad_mass, None)
         needs = ctx.needs_input_grad
         found = _Backward.apply(*upstream, *results, needs[3], needs[4], *inputs, *ctx.settings)  # type: ignore[no-untyped-call]
-        gradients = [
-            g if x is not None and needed else None for g, x, needed in zip(found, inputs, needs, strict=False)
-        ]
+        gradients = [g if needed else None for g, needed in zip(found, needs, strict=False)]
         return *gradients, *(None for _ in needs[len(gradients) :])
 
 
@@ -69,4 +71,4 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError("second derivatives of fusedmm's operators are not there: their backward is first_order")
+        raise RuntimeError(NO_SECOND_DERIVATIVES)

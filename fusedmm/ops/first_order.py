@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 Gradients = tuple[Tensor | None, ...]
+NO_SECOND_DERIVATIVES = "second derivatives of fusedmm's operators are not there: their backward is first_order"
 
 
 class _Unpacked:
@@ -22,11 +23,11 @@ class _Unpacked:
 
 
 def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """Refuse second derivatives of a backward without autograd's knowledge.
+    """Refuse second derivatives of a backward that autograd cannot see into.
 
     `torch.autograd.function.once_differentiable` refuses them only where the gradient from upstream requires one: that
-    of a plain sum does not, and a penalty on what comes back would be a constant without a word. And it ties them to
-    nothing: `torch.autograd.grad` towards an input passes by what does not lead to it, and gives what other paths give.
+    of a plain sum does not, and a penalty on what comes back would silently be a constant. And it ties the gradients
+    to no input: `torch.autograd.grad` towards one would return what other paths give as if that were all.
     """
 
     @wraps(backward)
@@ -37,9 +38,7 @@ def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
         with torch.no_grad():
             gradients = backward(ctx, *upstream)
         given = (*gradients, *(x for x in (*ctx.saved_tensors, *upstream) if x is not None and x.requires_grad))
-        refuse: Callable[..., Any] = torch._C._functions.DelayedError(
-            b"second derivatives of fusedmm's operators are not there: their backward is first_order", len(given)
-        )
+        refuse: Callable[..., Any] = torch._C._functions.DelayedError(NO_SECOND_DERIVATIVES.encode(), len(given))
         leaves = (None if g is None else g.detach().requires_grad_() for g in gradients)
         return cast(Gradients, refuse(*leaves, *given[len(gradients) :])[: len(gradients)])
 
