@@ -1,7 +1,7 @@
 """What a kernel became: compiles a `KernelSpec` ahead of time, without a GPU, and reads its machine code.
 
-Registers, spills, shared memory and main loops of NVIDIA SASS (sm_80, sm_90, sm_100); the resource block only of AMD
-code objects (gfx942: no instructions are read there).
+Registers, spills, shared memory and main loops of NVIDIA SASS (sm_80 to sm_120); the resource block only of AMD code
+objects (gfx942: no instructions are read there).
 Run it in a process without ``TRITON_INTERPRET``. One compilation takes 0.3 to 5 s.
 """
 
@@ -16,8 +16,9 @@ from typing import Any
 from benchmarks.machine_code import Function, Loop, parse_sass
 from fusedmm.kernels.launch import LAUNCH_OPTIONS, KernelSpec
 
-SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-MAX_WARPS = {"sm_80": 64, "sm_90": 64, "sm_100": 64}
+SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # that a program may take
+SHARED_BYTES = {arch: kib << 10 for arch, kib in SHARED_KIB.items()}
+MAX_WARPS = {"sm_80": 64, "sm_86": 48, "sm_90": 64, "sm_100": 64}
 REGISTERS_PER_SM = 65536
 TENSOR_COLUMNS = 512  # of an SM's tensor memory, where there is one
 

@@ -94,11 +94,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def is_tabled(arch: str, name: str) -> bool:
-    """Whether the committed table lists a kernel: bfloat16 everywhere, float32 on Hopper.
+    """Whether the committed table lists a kernel: bfloat16 everywhere, float32 on Hopper, and of sm_86 the
+    configurations that sm_80 has not.
 
     float16 differs from bfloat16 in the type of its instructions only; the table would be thrice as long. The
     warp-specialised kernels, which have no register to spare, are listed with both.
     """
+    if arch == "sm_86" and specs(arch)[name].config == specs("sm_80")[name].config:
+        return False
     return ("fp16" not in name or "hopper" in name) and ("fp32" not in name or arch == "sm_90")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 # Options of every launch. A product and a sum become one instruction: Triton's default until 3.9, which warns where a
 # launch does not say so, because a later version will round twice.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
@@ -128,5 +128,16 @@ def device_arch(device: torch.device) -> str:
         return "sm_90"
     if torch.version.hip is not None:
         return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+    return capability_arch(*torch.cuda.get_device_capability(device))
+
+
+def capability_arch(major: int, minor: int) -> str:
+    """Name of the tuning table for NVIDIA's compute capability: sm_86's, whose programs ask for the least, for all that
+    have no other.
+
+    8.6, 8.9 and 12.x have 99 KiB of shared memory a program, where 8.0 and 8.7 have 163 and the others 227, and 12.x
+    multiplies as they do (``mma.sync``): it has neither wgmma nor tensor memory.
+    """
+    if major == 8:
+        return "sm_80" if minor in (0, 7) else "sm_86"
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_86")

@@ -18,11 +18,11 @@ import triton
 
 from benchmarks import results, static_command
 from benchmarks.cases import attention, distillation
-from benchmarks.compiled import KernelReport, read_compiled
+from benchmarks.compiled import SHARED_BYTES, KernelReport, read_compiled
 from benchmarks.results import Result, Run
 from benchmarks.static import Row, faults, read_rows, specs, worsened
 from benchmarks.static_command import problems
-from fusedmm.kernels.launch import ARCHITECTURES, LAUNCH_OPTIONS, LaunchConfig
+from fusedmm.kernels.launch import ARCHITECTURES, LAUNCH_OPTIONS, LaunchConfig, capability_arch
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 48
@@ -44,6 +44,14 @@ SPILLING = {
         "attention_forward[per_modality,plain,d256,bf16]",
     }
 }
+
+# Most shared memory among the passes of attention that have tiles of their own on sm_86, and of distillation.
+LARGEST = (
+    "attention_forward[joint,gated,d256,bf16]",
+    "attention_backward_query_spans[joint,many,timed,d256,bf16]",
+    "attention_backward_query_spans[joint,gated,d256,fp32]",
+    "distillation_gradient[forward_kl,heads,labels,bf16]",
+)
 
 ROW = Row(
     arch="sm_90",
@@ -199,6 +207,42 @@ def test_programs_share_tensor_memory(columns: int, programs: int) -> None:
     """512 columns a multiprocessor: a program waits until its own are free, however many registers are."""
     report = KernelReport("x", "sm_100", 128, 128, (), 0, columns, 0, 0, ())
     assert report.ctas_per_sm == programs
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [
+        *(((8, 0), "sm_80"), ((8, 7), "sm_80"), ((9, 0), "sm_90")),
+        *(((10, 0), "sm_100"), ((10, 3), "sm_100"), ((11, 0), "sm_100")),
+        *(((8, 6), "sm_86"), ((8, 9), "sm_86"), ((12, 0), "sm_86"), ((12, 1), "sm_86")),
+    ],
+)
+def test_a_gpu_takes_the_tiles_that_it_can_hold(capability: tuple[int, int], arch: str) -> None:
+    assert capability_arch(*capability) == arch
+
+
+def test_what_sm_86_takes_of_sm_80_fits_its_shared_memory() -> None:
+    """The table lists of sm_86 only what differs: of the rest the rows of sm_80 tell."""
+    own = specs("sm_86")
+    taken = [r for r in table(PINNED) if r.arch == "sm_80" and r.config == own[r.name].config.chosen()]
+    assert len(taken) > 100
+    assert [row.name for row in taken if row.shared > SHARED_BYTES["sm_86"]] == []
+
+
+@pytest.mark.parametrize("capability", [89, 120])
+def test_the_tiles_of_sm_86_fit_the_gpus_that_share_them(capability: int) -> None:
+    """The largest of each pass, compiled: no more shared memory than 8.6 has, no spills."""
+    script = f"""
+from dataclasses import replace
+from benchmarks.compiled import SHARED_BYTES, analyse
+from benchmarks.static import specs
+for name in {LARGEST}:
+    report = analyse(replace(specs("sm_86")[name], arch="sm_{capability}"))
+    assert (report.spills, report.shared_bytes <= SHARED_BYTES["sm_86"]) == (0, True), report
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_no_target_may_spill_in_a_main_loop() -> None:

@@ -12,22 +12,26 @@ from fusedmm.kernels.launch import LaunchConfig
 
 MAX_REGISTERS = 255  # of a thread; where nothing is said the compiler may make room for another program, and spill
 # (pass, bytes of an element): {arch: {BLOCK_D: (BLOCK_Q, BLOCK_K, num_warps, num_stages)}}, with the most registers of
-# a thread behind them where the compiler is not to choose; a smaller head uses the 64.
+# a thread behind them where the compiler is not to choose; a smaller head uses the 64. sm_86, which speaks for 8.6, 8.9
+# and 12.x, lists what it takes in place of sm_80's: that would ask for more than 99 KiB, or spill on 12.x.
 _TABLE: dict[tuple[str, int], dict[str, dict[int, tuple[int, ...]]]] = {
     ("forward", 2): {
         "sm_80": {64: (128, 32, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
+        "sm_86": {64: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
         "sm_90": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
         "sm_100": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
         "gfx942": {64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)},
     },
     ("key_value", 2): {
         "sm_80": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 1)},
+        "sm_86": {128: (64, 64, 8, 2)},
         "sm_90": {64: (64, 64, 4, 3), 128: (32, 128, 8, 2), 256: (32, 32, 8, 2)},
         "sm_100": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
         "gfx942": {64: (32, 64, 4, 1), 128: (32, 64, 4, 1), 256: (16, 64, 8, 1)},
     },
     ("query", 2): {
         "sm_80": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 2)},
+        "sm_86": {64: (64, 32, 4, 2, MAX_REGISTERS)},
         "sm_90": {64: (64, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
         "sm_100": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2, MAX_REGISTERS)},
         "gfx942": {64: (128, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)},
@@ -36,6 +40,7 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, tuple[int, ...]]]] = {
     # which costs sm_90 what the rows save.
     ("forward few", 2): {
         "sm_80": {64: (64, 64, 4, 3), 128: (32, 128, 4, 2), 256: (64, 64, 8, 2)},
+        "sm_86": {64: (64, 32, 4, 3, MAX_REGISTERS), 256: (64, 32, 8, 2)},
         "sm_90": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
         "sm_100": {64: (64, 64, 4, 3, MAX_REGISTERS), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
         "gfx942": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (64, 16, 4, 1)},
@@ -70,6 +75,7 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, tuple[int, ...]]]] = {
     # terms of their own, takes fewer queries.
     ("forward spans", 2): {
         "sm_80": {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+        "sm_86": {64: (32, 32, 4, 2, MAX_REGISTERS), 128: (32, 32, 4, 2), 256: (32, 32, 4, 2)},
         "sm_90": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
         "sm_100": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (64, 64, 8, 2)},
         "gfx942": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (64, 16, 4, 1)},
@@ -82,6 +88,7 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, tuple[int, ...]]]] = {
     },
     ("query spans", 2): {
         "sm_80": {64: (64, 32, 8, 2), 128: (64, 32, 4, 2), 256: (64, 16, 8, 2)},
+        "sm_86": {64: (32, 32, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 4, 2)},
         "sm_90": {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
         "sm_100": {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
         "gfx942": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)},
@@ -100,6 +107,7 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, tuple[int, ...]]]] = {
     },
     ("query spans", 4): {
         "sm_80": {64: (32, 32, 8, 2), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
+        "sm_86": {256: (16, 16, 4, 2)},
         "sm_90": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 4, 2)},
         "sm_100": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
         "gfx942": {64: (32, 16, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
@@ -156,11 +164,16 @@ def _tiles(
     """(BLOCK_Q, BLOCK_K, num_warps, num_stages) of a pass, and the most registers where they are given: of the first
     variant in use that has its own, if any."""
     size = max(64, block_d)
+    table = _TABLE[which, dtype.itemsize]
+    if arch == "sm_86":
+        if own := table.get(arch, {}).get(size):
+            return own
+        arch = "sm_80"
     if dtype.itemsize == 2:
         for variant in (name for name, is_used in (variants or {}).items() if is_used):
             if own := _VARIANTS.get((variant, which, arch, size)):
                 return own
-    return _TABLE[which, dtype.itemsize][arch][size]
+    return table[arch][size]
 
 
 def _attention_forward_config(

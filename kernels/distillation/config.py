@@ -15,7 +15,7 @@ from fusedmm.kernels.launch import LaunchConfig
 
 Pass = Literal["scores", "loss", "mixture", "gradient", "mixture_gradient", "top_sweep", "top_gradient"]
 
-MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 ROW_TILE = 4096
 MIN_SPLIT = 64  # classes: a state of 22 numbers stays small beside them
 ROW_GROUP = 16  # row blocks that run together: 25 MB of hidden states of 6144 dimensions, half of H200's L2
@@ -74,9 +74,9 @@ def _config(
 def row_threads(arch: str) -> int:
     """Threads that share a row of 16 columns of an accumulator.
 
-    4 of one warp; on sm_80 4 of each of two warps; on sm_100 one, as tensor memory gives a row to a thread.
+    4 of one warp; on sm_80 and sm_86 4 of each of two warps; on sm_100 one, as tensor memory gives a row to a thread.
     """
-    return {"sm_80": 8, "sm_100": 1}.get(arch, 4)
+    return {"sm_80": 8, "sm_86": 8, "sm_100": 1}.get(arch, 4)
 
 
 def vocabulary_splits(arch: str, num_rows: int, num_classes: int, config: LaunchConfig) -> int:
