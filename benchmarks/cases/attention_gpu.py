@@ -189,56 +189,22 @@ def _merged(problem: Problem, call: Varlen) -> Prepared:
 def flex(problem: Problem, *, count_mask: bool = False) -> Prepared:
     """FlexAttention, compiled: one call where nothing about modalities is asked for, else one for each and a merge.
 
-    Its LSE has a gradient, so the merge has one too. Keys then lie by modality, which leaves a quarter fewer blocks of
-    short segments to visit. Building the block masks is timed where ``count_mask``. What tells one mask from another is
-    in tensors that its function captures: in its code, each would be compiled anew.
+    Its LSE has a gradient, so the merge has one too. Building the block masks is timed where ``count_mask``.
     """
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     layout, kind = problem.example.layout, problem.example.softmax
-    modalities = layout.num_modalities
-    total_q, total_k = layout.total_q, layout.total_k
-    if not total_k:
+    if not layout.total_k:
         raise Unavailable("flex_attention refuses empty keys")
-    segments = layout.key_segments()
-    sample_of_query, sample_of_key = layout.query_samples(), segments // modalities
-    modality_of_key = segments % modalities
-    visibility = layout.visibility
     run: Any = torch.compile(flex_attention, dynamic=False)
     join: Any = torch.compile(merge, dynamic=False)
     build: Any = torch.compile(create_block_mask, dynamic=False)
-
-    def mask_function(
-        chosen: Tensor | None = None, first: Tensor | None = None, last: Tensor | None = None
-    ) -> Callable[..., Tensor]:
-        def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            seen = sample_of_query[q] == sample_of_key[k]
-            if chosen is not None:
-                seen = seen & (modality_of_key[k] == chosen)
-            if first is not None and last is not None:
-                seen = seen & (k >= first[q]) & (k < last[q])
-            return seen
-
-        return mask
-
     places = _switched_on(problem) if problem.asks_mass else []
-    order = None if visibility is None else visibility.key_order
-    if places:
-        by_modality = torch.argsort(modality_of_key, stable=True)
-        starts = layout.cu_seqlens_k[:-1].long()
-        moved = by_modality.argsort()[starts.clamp_max(total_k - 1)] - starts  # of each segment, rows down the keys
-        moved = moved.view(-1, modalities)[sample_of_query]
-        sample_of_key, modality_of_key = sample_of_key[by_modality], modality_of_key[by_modality]
-        order = by_modality if order is None else order[by_modality]
-    functions = [] if places else [mask_function()]
-    for place in places:
-        ranges = (
-            [] if visibility is None else [(x + moved[:, place]).int() for x in visibility.ranges[:, place].unbind(-1)]
-        )
-        functions.append(mask_function(torch.tensor(place, device=segments.device), *ranges))
+    functions, order = _flex_masks(layout, places)
+    sizes, device = (None, None, layout.total_q, layout.total_k), str(layout.cu_seqlens_k.device)
 
     def masks() -> list[Any]:
-        return [build(mask, None, None, total_q, total_k, device=str(segments.device)) for mask in functions]
+        return [build(mask, *sizes, device=device) for mask in functions]
 
     made = masks()
 
@@ -258,6 +224,46 @@ def flex(problem: Problem, *, count_mask: bool = False) -> Prepared:
         pairs = [run(q, k, v, block_mask=mask, enable_gqa=gqa, return_aux=AuxRequest(lse=True)) for mask in blocks]
         outputs = [output[0].transpose(0, 1) for output, _ in pairs]
         lses = [aux.lse[0].transpose(0, 1).clamp_min(NOTHING) for _, aux in pairs]
-        return join(outputs, lses, log_prior, gate, places, modalities, kind)  # type: ignore[no-any-return]
+        return join(outputs, lses, log_prior, gate, places, layout.num_modalities, kind)  # type: ignore[no-any-return]
 
     return prepare(problem, attention, order)
+
+
+def _flex_masks(layout: ModalityLayout, places: Sequence[int]) -> tuple[list[Callable[..., Tensor]], Tensor | None]:
+    """Who sees which key, a function for each modality of ``places``, or without them one for all; and the order
+    [total_k] in which keys then lie, None where it is the layout's.
+
+    Keys of several calls lie by modality, which leaves a quarter fewer blocks of short segments to visit. What tells
+    one mask from another is in tensors that its function captures: in its code, each would be compiled anew.
+    """
+    segments, visibility, modalities = layout.key_segments(), layout.visibility, layout.num_modalities
+    sample_of_query, sample_of_key = layout.query_samples(), segments // modalities
+    modality_of_key = segments % modalities
+    order = None if visibility is None else visibility.key_order
+
+    def function(
+        chosen: Tensor | None = None, first: Tensor | None = None, last: Tensor | None = None
+    ) -> Callable[..., Tensor]:
+        def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            seen = sample_of_query[q] == sample_of_key[k]
+            if chosen is not None:
+                seen = seen & (modality_of_key[k] == chosen)
+            if first is not None and last is not None:
+                seen = seen & (k >= first[q]) & (k < last[q])
+            return seen
+
+        return mask
+
+    if not places:
+        return [function()], order
+    by_modality = torch.argsort(modality_of_key, stable=True)
+    starts = layout.cu_seqlens_k[:-1].long()
+    moved = by_modality.argsort()[starts.clamp_max(layout.total_k - 1)] - starts  # of each segment, rows down the keys
+    moved = moved.view(-1, modalities)[sample_of_query]
+    sample_of_key, modality_of_key = sample_of_key[by_modality], modality_of_key[by_modality]
+    functions = []
+    for place in places:
+        ranges = [] if visibility is None else visibility.ranges[:, place].unbind(-1)
+        bounds = [(x + moved[:, place]).int() for x in ranges]
+        functions.append(function(torch.tensor(place, device=segments.device), *bounds))
+    return functions, by_modality if order is None else order[by_modality]
