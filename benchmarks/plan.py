@@ -1,9 +1,11 @@
-"""In which order cases run, and how long they should take: what the targets ask for comes first."""
+"""Which cases run, in which order, and how long they should take: what the targets ask for comes first."""
 
 from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 
-from benchmarks import targets
+from benchmarks import results, targets
 from benchmarks.case import Case
+from benchmarks.cases import Builder, builders
 from benchmarks.peers import missing
 from benchmarks.telemetry import ENERGY_SECONDS
 
@@ -40,6 +42,24 @@ VARIANT_S = 0.5
 COMPILE_S = 6.0  # of what torch.compile traces anew
 
 
+def chosen(kind: str, wanted: Sequence[str], seen: Path | None, *, quick: bool) -> dict[str, Builder]:
+    """Cases by name, or by a part of it where there is none of that name, in the order in which they run: quickly means
+    what has no row first, neither a committed one nor one in the file ``seen``.
+    """
+    known = builders(kind)
+    names = {name for word in wanted for name in ([word] if word in known else [n for n in known if word in n])}
+    measured = {case for case, _, _ in results.latest(kind)} if quick else set()
+    if seen is not None and seen.exists():
+        measured |= {row.case for row in results.read(seen)[1]}
+    asked = (name for name in known if name in names or not wanted)
+    return {name: known[name] for name in ordered(asked, measured)}
+
+
+def no_case(kind: str, wanted: Sequence[str]) -> str:
+    """The message where `chosen` finds none."""
+    return f"benchmarks: no case for {kind} contains {', '.join(wanted)}. See --list."
+
+
 def ordered(names: Iterable[str], measured: Collection[str] = ()) -> list[str]:
     """Names in the order in which they should run: first what has not been ``measured``, then `FIRST`, then what a
     target needs.
@@ -60,8 +80,8 @@ def estimate_s(case: Case, seconds: float, *, quick: bool, energy: bool) -> floa
     compiling = [variant.name for variant in case.variants if variant.compiles]
     plain = len(case.variants) - len(compiling)
     modes = len(case.modes) + case.launch_bound * sum(mode != "backward" for mode in case.modes)
-    chosen = compiled_quickly() if quick else {(case.name, name) for name in compiling}
-    compiled = sum((case.name, name) in chosen and name not in SHARING for name in compiling)
+    wanted = compiled_quickly() if quick else {(case.name, name) for name in compiling}
+    compiled = sum((case.name, name) in wanted and name not in SHARING for name in compiling)
     measured = modes * (seconds + energy * (plain + compiled) * ENERGY_SECONDS)
     return measured + plain * VARIANT_S + compiled * COMPILE_S
 

@@ -5,20 +5,59 @@ A kernel takes seconds of one core to compile and a case has dozens of them: one
 short run. No time is taken here, and what fails costs nothing: the run that follows says why.
 """
 
+import argparse
 import gc
 import os
 import subprocess
+import sys
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch._functorch import config as functorch
 
+from benchmarks import plan
 from benchmarks.case import Case, Variant
 from benchmarks.gate import Gate
 from benchmarks.harness import call_of, quiet, usable
+from benchmarks.run_command import add_device, device_kind, is_missing
 
-# of a process that shares the cores with the others
-SINGLE = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+SINGLE = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # of processes that share the cores
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("cases", nargs="*", help="names of cases, or parts of them; default: all for the device")
+    add_device(parser)
+    parser.add_argument("--quick", action="store_true", help="only what a run with --quick needs")
+    parser.add_argument("--without", nargs="+", default=[], help="not these variants")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; 1: all in this one")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; 1 where a process did not end well, 2 where there is nothing to warm up."""
+    kind = device_kind(args.device)
+    if is_missing(kind, "nothing to warm up"):
+        return 2
+    chosen = plan.chosen(kind, args.cases, None, quick=args.quick)
+    if not chosen:
+        print(plan.no_case(kind, args.cases), file=sys.stderr)
+        return 2
+    cases = {}
+    for name, build in chosen.items():
+        with suppress(ImportError):
+            cases[name] = build()
+    if args.jobs > 1:
+        cost = {name: plan.estimate_s(case, 0.0, quick=args.quick, energy=False) for name, case in cases.items()}
+        cost = {name: seconds for name, seconds in cost.items() if seconds}  # --quick leaves out the others
+        options = ["--device", kind, "--jobs", "1", *["--quick"] * args.quick]
+        without = ["--without", *args.without] if args.without else []
+        command = [sys.executable, "-m", "benchmarks", "warm", *options, *without, "--"]
+        return side_by_side(cost, command, args.jobs)
+    compiling = plan.compiled_quickly() if args.quick else None
+    for case in cases.values():
+        once(case, torch.device(kind), args.without, compiling)
+    return 0
 
 
 def side_by_side(cost: Mapping[str, float], command: Sequence[str], jobs: int) -> int:
@@ -36,7 +75,7 @@ def side_by_side(cost: Mapping[str, float], command: Sequence[str], jobs: int) -
 
 
 def divided(cost: Mapping[str, float], jobs: int) -> list[list[str]]:
-    """Names in ``jobs`` lists of about the same cost: the dearest first, each to the list that has cost least."""
+    """Names in ``jobs`` lists of about the same cost: longest first, each to the shortest list."""
     lists: list[list[str]] = [[] for _ in range(jobs)]
     spent = [0.0] * jobs
     for name in sorted(cost, key=lambda name: -cost[name]):
