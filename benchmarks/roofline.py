@@ -1,6 +1,5 @@
 """The ceilings that a share is a share of, measured in the same run: copying memory, and one large matrix product."""
 
-import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,10 +39,10 @@ def name_of(dtype: torch.dtype) -> str:
 def seconds(call: Callable[[], object], device: torch.device) -> float:
     """Median time of a call, device included, after a warm-up: an idle GPU takes a while to raise its clock."""
     deadline = time.monotonic() + (WARM_S if device.type == "cuda" else 0.0)
-    for warmed in itertools.count():
-        if warmed >= 2 and time.monotonic() > deadline:
-            break
+    warmed = 0
+    while warmed < 2 or time.monotonic() < deadline:
         time_once(call, device)
+        warmed += 1
     return median(time_once(call, device) for _ in range(REPEATS)) / 1e3
 
 

@@ -6,6 +6,7 @@ Queries of all samples stand one after another, and so do keys: sample-major, mo
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import cast
 
 import torch
@@ -54,6 +55,7 @@ class ModalityLayout(TensorTree, static=("num_modalities", "names")):
     max_segments_k: tuple[int, ...] = field(default=(), repr=False)
     query_tiles: Tensor = field(default=cast(Tensor, None), repr=False)
     key_tiles: Tensor = field(default=cast(Tensor, None), repr=False)
+    # Of `from_masks`: flat places of the tokens among the padded ones, and the padded lengths.
     _query_slots: Tensor | None = field(default=None, repr=False)
     _key_slots: Tensor | None = field(default=None, repr=False)
     _padded_q: int | None = field(default=None, repr=False)
@@ -173,8 +175,8 @@ class ModalityLayout(TensorTree, static=("num_modalities", "names")):
         )
         return replace(
             layout,
-            _query_slots=_occupied(q_mask, layout.total_q),
-            _key_slots=_occupied(torch.cat(list(k_masks.values()), 1), layout.total_k),
+            _query_slots=occupied(q_mask, layout.total_q),
+            _key_slots=occupied(torch.cat(list(k_masks.values()), 1), layout.total_k),
             _padded_q=q_mask.shape[1],
             _padded_k=tuple(mask.shape[1] for mask in k_masks.values()),
         )
@@ -302,8 +304,7 @@ class ModalityLayout(TensorTree, static=("num_modalities", "names")):
 
     def _leading_key_slots(self, lengths: Sequence[int]) -> Tensor:
         segment = self.key_segments()
-        starts = torch.tensor([sum(lengths[:index]) for index in range(len(lengths))])
-        starts = starts.to(segment.device, non_blocking=True)  # the GPU is not waited for
+        starts = starts_of(lengths, segment.device)
         position = torch.arange(self.total_k, device=segment.device) - self.cu_seqlens_k[segment]
         return (
             torch.div(segment, self.num_modalities, rounding_mode="floor") * sum(lengths)
@@ -323,9 +324,14 @@ def _largest(segments: Tensor) -> Tensor:
     return torch.cat((segments, segments.new_zeros(1, segments.shape[1]))).amax(0)
 
 
-def _occupied(mask: Tensor, total: int) -> Tensor:
-    """Flat positions of the True entries, in order, without a wait for their number."""
+def occupied(mask: Tensor, total: int | None) -> Tensor:
+    """Flat positions of the True entries, in order, of whose ``total`` the host knows: so nothing waits."""
     return torch.argsort(~mask.flatten(), stable=True)[:total]
+
+
+def starts_of(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """[M] int64, where each of M runs starts that lie one after another; copied to the device without a wait."""
+    return torch.tensor([0, *accumulate(lengths[:-1])]).to(device, non_blocking=True)
 
 
 def _owners(cu_seqlens: Tensor, total: int) -> Tensor:

@@ -10,6 +10,7 @@ from fusedmm.ops.distillation import distillation_scores
 from fusedmm.ops.partials import ModalityPartials, leave_one_out, merge_modalities
 from fusedmm.shapes import ShapeError, as_number, check_shapes
 
+OP = "modality_scores"
 MEASURES = ("kl", "squared_error")
 
 
@@ -61,15 +62,15 @@ def modality_scores(
     Cost: M + 1 evaluations of projection and head, ``2 * N * Hq * M**2 * D`` FLOPs for the outputs without each of M.
     """
     if measure not in MEASURES:
-        raise ValueError(f"modality_scores: measure must be one of {', '.join(map(repr, MEASURES))}, got {measure!r}.")
+        raise ValueError(f"{OP}: measure must be one of {', '.join(map(repr, MEASURES))}, got {measure!r}.")
     if not callable(head):
         raise TypeError(
-            f"modality_scores: head must be an nn.Linear or another callable, got {type(head).__name__}. Pass what "
+            f"{OP}: head must be an nn.Linear or another callable, got {type(head).__name__}. Pass what "
             "maps the attention's output to the answer."
         )
-    temperature = as_number("modality_scores", "temperature", temperature)
+    temperature = as_number(OP, "temperature", temperature)
     if not temperature > 0:
-        raise ValueError(f"modality_scores: temperature must be positive, got {temperature}.")
+        raise ValueError(f"{OP}: temperature must be positive, got {temperature}.")
     merged = merge_modalities(partials, log_prior, gate, softmax)
     full = merged.output.flatten(1)
     without = [x.flatten(1) for x in leave_one_out(partials, log_prior, gate, softmax).unbind(2)]
@@ -77,7 +78,7 @@ def modality_scores(
         full, without = projection(full), [projection(x) for x in without]
     if isinstance(head, nn.Linear) and head.in_features != full.shape[1]:
         raise ShapeError(
-            f"modality_scores: head must take the {full.shape[1]} features of "
+            f"{OP}: head must take the {full.shape[1]} features of "
             f"{'the heads together' if projection is None else 'the projection'}, got {head.in_features}. "
             "Pass the output projection as projection."
         )
@@ -102,13 +103,13 @@ def modality_scores(
 def _answer(head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """[N, width] to the head's [N, V], float32."""
     answer = head(x)
-    check_shapes("modality_scores", {"the head's answer": (answer, ("row", "class"))}, {"row": x.shape[0]})
+    check_shapes(OP, {"the head's answer": (answer, ("row", "class"))}, {"row": x.shape[0]})
     return answer.float()
 
 
 def _check_classes(classes: int) -> None:
     if classes < 2:
         raise ShapeError(
-            f'modality_scores: head must give 2 classes or more for measure="kl", got {classes}, whose softmax never '
+            f'{OP}: head must give 2 classes or more for measure="kl", got {classes}, whose softmax never '
             'changes. Use measure="squared_error" for a regression.'
         )

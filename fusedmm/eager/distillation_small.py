@@ -1,9 +1,10 @@
 """Losses and scores of few logits, all rows at once: there the calls of operators cost more than their passes.
 
-PyTorch's fused softmax does in one call what a wave does in five. Of fewer classes than a vector holds it goes number
-by number, unless they are major, so that a vector holds rows. The rest is the same: differences of logarithms are taken
-before they are weighted, and a saturated row's gradient is made to sum to 0. What is not common (soft-caps, padding,
-ignored rows, split classes, temperatures by row) goes the way of the waves.
+For a loss PyTorch's fused softmax does in one call what a wave does in five. Over fewer classes than a vector holds it
+goes number by number, unless they are major, so that a vector holds rows. The rest is as in a wave: differences of
+logarithms are taken before they are weighted, and a saturated row's gradient is made to sum to 0. Scores have the
+formulas of a wave with both heads side by side. What is not common (soft-caps, padding, ignored rows, split classes,
+temperatures by row) is left to the waves.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Products of matrices in the compute dtype: what a distillation on a CPU spends most of its time in.
+"""Products of matrices in the compute dtype: what losses, scores and attention on a CPU spend most of their time in.
 
 MKL, which `torch.mm` calls, runs its widest kernels on its maker's chips only; oneDNN, which PyTorch carries too, uses
 what the chip has: 200 GFLOP/s against 92 on one core of an EPYC (Zen 5). It is asked where the product is large enough
@@ -73,8 +73,8 @@ def has_onednn(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def ones_to_sum(x: Tensor, count: int) -> Tensor | None:
-    """As many ones, of which the product with classes-major logits like `x` is their sum in half the time of a
-    reduction. None where products of float32 are rounded to less at a user's wish: that is a wish for logits.
+    """As many ones: their product with classes-major logits like `x` is the sum over classes, in half the time of a
+    reduction. None where the user lets float32 products round to less, which is meant for logits, not for sums.
     """
     precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
     return None if precision in ("bf16", "tf32") else x.new_ones((count,))

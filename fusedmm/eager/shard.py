@@ -1,4 +1,4 @@
-"""A rank's part of the classes, and the row statistics that ranks must agree on."""
+"""A rank's part of the classes: statistics of rows over those of all ranks, and values at classes by number."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,12 @@ class Shard:
             dist.all_reduce(x, dist.ReduceOp.SUM, group=self.group)
         return x
 
+    def max(self, x: Tensor) -> Tensor:
+        """Maximum over ranks, in place."""
+        if self.group is not None:
+            dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
+        return x
+
     def sums(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """`sum` of each, in one exchange."""
         if self.group is None:
@@ -51,12 +57,6 @@ class Shard:
         every rank forms the same loss of it, so that each has the whole gradient of its own.
         """
         return _Whole.apply(own, self)  # type: ignore[no-any-return, no-untyped-call]
-
-    def max(self, x: Tensor) -> Tensor:
-        """Maximum over ranks, in place."""
-        if self.group is not None:
-            dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
-        return x
 
     def row_sum(self, x: Tensor) -> Tensor:
         """Sum over the classes of all ranks [rows, 1]."""
@@ -100,6 +100,8 @@ class Shard:
 
 
 class _Whole(torch.autograd.Function):
+    """`Shard.whole`: a sum over ranks that hold zeros for one another; backward takes back this rank's part."""
+
     @staticmethod
     def forward(ctx: Any, own: Tensor, shard: Shard) -> Tensor:
         ctx.shape, ctx.count, ctx.mine = own.shape, shard.count, slice(shard.first, shard.first + shard.count)

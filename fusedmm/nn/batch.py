@@ -8,7 +8,7 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from fusedmm.layout import ModalityLayout
+from fusedmm.layout import ModalityLayout, occupied, starts_of
 from fusedmm.shapes import FLOATS, ShapeError, check_device, check_dtype, check_tensor, check_type
 from fusedmm.tree import TensorTree
 
@@ -89,7 +89,7 @@ class MultimodalBatch(TensorTree):
         lookback: int | Mapping[str, int] | None = None,
         active: Tensor | None = None,
     ) -> "MultimodalBatch":
-        """Pack a batch; waits once for the GPU where masks are given.
+        """Pack a batch. Waits for the GPU once, and once more each for masks and for times.
 
         For the layers of one step, which then pack nothing themselves::
 
@@ -150,8 +150,9 @@ class MultimodalBatch(TensorTree):
     def pack_query(self, query: Tensor, width: int | None = None) -> Tensor:
         """[B, Lq, E] or nested to [total_q, E]; packed queries pass.
 
-        ShapeError where B and Lq are not those that the batch was built with, or E is not ``width``, if given;
-        ValueError where query and batch are on two devices.
+        Raises:
+            ShapeError: where B and Lq are not those that the batch was built with, or E is not ``width``, if given.
+            ValueError: where query and batch are on two devices.
         """
         check_tensor(OP, "query", query)
         if query.device != self.key_source.device:
@@ -291,7 +292,7 @@ class _Ragged:
 
     def slots(self, total: int | None) -> Tensor | None:
         """Rows that count, in order; None: all of them."""
-        return None if self.mask is None else torch.argsort(~self.mask.flatten(), stable=True)[:total]
+        return None if self.mask is None else occupied(self.mask, total)
 
 
 def _nested_rows(argument: str, nested: Tensor) -> Tensor:
@@ -346,7 +347,7 @@ def _lookback(lookback: int | Mapping[str, int] | None, modalities: Mapping[str,
 def _key_source(layout: ModalityLayout, lengths: Tensor, totals: list[int]) -> Tensor:
     """Row of each packed key in the concatenation of all modalities' tokens, modality after modality."""
     before = lengths.cumsum(0) - lengths  # [B, M] tokens of the modality in earlier samples
-    starts = torch.tensor([sum(totals[:index]) for index in range(len(totals))], device=lengths.device)
+    starts = starts_of(totals, lengths.device)
     segment = layout.key_segments()
     position = torch.arange(layout.total_k, device=lengths.device) - layout.cu_seqlens_k[segment]
     return (before + starts).flatten()[segment] + position

@@ -56,7 +56,7 @@ def check_patterns(config: TrainConfig, models: Mapping[str, nn.Module]) -> None
             if not any(fnmatchcase(name, pattern) for name in names):
                 parts = ", ".join(sorted({name.partition(".")[0] + ".*" * ("." in name) for name in names}))
                 raise RecipeError(
-                    f"train: train.{key} must match a parameter, got {pattern!r}. There are {parts}; one of them is "
+                    f"train: train.{key} must match a parameter, got {pattern!r}. There are {parts}, such as "
                     f"{names[0]}."
                 )
     for variant, own in parameters.items():
