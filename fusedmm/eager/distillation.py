@@ -1,4 +1,4 @@
-"""Distillation row by row from PyTorch's own operators: the CPU path, and the path of top-k teachers.
+"""Distillation losses, wave by wave, from PyTorch's own operators: the CPU path.
 
 Logits exist for one wave of rows at a time, in memory that the waves share. Passes over them are what costs: a loss
 takes eight to twelve simple ones and one exponential a head, in base 2. Differences of logits are taken before they are

@@ -115,7 +115,7 @@ def write_dataset(directory: Path, info: DatasetInfo, samples: pd.DataFrame, tok
         tokens: for each modality its tokens.
 
     Raises:
-        ValueError: before anything is written, for tokens that are none; what is in the columns, `read_dataset` checks.
+        ValueError: before anything is written, for arrays that do not make tokens. Their values `read_dataset` checks.
     """
     if set(info.modalities) != set(tokens):
         raise ValueError(
@@ -161,7 +161,7 @@ def _token_columns(name: str, tokens: RawTokens) -> pa.Table:
 
 
 def _check_name(name: str, where: str) -> None:
-    """Files and modules are named after a modality."""
+    """Raise `DataFormatError` for what cannot name a file and a submodule, as modalities do."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
         raise DataFormatError(
             f"{where} must name modalities by letters, digits, _ and -, not as a method of torch.nn.ModuleDict, got "
