@@ -16,28 +16,24 @@ ROOT = Path(__file__).resolve().parent.parent
 RESERVE_S = 15.0  # kept back to write the table
 KILL_S = 10.0  # a process whose GPU hangs may take so long to die, or longer: then it is left behind
 NVIDIA_SMI = "nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv,noheader"
-
-
 HOPPER = "tests/test_hopper_numerics.py"
 HOPPER_S = 120.0  # what a kernel that waits for ever may cost
-# what says nothing about kernels on a GPU: it runs in ci/check, on any machine
+# Tests that say nothing about kernels on a GPU, which ci/check runs on any machine, and those of a step of their own.
 ELSEWHERE = (
-    *(
-        "benchmark_gpu",
-        "benchmark_peers",
-        "benchmarks",
-        "ci",
-        "cpu_speed",
-        "docs",
-        "hopper_numerics",
-        "hopper_overlap",
-        "hopper_protocol",
-    ),
-    *("package", "static", "targets"),
+    "benchmark_gpu",
+    "benchmark_peers",
+    "benchmarks",
+    "ci",
+    "cpu_speed",
+    "docs",
+    "hopper_numerics",
+    "hopper_overlap",
+    "hopper_protocol",
+    "package",
+    "static",
+    "targets",
 )
-
-
-# prints what a folder of packages adds to the path
+# Prints what a folder of packages adds to the path
 ADDED = """
 import site, sys
 was = sys.path[:]

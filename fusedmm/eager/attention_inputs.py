@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusedmm.eager.attention_groups import Block, Group, find_groups
 from fusedmm.eager.attention_rows import read_keys, read_rows, write_rows
+from fusedmm.eager.products import compute_dtype
 from fusedmm.philox import keep_mask
 
 LOG2_E = math.log2(math.e)
@@ -38,7 +39,7 @@ class Inputs(NamedTuple):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+        return compute_dtype(self.query)
 
     def groups(self) -> tuple[Group, ...]:
         return find_groups(self.cu_seqlens_q, self.cu_seqlens_k, self.num_modalities, self.active, self.query.shape[1])

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedmm.eager.products import compute_dtype
 from fusedmm.impl import resolve_impl
 from fusedmm.layout import ModalityLayout
 from fusedmm.ops.attention_op import Problem, attention
@@ -301,9 +302,8 @@ def _per_modality_rows(
 ) -> Tensor | None:
     if tensor is None:
         return None
-    wanted = torch.float64 if query.dtype == torch.float64 else torch.float32
     check_dtype(OP, argument, tensor, FLOATS, f". Use {argument}.to(torch.float32).")
-    return check_broadcast(OP, argument, tensor, shape, ("query", "head", "modality")).to(wanted)
+    return check_broadcast(OP, argument, tensor, shape, ("query", "head", "modality")).to(compute_dtype(query))
 
 
 def autocast(op: str, **tensors: Tensor) -> tuple[Tensor, ...]:

@@ -19,6 +19,7 @@ from fusedmm.eager import attention as eager
 from fusedmm.eager import attention_small as eager_small
 from fusedmm.eager.attention_inputs import Inputs
 from fusedmm.eager.attention_small import Kept
+from fusedmm.eager.products import compute_dtype
 from fusedmm.ops import attention_transforms as transforms
 from fusedmm.ops.dispatch import is_transformed, is_watched, without_autocast
 from fusedmm.ops.first_order import first_order
@@ -120,8 +121,7 @@ def _alloc_forward(query: Tensor, problem: Problem) -> Outputs:
     total_q, heads, dim = query.shape
     modalities = problem.num_modalities
     shape = (total_q, heads, modalities, dim) if problem.softmax == "partials" else (total_q, heads, dim)
-    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
-    mass = query.new_empty((total_q, heads, modalities), dtype=statistics)
+    mass = query.new_empty((total_q, heads, modalities), dtype=compute_dtype(query))
     return query.new_empty(shape), mass, torch.empty_like(mass)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedmm.eager.distillation_scores import FIELDS, SECOND_PASS_FIELDS
+from fusedmm.eager.products import compute_dtype
 from fusedmm.eager.shard import Shard
 from fusedmm.heads import Head, LinearHead, Logits, Teacher, TopKLogProbs
 from fusedmm.ops.distillation_autograd import call
@@ -111,7 +112,7 @@ def distillation_scores(
     second_pass = beta is not None and 0.0 < beta < 1.0
     if inputs.impl == "reference":
         fields = reference.scores(*_whole(inputs), num_classes=inputs.shard.total, beta=beta, ignore_index=ignore_index)
-        return _named({name: field.detach().to(_result_dtype(inputs)) for name, field in fields.items()})
+        return _named({name: field.detach().to(compute_dtype(inputs.rows)) for name, field in fields.items()})
     with torch.no_grad():
         problem = problem_of(inputs, beta=0.0 if beta is None else beta, ignore_index=ignore_index)
         given: dict[str, Tensor] = call("distillation_scores", problem, second_pass)
@@ -227,7 +228,7 @@ def distillation_loss(
             ignore_index=ignore_index,
         )
         rows = rows * row_scale
-        return (rows if reduction == "none" else rows.sum()).to(_result_dtype(inputs))
+        return (rows if reduction == "none" else rows.sum()).to(compute_dtype(inputs.rows))
     if all_count and row_weight is None and alpha == 1.0:  # then labels say nothing
         inputs = inputs._replace(labels=None)
     problem = problem_of(inputs, beta=beta, alpha=alpha, label_smoothing=label_smoothing, ignore_index=ignore_index)
@@ -271,7 +272,7 @@ def _row_scale(
     all_count: bool,
 ) -> Tensor:
     """[N] what the loss of every row is multiplied by; 0 where it is ignored."""
-    num_rows, dtype = inputs.rows.shape[0], _result_dtype(inputs)
+    num_rows, dtype = inputs.rows.shape[0], compute_dtype(inputs.rows)
     is_mean = reduction == "mean" and normalizer is None
     if row_weight is None and all_count and not isinstance(normalizer, Tensor):
         return inputs.rows.new_full(
@@ -336,7 +337,3 @@ def _needs(head: Head) -> tuple[bool, bool, bool]:
     if not isinstance(head, LinearHead):
         return head.values.requires_grad, False, False
     return head.hidden.requires_grad, head.weight.requires_grad, head.bias is not None and head.bias.requires_grad
-
-
-def _result_dtype(inputs: Inputs) -> torch.dtype:
-    return torch.float64 if inputs.rows.dtype == torch.float64 else torch.float32

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn import Parameter
 
+from fusedmm.eager.products import compute_dtype
 from fusedmm.eager.shard import Shard
 from fusedmm.heads import Head, LinearHead, Logits, Teacher, TopKLogProbs
 from fusedmm.impl import resolve_impl
@@ -95,14 +96,7 @@ def check_inputs(
     sizes = check_shapes(op, shapes)
     _check_dtypes(op, student, teacher, labels, row_temperature)
     check_device(op, {argument: tensor for argument, (tensor, _) in shapes.items()})
-    if not isinstance(temperature, Tensor) and not 0 < as_number(op, "temperature", temperature) < math.inf:
-        raise ValueError(
-            f"{op}: temperature must be positive and finite, got {temperature}. 1.0 leaves the logits as they are."
-        )
-    if row_temperature is not None and row_temperature.requires_grad:
-        raise ValueError(
-            f"{op}: temperature must not require grad, it is a constant of the loss. Pass temperature.detach()."
-        )
+    _check_temperature(op, temperature)
     shard = _shard(op, student, teacher, sizes, all_classes)
     source = student.source
     resolved = resolve_impl(op, impl, source.device, unsupported=_triton_gaps(student, teacher))
@@ -111,7 +105,7 @@ def check_inputs(
             _PASSED.clear()
         _PASSED[signature] = shard, resolved
     if row_temperature is not None:
-        row_temperature = row_temperature.to(torch.float64 if source.dtype == torch.float64 else torch.float32)
+        row_temperature = row_temperature.to(compute_dtype(source))
     return Inputs(
         student,
         teacher,
@@ -248,6 +242,19 @@ def _check_dtypes(op: str, student: Head, teacher: Teacher, labels: Tensor | Non
         check_dtype(op, "labels", labels, (torch.int64,), ". Use labels.to(torch.int64).")
     if temperature is not None:
         check_dtype(op, "temperature", temperature, FLOATS, ".")
+
+
+def _check_temperature(op: str, temperature: float | Tensor) -> None:
+    """The value of a number; of a tensor, whose values are not read, that nobody wants its gradient."""
+    if isinstance(temperature, Tensor):
+        if temperature.requires_grad:
+            raise ValueError(
+                f"{op}: temperature must not require grad, it is a constant of the loss. Pass temperature.detach()."
+            )
+    elif not 0 < as_number(op, "temperature", temperature) < math.inf:
+        raise ValueError(
+            f"{op}: temperature must be positive and finite, got {temperature}. 1.0 leaves the logits as they are."
+        )
 
 
 def _shard(op: str, student: Head, teacher: Teacher, sizes: dict[str, int], all_classes: int | None) -> Shard:

@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # type: i
 
 from fusedmm.eager import distillation as eager
 from fusedmm.eager import distillation_scores as eager_scores
+from fusedmm.eager.products import compute_dtype
 from fusedmm.eager.shard import Shard
 from fusedmm.heads import Head, LinearHead, Logits, Teacher, TopKLogProbs
 from fusedmm.ops.dispatch import is_watched, without_autocast
@@ -176,18 +177,14 @@ def _backward(
     return eager.loss(*problem[:5], grad_rows.contiguous(), needs)[1]
 
 
-def _statistics_dtype(problem: tuple[Any, ...]) -> torch.dtype:
-    return torch.float64 if problem[0].dtype == torch.float64 else torch.float32
-
-
 def _fake_scores(*arguments: Any) -> Tensor:
     problem, _ = _split(arguments, 1)
     student: Tensor = problem[0]
-    return student.new_empty((len(eager_scores.FIELDS), student.shape[0]), dtype=_statistics_dtype(problem))
+    return student.new_empty((len(eager_scores.FIELDS), student.shape[0]), dtype=compute_dtype(problem[0]))
 
 
 def _fake_rows(*problem: Any) -> tuple[Tensor, Tensor]:
-    rows = problem[0].new_empty((problem[0].shape[0],), dtype=_statistics_dtype(problem))
+    rows = problem[0].new_empty((problem[0].shape[0],), dtype=compute_dtype(problem[0]))
     return rows, rows.new_empty((_saved_statistics(problem), rows.shape[0]))
 
 
@@ -209,7 +206,7 @@ def _fake_gradients(problem: tuple[Any, ...], needs: tuple[bool, ...]) -> Triple
 
 def _fake_fast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem, (_, *needs) = _split(arguments, 4)
-    return problem[0].new_empty((), dtype=_statistics_dtype(problem)), *_fake_gradients(problem, tuple(needs))
+    return problem[0].new_empty((), dtype=compute_dtype(problem[0])), *_fake_gradients(problem, tuple(needs))
 
 
 def _fake_backward(*arguments: Any) -> Triple:
