@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fusedmm
 from benchmarks.cases import attention
+from benchmarks.harness import why
 from benchmarks.results import TIMED, Result, timed
 from benchmarks.telemetry import Telemetry
 from benchmarks.timing import Times, captured, interleave
@@ -62,8 +63,7 @@ class Overheads:
             try:
                 yield from measure(blank)
             except Exception as error:
-                lines = str(error).strip().splitlines() or [""]
-                yield replace(blank, reason=f"{type(error).__name__}: {lines[0][:200]}")
+                yield replace(blank, reason=why(error)[1])
 
     def launch(self, blank: Result) -> Iterator[Result]:
         """Host time of a forward on 1024 keys: the operator, a module around it, and one SDPA call."""
@@ -142,9 +142,7 @@ class Overheads:
         rows, classes, width = (8192, 128256, 4096) if self.device.type == "cuda" else (256, 1024, 64)
         hidden, weight = self._normal(rows, width), self._normal(classes, width)
         logits = hidden @ weight.T
-        calls = {
-            "cublas": lambda: (hidden @ weight.T, hidden @ weight.T, logits @ weight, logits.T @ hidden),
-        }
+        calls = {"cublas": lambda: (hidden @ weight.T, hidden @ weight.T, logits @ weight, logits.T @ hidden)}
         calls["cublas"]()
         found = interleave(calls, self.device, self.seconds, self.telemetry)
         yield replace(timed(blank, found["cublas"]), variant="cublas", sizes={"rows": rows, "classes": classes})

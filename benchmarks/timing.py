@@ -103,7 +103,7 @@ def throttles(seen: str | None, now: str | None) -> str | None:
 def captured(call: Callable[[], T]) -> Callable[[], T]:
     """The call as a CUDA graph that is replayed: what the GPU takes, without the host.
 
-    That a call waits for the GPU is found out before: a capture that fails leaves PyTorch's allocator in a state in
+    Whether a call waits for the GPU is found out first: a capture that fails leaves PyTorch's allocator in a state in
     which no later one succeeds.
 
     Raises:

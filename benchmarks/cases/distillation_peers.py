@@ -106,7 +106,9 @@ def _rows_loss(
     if alpha == 1.0:
         return divergence(logits, teacher @ teacher_weight.T, beta)
     hard = F.cross_entropy(logits.float(), labels, reduction="sum")
-    return hard if alpha == 0.0 else alpha * divergence(logits, teacher @ teacher_weight.T, beta) + (1 - alpha) * hard
+    if alpha == 0.0:
+        return hard
+    return alpha * divergence(logits, teacher @ teacher_weight.T, beta) + (1 - alpha) * hard
 
 
 def eager_loss(problem: Problem, *, compiled: bool = False) -> Prepared:

@@ -148,7 +148,9 @@ def prepare(
 
 @dataclass(frozen=True)
 class Masks:
-    """For `attention_peers.formula`: modality of each key [B, Lk, M], and who is no padding [B, 1, 1, Lk]."""
+    """For `attention_peers.formula`: the modality of each key [B, Lk, M], which keys are no padding [B, 1, 1, Lk], and
+    which queries see nothing: none.
+    """
 
     one_hot: Tensor
     visible: Tensor

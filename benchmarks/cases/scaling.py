@@ -46,7 +46,7 @@ def builders(kind: str) -> dict[str, Callable[[], Case]]:
 
 
 def grid_name(rows: int, classes: int, loss: str) -> str:
-    """Of a point of the grid."""
+    """Name of a grid point's case."""
     return f"scaling/grid-{rows}x{classes}-{loss}"
 
 

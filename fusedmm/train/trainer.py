@@ -203,7 +203,7 @@ class Trainer:
 
     @property
     def seconds(self) -> float:
-        """How long this run has taken so far, the sessions before it went on from a checkpoint included."""
+        """Seconds that this run has taken so far, those before its checkpoint included."""
         return self.progress["seconds"] + time.monotonic() - self._began
 
     def save(self, step: int) -> None:
