@@ -1,4 +1,4 @@
-"""Checks of what a user passes: one helper for shapes, one for dtypes, one for types, one form of error.
+"""Checks of what a user passes: one helper each for shapes, dtypes, devices, types and numbers, one form of error.
 
 Every message reads ``op: argument rule, got value. What to do.`` Nothing here reads a tensor's values, so no check
 waits for a GPU.

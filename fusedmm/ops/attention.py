@@ -79,7 +79,8 @@ def gated_multimodal_attention(
 
     What sees nothing gives output 0, mass 0 and lse -inf, never NaN. Half-precision inputs are multiplied as they are
     and accumulated in float32. Under autocast query, key, value and output_gate are cast to the autocast dtype,
-    log_prior and gate to float32. Deterministic: two runs agree bit for bit.
+    log_prior and gate to float32. Deterministic: two runs agree bit for bit. Differentiable once: the backward of a
+    gradient is refused.
 
     Triton's backward makes P again from a float32 lse, whose rounding shows in float32 gradients of sharp softmaxes;
     half precision rounds its inputs by far more. Where scores have a standard deviation of 100, the value's errs by

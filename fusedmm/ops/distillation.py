@@ -183,7 +183,7 @@ def distillation_loss(
     A head with `group` has its classes split over ranks: every rank must call, gets the same loss, and the gradient of
     hidden is the sum over ranks; O(N) numbers are exchanged, no logits ("reference" gathers the heads). Under
     `torch.autocast` hidden states, weights and biases are taken in its dtype, as `torch.nn.functional.linear` does; all
-    after the matmul is float32.
+    after the matmul is float32. Differentiable once: the backward of a gradient is refused.
 
     Cost: fast ``2 N V (3 Ds + Dt)`` FLOPs with both gradients, without a weight gradient ``2 N V (2 Ds + Dt)``; lean
         ``2 N V (2 Ds + 2 Dt)`` more at most ``2 N V (Ds + Dt)`` for the second pass of 0 < beta < 1. A top-k teacher
@@ -258,7 +258,8 @@ def _check_weights(op: str, inputs: Inputs, row_weight: Tensor | None, normalize
     check_device(op, {"student": inputs.rows, "row_weight": row_weight})
     if row_weight.requires_grad:
         raise ValueError(
-            f"{op}: row_weight must not require grad, it is a constant of the loss. Pass row_weight.detach()."
+            f"{op}: row_weight must not require grad, got one that does: it is a constant of the loss. "
+            "Pass row_weight.detach()."
         )
 
 

@@ -225,7 +225,7 @@ def _check_dtypes(op: str, student: Head, teacher: Teacher, labels: Tensor | Non
             check_dtype(op, f"{role}.log_probs", head.log_probs, FLOATS, ". They are natural logarithms.")
             if head.log_probs.requires_grad:
                 raise ValueError(
-                    f"{op}: {role}.log_probs must not require grad, a top-k teacher is a constant. "
+                    f"{op}: {role}.log_probs must not require grad, got one that does: a top-k teacher is a constant. "
                     "Pass log_probs.detach()."
                 )
         elif isinstance(head, Logits):
@@ -249,7 +249,8 @@ def _check_temperature(op: str, temperature: float | Tensor) -> None:
     if isinstance(temperature, Tensor):
         if temperature.requires_grad:
             raise ValueError(
-                f"{op}: temperature must not require grad, it is a constant of the loss. Pass temperature.detach()."
+                f"{op}: temperature must not require grad, got one that does: it is a constant of the loss. "
+                "Pass temperature.detach()."
             )
     elif not 0 < as_number(op, "temperature", temperature) < math.inf:
         raise ValueError(
