@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fusedmm.eager import distillation_small
+from fusedmm.eager import distillation_scores_small as small
 from fusedmm.eager.distillation import LN_2, LOG2_E, Objective, divergence, with_bucket
 from fusedmm.eager.products import compute_dtype, ones_to_sum
 from fusedmm.eager.shard import Shard, put
@@ -67,14 +67,10 @@ def scores(
     if source.shape[0] == 0 or (counted is not None and counted.shape[0] == 0):
         zeros = source.new_zeros((len(FIELDS), source.shape[0]), dtype=compute_dtype(source))
         return dict(zip(FIELDS, zeros.unbind(), strict=True))
-    if (
-        counted is None
-        and not second_pass
-        and distillation_small.suits_scores(student, teacher, labels, temperature, objective)
-    ):
+    if counted is None and not second_pass and small.suits(student, teacher, labels, temperature, objective):
         assert isinstance(student, LinearHead)
         assert isinstance(teacher, LinearHead)
-        fields = distillation_small.scores(student, teacher, labels, objective)
+        fields = small.scores(student, teacher, labels, objective)
     else:
         fields = _fields_of_waves(student, teacher, labels, temperature, objective, second_pass, counted)
     grad_norm = fields["grad_norm"]

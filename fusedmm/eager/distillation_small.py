@@ -1,10 +1,9 @@
-"""Losses and scores of few logits, all rows at once: there the calls of operators cost more than their passes.
+"""Losses of few logits, all rows at once: there the calls of operators cost more than their passes.
 
-For a loss PyTorch's fused softmax does in one call what a wave does in five. Over fewer classes than a vector holds it
-goes number by number, unless they are major, so that a vector holds rows. The rest is as in a wave: differences of
-logarithms are taken before they are weighted, and a saturated row's gradient is made to sum to 0. Scores have the
-formulas of a wave with both heads side by side. What is not common (soft-caps, padding, ignored rows, split classes,
-temperatures by row) is left to the waves.
+PyTorch's fused softmax does in one call what a wave does in five. Over fewer classes than a vector holds it goes number
+by number, unless they are major, so that a vector holds rows. The rest is as in a wave: differences of logarithms are
+taken before they are weighted, and a saturated row's gradient is made to sum to 0. What is not common (soft-caps,
+padding, ignored rows, split classes, temperatures by row) is left to the waves.
 """
 
 import math
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedmm.eager.products import cast, compute_dtype, multiply, ones_to_sum
+from fusedmm.eager.products import cast, compute_dtype, multiply
 from fusedmm.eager.shard import Shard
 from fusedmm.eager.waves import FEW_CLASSES, FINITE_MINIMUM, WHOLE_ELEMENTS, clear_forbidden
 from fusedmm.heads import LinearHead, Teacher
@@ -36,34 +35,21 @@ def suits(student: Teacher, teacher: Teacher, temperature: Tensor | None, object
     rows, classes = student.hidden.shape[0], student.weight.shape[0]
     return (
         0 < rows * classes <= (FEW_ELEMENTS if classes <= FEW_CLASSES else WHOLE_ELEMENTS)
-        and _is_whole(student, objective.shard)
-        and (objective.alpha == 0.0 or _are_alike(student, teacher, objective.shard))
+        and is_whole(student, objective.shard)
+        and (objective.alpha == 0.0 or are_alike(student, teacher, objective.shard))
     )
 
 
-def suits_scores(
-    student: Teacher, teacher: Teacher, labels: Tensor | None, temperature: Tensor | None, objective: "Objective"
-) -> bool:
-    """Whether `scores` serves this."""
-    if type(student) is not LinearHead or temperature is not None:
-        return False
-    rows, classes = student.hidden.shape[0], student.weight.shape[0]
-    return (
-        0 < rows * classes <= (FEW_ELEMENTS if classes <= FEW_CLASSES else CALL_ELEMENTS)
-        and (objective.temperature == 1.0 or labels is None)
-        and _is_whole(student, objective.shard)
-        and _are_alike(student, teacher, objective.shard)
-    )
-
-
-def _is_whole(head: LinearHead, shard: Shard) -> bool:
+def is_whole(head: LinearHead, shard: Shard) -> bool:
+    """Whether the logits are the product with all rows of the weight, and nothing after it but a bias."""
     return head.softcap is None and shard.group is None and head.weight.shape[0] == shard.count
 
 
-def _are_alike(student: LinearHead, teacher: Teacher, shard: Shard) -> bool:
+def are_alike(student: LinearHead, teacher: Teacher, shard: Shard) -> bool:
+    """Whether the teacher's logits can lie beside the student's."""
     return (
         type(teacher) is LinearHead
-        and _is_whole(teacher, shard)
+        and is_whole(teacher, shard)
         and compute_dtype(teacher.hidden) == compute_dtype(student.hidden)
     )
 
@@ -111,87 +97,6 @@ def loss(
     grad_weight = cast(multiply(grad.t(), cast(hidden, dtype)), hidden.dtype) if needs[1] else empty
     grad_bias = cast(grad.sum(0), hidden.dtype) if needs[2] else empty
     return rows, (grad_input, grad_weight, grad_bias)
-
-
-def scores(
-    student: LinearHead, teacher: LinearHead, labels: Tensor | None, objective: "Objective"
-) -> dict[str, Tensor]:
-    """Fields of `fusedmm.eager.distillation_scores` by name, without a second pass, of rows none of which is ignored;
-    grad_norm without the norm of hidden.
-
-    Classes-major, so that a vector holds rows, the teacher's beside the student's, so that one operator takes both:
-    [V, 2 N]. 4096 rows of 32 classes from 64 features: 34 MFLOP and one pass over 1 MiB of logits, 0.25 ms on a core
-    of an EPYC (Zen 5); this takes 0.95 ms, 0.25 of them in the two matmuls and the rest in some 70 unfused operators.
-    Compiled, where one loop reads the logits once, the same fields take 1.15 ms. Halving the rows, so that L2
-    holds them, costs more calls than it saves.
-    """
-    classes, rows = student.weight.shape[0], student.hidden.shape[0]
-    scale, unit = 0.5 * LOG2_E / objective.temperature, 2 / LOG2_E  # 2 ** log is the root of a power
-    logs = student.hidden.new_empty((classes, 2 * rows), dtype=compute_dtype(student.hidden))
-    log_p, log_t = logs.chunk(2, 1)
-    _few_logits(student, scale, out=log_p)
-    _few_logits(teacher, scale, out=log_t)
-    roots, ones = torch.empty_like(logs), ones_to_sum(logs, classes)
-    best, teacher_best = objective.shard.first_top(logs.t(), roots.t()).chunk(2)
-    torch.exp2(logs, out=roots)
-    probabilities = roots * roots
-    most = _sum(probabilities, ones).reciprocal_()
-    root_most = most.sqrt()
-    probabilities.mul_(most)
-    roots.mul_(root_most)
-    offsets = root_most.log2_()  # of logarithms of roots of probabilities from `logs`
-    (confidence, teacher_confidence), (offset, teacher_offset) = most.chunk(2), offsets.chunk(2)
-    p, t = probabilities.chunk(2, 1)
-    root_p, root_t = roots.chunk(2, 1)
-    if labels is not None:
-        flat, index = logs.view(-1), torch.arange(rows, device=labels.device).add_(labels, alpha=2 * rows)
-        label, teacher_label = flat.index_select(0, index), flat[rows:].index_select(0, index)
-    root_t.sub_(root_p)
-    torch.sub(t, p, out=root_p)
-    square, distance = _sum(roots.mul_(roots), ones).chunk(2)
-    entropy, teacher_entropy = _sum(torch.mul(probabilities, logs, out=roots), ones).add_(offsets).mul_(-unit).chunk(2)
-    ratio = log_t.sub_(log_p)
-    torch.mul(p, ratio, out=root_p)
-    torch.mul(t, ratio, out=root_t)
-    reverse, forward = _sum(roots, ones).chunk(2)
-    gap = torch.div(teacher_confidence, confidence).log2_()  # more exact than a difference of offsets, and twice that
-    fields = {
-        "forward_kl": forward.add_(gap, alpha=0.5).mul_(unit),
-        "reverse_kl": reverse.add_(gap, alpha=0.5).mul_(-unit),
-        "hellinger": distance.mul_(0.5),  # 1 - sum sqrt(p t), without cancellation
-        "student_entropy": entropy,
-        "teacher_entropy": teacher_entropy,
-        "student_confidence": confidence,
-        "teacher_confidence": teacher_confidence,
-        "agreement": (best == teacher_best).to(logs.dtype),
-        "grad_norm": square.sqrt_(),
-    }
-    if labels is not None:
-        probabilities.view(-1).index_fill_(0, index, 0.0)
-        torch.mul(p, p, out=t)
-        others, squares = _sum(probabilities, ones).chunk(2)
-        flat.index_fill_(0, index, -torch.inf)
-        fields |= {
-            "margin": (label - log_p.amax(0)).mul_(unit),
-            "student_nll": (nll := label.add_(offset).mul_(-unit)),
-            "teacher_nll": (teacher_nll := teacher_label.add_(teacher_offset).mul_(-unit)),
-            "excess_loss": nll - teacher_nll,
-            "el2n": torch.addcmul(squares, others, others).sqrt_(),
-        }
-    return fields
-
-
-def _few_logits(head: LinearHead, scale: float, out: Tensor) -> None:
-    """Write `scale` times the logits [V, N], less the largest of each row."""
-    logits = multiply(cast(head.weight, out.dtype) * scale, cast(head.hidden, out.dtype).t())
-    if head.bias is not None:
-        logits.add_((cast(head.bias, out.dtype).clamp_min(FINITE_MINIMUM) * scale)[:, None])
-    torch.sub(logits, logits.amax(0), out=out)
-
-
-def _sum(x: Tensor, ones: Tensor | None) -> Tensor:
-    """Sum over the classes of what is classes-major."""
-    return x.sum(0) if ones is None else ones @ x
 
 
 def _logits(head: LinearHead, dim: int) -> Tensor:
