@@ -47,6 +47,8 @@ def scores(
     holds them, costs more calls than it saves.
     """
     classes, rows = student.weight.shape[0], student.hidden.shape[0]
+    if rows * classes <= CALL_ELEMENTS:
+        return _scores_of_a_call(student, teacher, labels, objective)
     scale, unit = 0.5 * LOG2_E / objective.temperature, 2 / LOG2_E  # 2 ** log is the root of a power
     logs = student.hidden.new_empty((classes, 2 * rows), dtype=compute_dtype(student.hidden))
     log_p, log_t = logs.chunk(2, 1)
@@ -100,6 +102,52 @@ def scores(
             "el2n": torch.addcmul(squares, others, others).sqrt_(),
         }
     return fields
+
+
+def _scores_of_a_call(
+    student: LinearHead, teacher: LinearHead, labels: Tensor | None, objective: "Objective"
+) -> dict[str, Tensor]:
+    """The same of so few logits that half as many operators, each slower, take less time."""
+    logits = torch.stack([_logits(head, objective.temperature) for head in (student, teacher)])
+    logs = torch.log_softmax(logits, -1)
+    probabilities = torch.exp(logs)
+    (log_p, log_t), (p, t) = logs.unbind(), probabilities.unbind()
+    entropy, teacher_entropy = torch.mul(probabilities, logs).sum(-1).neg_().unbind()
+    reverse, forward = torch.mul(probabilities, log_t - log_p).sum(-1).unbind()
+    confidence, teacher_confidence = probabilities.amax(-1).unbind()
+    root_p, root_t = probabilities.sqrt().unbind()
+    best, teacher_best = logits.argmax(-1).unbind()
+    fields = {
+        "forward_kl": forward,
+        "reverse_kl": reverse.neg_(),
+        "hellinger": root_t.sub_(root_p).square_().sum(-1).mul_(0.5),
+        "student_entropy": entropy,
+        "teacher_entropy": teacher_entropy,
+        "student_confidence": confidence,
+        "teacher_confidence": teacher_confidence,
+        "agreement": (best == teacher_best).to(logs.dtype),
+        "grad_norm": torch.linalg.vector_norm(t.sub_(p), dim=-1),
+    }
+    if labels is not None:
+        index, z = labels[:, None], logits[0]
+        nll, teacher_nll = logs.gather(-1, index.expand(2, -1, 1))[..., 0].neg_().unbind()
+        others = p.scatter_(1, index, 0.0)
+        fields |= {
+            "student_nll": nll,
+            "teacher_nll": teacher_nll,
+            "excess_loss": nll - teacher_nll,
+            "el2n": torch.hypot(others.sum(-1), torch.linalg.vector_norm(others, dim=-1)),
+            "margin": z.gather(1, index)[:, 0] - z.scatter_(1, index, -torch.inf).amax(-1),
+        }
+    return fields
+
+
+def _logits(head: LinearHead, temperature: float) -> Tensor:
+    dtype = compute_dtype(head.hidden)
+    logits = multiply(cast(head.hidden, dtype), cast(head.weight, dtype).t())
+    if head.bias is not None:
+        logits.add_(cast(head.bias, dtype).clamp_min(FINITE_MINIMUM))
+    return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 def _few_logits(head: LinearHead, scale: float, out: Tensor) -> None:
