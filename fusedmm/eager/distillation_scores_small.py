@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedmm.eager import distillation_small
-from fusedmm.eager.distillation_small import CALL_ELEMENTS, LOG2_E, are_alike, is_whole
+from fusedmm.eager.distillation_small import CALL_ELEMENTS, LOG2_E, are_alike, is_whole, logits_of
 from fusedmm.eager.products import cast, compute_dtype, multiply, ones_to_sum
 from fusedmm.eager.waves import FEW_CLASSES, FINITE_MINIMUM
 from fusedmm.heads import LinearHead, Teacher
@@ -108,7 +108,9 @@ def _scores_of_a_call(
     student: LinearHead, teacher: LinearHead, labels: Tensor | None, objective: "Objective"
 ) -> dict[str, Tensor]:
     """The same of so few logits that half as many operators, each slower, take less time."""
-    logits = torch.stack([_logits(head, objective.temperature) for head in (student, teacher)])
+    logits = torch.stack([logits_of(student, 1), logits_of(teacher, 1)])
+    if objective.temperature != 1.0:
+        logits.div_(objective.temperature)
     logs = torch.log_softmax(logits, -1)
     probabilities = torch.exp(logs)
     (log_p, log_t), (p, t) = logs.unbind(), probabilities.unbind()
@@ -140,14 +142,6 @@ def _scores_of_a_call(
             "margin": z.gather(1, index)[:, 0] - z.scatter_(1, index, -torch.inf).amax(-1),
         }
     return fields
-
-
-def _logits(head: LinearHead, temperature: float) -> Tensor:
-    dtype = compute_dtype(head.hidden)
-    logits = multiply(cast(head.hidden, dtype), cast(head.weight, dtype).t())
-    if head.bias is not None:
-        logits.add_(cast(head.bias, dtype).clamp_min(FINITE_MINIMUM))
-    return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 def _few_logits(head: LinearHead, scale: float, out: Tensor) -> None:

@@ -54,6 +54,16 @@ def are_alike(student: LinearHead, teacher: Teacher, shard: Shard) -> bool:
     )
 
 
+def logits_of(head: LinearHead, dim: int) -> Tensor:
+    """Logits of a plain head: [V, N] where `dim`, that of the classes, is 0; else [N, V]."""
+    dtype = compute_dtype(head.hidden)
+    hidden, weight = cast(head.hidden, dtype), cast(head.weight, dtype)
+    logits = multiply(weight, hidden.t()) if dim == 0 else multiply(hidden, weight.t())
+    if head.bias is not None:
+        logits.add_(cast(head.bias, dtype).clamp_min(FINITE_MINIMUM).unsqueeze(1 - dim))
+    return logits
+
+
 def loss(
     student: LinearHead,
     teacher: Teacher,
@@ -65,13 +75,13 @@ def loss(
     """As `fusedmm.eager.distillation.loss`, of rows none of which is ignored."""
     dim = 0 if student.weight.shape[0] < VECTOR else 1  # of the classes: major where they would not fill a vector
     alpha, temperature = objective.alpha, objective.temperature
-    logits = _logits(student, dim)
+    logits = logits_of(student, dim)
     wanted = dict.fromkeys([temperature] * (alpha != 0.0) + [1.0] * (alpha != 1.0))
     log_p = {t: _log_softmax(logits, t, dim) for t in wanted}
     parts = []
     if alpha != 0.0:
         assert isinstance(teacher, LinearHead)
-        log_t = _log_softmax(_logits(teacher, dim), temperature, dim)
+        log_t = _log_softmax(logits_of(teacher, dim), temperature, dim)
         factor = None if grad_rows is None else _times(grad_rows, alpha * temperature).unsqueeze(dim)
         losses, grad = _divergence(log_p[temperature], log_t, objective.beta, factor, dim)
         parts.append((_times(losses, alpha * temperature * temperature), grad))
@@ -97,16 +107,6 @@ def loss(
     grad_weight = cast(multiply(grad.t(), cast(hidden, dtype)), hidden.dtype) if needs[1] else empty
     grad_bias = cast(grad.sum(0), hidden.dtype) if needs[2] else empty
     return rows, (grad_input, grad_weight, grad_bias)
-
-
-def _logits(head: LinearHead, dim: int) -> Tensor:
-    """[V, N] where `dim`, that of the classes, is 0; else [N, V]."""
-    dtype = compute_dtype(head.hidden)
-    hidden, weight = cast(head.hidden, dtype), cast(head.weight, dtype)
-    logits = multiply(weight, hidden.t()) if dim == 0 else multiply(hidden, weight.t())
-    if head.bias is not None:
-        logits.add_(cast(head.bias, dtype).clamp_min(FINITE_MINIMUM).unsqueeze(1 - dim))
-    return logits
 
 
 def _log_softmax(logits: Tensor, temperature: float, dim: int) -> Tensor:
