@@ -103,7 +103,7 @@ def _overheads(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks overheads", description=overheads.__doc__)
     run_command.add_device(parser)
     parser.add_argument("--json", type=Path, help="append the results to this file")
-    parser.add_argument("--save", action="store_true", help="append the results to benchmarks/results/<device>.jsonl")
+    parser.add_argument("--save", action="store_true", help="append the results to this device's in benchmarks/results")
     parser.add_argument("--list", action="store_true", help="only name what is measured")
     args = parser.parse_args(words)
     if args.list:

@@ -1,9 +1,11 @@
 """Result files: JSON lines, appended and never rewritten, each result beside the run that it came from.
 
-A file holds rows of two kinds: ``run`` (machine, versions, commit, measured ceilings) and ``result`` (one case, mode
-and variant of that run: timed, or with the reason why not).
+Committed are ``<device>.jsonl`` and, for runs after it is full, ``<device>.2.jsonl`` and so on. A file holds rows of
+two kinds: ``run`` (machine, versions, commit, measured ceilings) and ``result`` (one case, mode and variant of that
+run: timed, or with the reason why not).
 """
 
+import itertools
 import json
 import os
 import platform
@@ -26,6 +28,7 @@ from fusedmm.kernels.launch import device_arch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+FULL_BYTES = 1 << 19  # of a file, which then gets no further run
 TIMED = "timed"
 COMMIT = "FUSEDMM_COMMIT"  # environment: the commit of a copy of the tree without git
 
@@ -233,22 +236,36 @@ def keep(file: Path) -> list[Path]:
     runs, rows = read(file)
     grown = []
     for run in runs.values():
-        kept = RESULTS / f"{slug(run.device)}.jsonl"
-        if not kept.exists() or run.id not in read(kept)[0]:
-            append(kept, [run, *(row for row in rows if row.run == run.id)])
-            grown.append(kept)
+        if not any(run.id in read(kept)[0] for kept in files_of(run.device)):
+            grown.append(next_file(run.device))
+            append(grown[-1], [run, *(row for row in rows if row.run == run.id)])
     return list(dict.fromkeys(grown))
 
 
-def committed(kind: str) -> Iterator[tuple[Run, list[Result]]]:
+def files_of(device: str) -> list[Path]:
+    """What is committed of a device, oldest first."""
+    return list(itertools.takewhile(Path.exists, _names(device)))
+
+
+def next_file(device: str) -> Path:
+    """Where a device's next run goes, all of it: the first file that is not full."""
+    return next(file for file in _names(device) if not file.exists() or file.stat().st_size < FULL_BYTES)
+
+
+def _names(device: str) -> Iterator[Path]:
+    yield RESULTS / f"{slug(device)}.jsonl"
+    yield from (RESULTS / f"{slug(device)}.{number}.jsonl" for number in itertools.count(2))
+
+
+def committed(kind: str) -> list[tuple[Run, list[Result]]]:
     """Every committed run on a kind of device ("cuda" or "cpu") with its results, oldest first."""
-    for file in sorted(RESULTS.glob("*.jsonl")):
+    found = []
+    for file in RESULTS.glob("*.jsonl"):
         if file.name.startswith("static-"):
             continue
         runs, results = read(file)
-        for run in sorted(runs.values(), key=lambda run: run.began):
-            if run.kind == kind:
-                yield run, [result for result in results if result.run == run.id]
+        found += [(run, [result for result in results if result.run == run.id]) for run in runs.values()]
+    return sorted((pair for pair in found if pair[0].kind == kind), key=lambda pair: pair[0].began)
 
 
 def latest(kind: str) -> dict[tuple[str, str, str], tuple[Run, Result]]:
@@ -256,7 +273,7 @@ def latest(kind: str) -> dict[tuple[str, str, str], tuple[Run, Result]]:
     rows of several devices say nothing beside each other.
     """
     found: dict[tuple[str, str, str], tuple[Run, Result]] = {}
-    runs = sorted(committed(kind), key=lambda pair: pair[0].began)
+    runs = committed(kind)
     for run, results in runs:
         if run.device == runs[-1][0].device:
             found.update({result.key: (run, result) for result in results})

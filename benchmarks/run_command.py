@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--energy", action="store_true", help="measure energy too (a second a variant and mode more)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--json", type=Path, help="append the results to this file, each as soon as it exists")
-    parser.add_argument("--save", action="store_true", help="append the results to benchmarks/results/<device>.jsonl")
+    parser.add_argument("--save", action="store_true", help="append the results to this device's in benchmarks/results")
     parser.add_argument(
         "--against",
         metavar="REV",
@@ -79,8 +79,7 @@ def is_missing(kind: str, what: str) -> bool:
 
 def files(args: argparse.Namespace, run: Run) -> list[Path]:
     """Where ``--json`` and ``--save`` put the results of a run."""
-    saved = results.RESULTS / f"{results.slug(run.device)}.jsonl"
-    return [args.json] * bool(args.json) + [saved] * args.save
+    return [args.json] * bool(args.json) + [results.next_file(run.device)] * args.save
 
 
 def run(parser: argparse.ArgumentParser, words: list[str]) -> int:

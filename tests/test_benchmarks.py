@@ -303,6 +303,16 @@ def test_runs_are_kept_once_in_the_file_of_their_device(tmp_path: Path, monkeypa
     (kept,) = results.keep(file)
     assert results.keep(file) == []
     assert results.read(kept) == results.read(file)
+    monkeypatch.setattr(results, "FULL_BYTES", 1)
+    results.append(file, [replace(run, id="3"), replace(row, run="3")])
+    assert results.keep(file) == [tmp_path / "kept" / "nvidia-h200.2.jsonl"]
+    assert results.keep(file) == []
+    assert results.files_of("NVIDIA H200 NVL") == []
+    assert [kept.id for kept, _ in results.committed("cuda")] == ["1", "2", "3"]
+
+
+def test_no_committed_file_of_results_is_larger_than_a_review_reads() -> None:
+    assert max(file.stat().st_size for file in results.RESULTS.iterdir()) <= 1 << 20
 
 
 def test_rows_of_two_devices_do_not_share_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
