@@ -20,18 +20,18 @@ HOPPER = "tests/test_hopper_numerics.py"
 HOPPER_S = 120.0  # what a kernel that waits for ever may cost
 # Tests that say nothing about kernels on a GPU, which ci/check runs on any machine, and those of a step of their own.
 ELSEWHERE = (
-    "benchmark_gpu",
-    "benchmark_peers",
-    "benchmarks",
+    "benchmark_*",
     "ci",
     "cpu_speed",
     "docs",
     "hopper_numerics",
     "hopper_overlap",
     "hopper_protocol",
+    "machine_code",
     "package",
     "static",
     "targets",
+    "train*",
 )
 # Prints what a folder of packages adds to the path
 ADDED = """
@@ -73,7 +73,7 @@ def steps(args: argparse.Namespace, out: Path) -> list[Step]:
     python = sys.executable
     # The machine's packages are not those of ci/constraints.txt: their deprecation warnings are not this project's.
     pytest = [python, "-m", "pytest", "-W", "default", "-m", "not speed", "--numprocesses", str(args.workers)]
-    ignored = ["--ignore-glob=tests/test_train*", *(f"--ignore=tests/test_{name}.py" for name in ELSEWHERE)]
+    ignored = [f"--ignore-glob=tests/test_{name}.py" for name in ELSEWHERE]
     found = [
         Step("tests", [*pytest, "tests", *ignored], 0.16 if args.quick else 0.4),
         Step("Hopper tests", [*pytest, "-v", "-o", "faulthandler_timeout=60", HOPPER], 0.16, HOPPER_S),

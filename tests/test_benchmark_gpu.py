@@ -1,11 +1,8 @@
 """The GPU's side of the benchmarks, line by line, on a CPU: with stand-ins for torch.cuda and for NVML."""
 
-import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +11,9 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from benchmarks import isolate, plot, readme, results, roofline, targets, timing
-from benchmarks.cases import attention, attention_peers, builders
+from benchmarks import isolate, results, roofline, timing
+from benchmarks.cases import attention, attention_peers
 from benchmarks.command import main
-from benchmarks.overheads import Overheads
 from benchmarks.telemetry import Reading, Telemetry
 from benchmarks.timing import throttles
 
@@ -30,7 +26,7 @@ class OnCpu(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def moved(x: Any) -> Any:
-            return torch.device("cpu") if isinstance(x, torch.device) and x.type == "cuda" else x
+            return CPU if isinstance(x, torch.device) and x.type == "cuda" else x
 
         named = {name: moved(x) for name, x in (kwargs or {}).items()}
         return function(*(moved(x) for x in args), **named)
@@ -238,7 +234,7 @@ def test_without_nvml_there_are_times_but_no_clocks_and_no_ratios(
     shown = capsys.readouterr().out
     assert "no ratios are shown" in shown
     assert "x  error" not in shown
-    assert Telemetry(torch.device("cpu")).read() == Reading()
+    assert Telemetry(CPU).read() == Reading()
 
 
 def test_what_a_card_does_not_tell_is_none(gpu: pytest.MonkeyPatch) -> None:
@@ -266,144 +262,3 @@ def test_ceilings_are_measured_between_events(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     assert roofline._copy_rate(1 << 10, CUDA) == 2 * 1024 / 2e-3
     assert roofline._matrix_rate(16, torch.bfloat16, CUDA) == 2 * 16**3 / 2e-3
-
-
-CHILD = """
-import json, os, sys, time
-progress, log = sys.argv[1:3]
-cases, without = (words.split() for words in sys.argv[3:5])
-
-def begin(*what):
-    with open(progress, "a") as file:
-        file.write(" ".join(what) + "\\n")
-
-for case in cases:
-    begin(case)
-    for variant in ("fusedmm", "good", "bad"):
-        if variant in without:
-            continue
-        begin(case, variant)
-        if (case, variant) in (("crash", "bad"), ("ours", "fusedmm")):
-            os.abort()
-        if (case, variant) == ("hang", "bad"):
-            time.sleep(60)
-    begin(case, "")
-    if case == "timing":
-        os.abort()
-    with open(log, "a") as file:
-        file.write(f"{case}-{'-'.join(without)}\\n")
-sys.exit(1 if "wrong" in cases else 0)
-"""
-
-
-def test_a_crash_and_a_hang_cost_one_variant_each(tmp_path: Path) -> None:
-    progress, log, told = tmp_path / "progress", tmp_path / "log", []
-
-    def command(left: Any, without: Any) -> list[str]:
-        return [sys.executable, "-c", CHILD, str(progress), str(log), " ".join(left), " ".join(without)]
-
-    def run(*cases: str) -> int:
-        return isolate.run(cases, command, progress, 2.0, lambda *facts: told.append(facts))
-
-    assert run("first", "crash", "ours", "second", "timing", "hang", "last") == 1
-    # Run again without whoever ended the process; left out of everything that follows once it has ended two.
-    assert log.read_text().split() == ["first-", "crash-bad", "second-", "hang-bad", "last-bad"]
-    assert told == [
-        ("crash", "bad", "exit status -6"),
-        ("ours", "fusedmm", "exit status -6"),
-        ("timing", "all", "exit status -6"),
-        ("hang", "bad", "stopped after 2 s"),
-    ]
-    assert run("wrong") == 1
-    assert run("fine") == 0
-    assert len(told) == 4
-
-
-def test_a_child_that_cannot_start_is_not_started_again(tmp_path: Path) -> None:
-    starts: list[object] = []
-
-    def command(left: Any, without: Any) -> list[str]:
-        starts.append(left)
-        return [sys.executable, "-c", "raise SystemExit(3)"]
-
-    assert isolate.run(["a", "b"], command, tmp_path / "progress", 2.0, lambda *facts: None) == 3
-    assert len(starts) == 1
-
-
-def test_isolated_runs_keep_every_row(tmp_path: Path) -> None:
-    file = tmp_path / "results.jsonl"
-    words = ["attention/tiny", "--device", "cpu", "--seconds", "0.02", "--json", str(file)]
-    assert main([*words, "--variants", "fusedmm", "--isolate"]) == 0  # prints a table without clocks, too
-    kinds = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [row["kind_of_row"] for row in kinds] == ["run"] + 3 * ["result"]
-    assert [row["mode"] for row in kinds[1:]] == ["forward", "backward", "both"]
-
-
-ABORTS = """
-import os
-
-from benchmarks.cases import attention_peers
-
-attention_peers.loops = lambda problem: os.abort()
-"""
-
-
-def test_an_isolated_run_goes_on_without_who_ended_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sitecustomize.py").write_text(ABORTS)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(results.ROOT))))
-    file = tmp_path / "results.jsonl"
-    words = ["attention/tiny", "distillation/small-v", "--device", "cpu", "--seconds", "0.02", "--isolate"]
-    assert main([*words, "--json", str(file), "--variants", "loops", "fusedmm", "chunked"]) == 1
-    runs, rows = results.read(file)
-    assert len(runs) == 3  # of both cases, of the first again, of the second
-    ended = [row for row in rows if row.status == "crashed"]
-    assert [(row.case, row.variant, row.reason) for row in ended] == [("attention/tiny", "loops", "exit status -6")]
-    timed = {(row.case, row.variant) for row in rows if row.status == results.TIMED}
-    small = {("distillation/small-v", "fusedmm"), ("distillation/small-v", "chunked")}
-    assert timed == {("attention/tiny", "fusedmm"), *small}
-
-
-def test_every_page_and_figure_can_be_made_from_gpu_results(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of a run in which one thing each went wrong: a case, a variant, a clock."""
-    versions = {"torch": "2.11.0", "triton": "3.6.0", "arch": "sm_90"}
-    began = "2026-01-01T00:00:00Z"
-    rates = {"bfloat16": 780.0, "float16": 780.0, "float32": 50.0}
-    run = results.Run("1", "NVIDIA H200", "cuda", began, "abc", "x", versions, 0, 700.0, 132, 4300.0, rates)
-    sizes = {"total_q": 8, "heads": 2, "head_dim": 64, "modalities": 4, "rows": 8, "classes": 8, "student_dim": 8}
-    blank = results.Result("1", "", "", "", {**sizes, "softmax": "joint"}, results.TIMED)
-    rows, kernel = [], "attention_hopper_forward[joint,gated,d64,bf16]"
-    for rank, name in enumerate(builders("cuda")):
-        for mode in ("forward", "backward", "both", "forward-graph"):
-            for place, variant in enumerate(("fusedmm", "fusedmm-portable", "fusedmm-hopper", "eager", "sdpa-cudnn")):
-                ms = 1.0 + 0.1 * place
-                clock = 1200.0 if variant == "eager" and rank % 3 == 0 else 1980.0
-                row = replace(blank, case=name, mode=mode, variant=variant, median_ms=ms, p20_ms=ms, p80_ms=ms)
-                row = replace(row, clock_mhz=clock, peak_mib=10.0 + place, tflops=300.0, share=0.5, intensity=100.0)
-                rows.append(replace(row, kernel=kernel if variant == "fusedmm-hopper" else None))
-            rows.append(replace(blank, case=name, mode=mode, variant="flex", status="failed", reason="it broke"))
-    whole = replace(blank, case="attention/tiny", mode="all", variant="fusedmm", status="out of memory", reason="big")
-    rows = [row for row in rows if row.case != "attention/tiny"] + [whole]
-    overheads = [replace(row, run="1") for row in Overheads(CPU, Telemetry(CPU), "1", 0.01).rows()]
-    results.append(tmp_path / "results.jsonl", [run, *rows, *overheads])
-    monkeypatch.setattr(results, "RESULTS", tmp_path / "kept")
-    (kept,) = results.keep(tmp_path / "results.jsonl")
-    assert kept.name == "nvidia-h200.jsonl"
-    assert plot.run(tmp_path) == 0
-    assert "overheads" not in (tmp_path / "speed-and-memory.svg").read_text()
-    assert {file.stem for file in tmp_path.glob("*.svg")} == set(plot.FIGURES)
-    many = {("case", "both", f"peer {place}"): (run, blank) for place in range(30)}
-    assert len({tuple(look.values()) for look in plot._looks(many, ["case"]).values()}) == 30
-    page = readme.section()
-    assert "NVIDIA H200, torch 2.11.0, triton 3.6.0, commit abc" in page
-    assert "| attention/tiny | all | out of memory: big |" in page
-    assert "| eager | 1.30 |" in page
-    assert "no ratio: clocks differ" in page
-    assert "not measured yet" not in page.split("**CPU")[0]
-    text = targets.page(results.latest("cuda"))
-    assert "dense-gated-d128-4k forward TFLOP/s: 300 (>= 620, MISSED)" in text
-    assert main(["paths", str(kept)]) == 0
-    assert "('forward', 'joint', 64): not justified" in capsys.readouterr().out
-    assert results.measured_shares() == {("sm_90", kernel): pytest.approx(300e12 / (4096 * 132 * 1980e6))}
-    assert main(["compare", str(kept), str(kept)]) == 0

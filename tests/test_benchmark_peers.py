@@ -1,7 +1,11 @@
-"""What only a GPU runs computes the right thing: here with stand-ins for its kernels, at small sizes."""
+"""Those that are compared: what only a GPU runs computes the right thing, here with stand-ins for its kernels at small
+sizes, and who is not here is named.
+"""
 
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.case import Variant
+from benchmarks import peers
+from benchmarks.case import Unavailable, Variant
 from benchmarks.cases import attention_gpu, builders, distillation, distillation_peers
 from benchmarks.cases.attention_peers import repeat_heads
 from benchmarks.gate import Gate
+from benchmarks.harness import why
 
 CPU = torch.device("cpu")
 KINDS = (
@@ -147,11 +153,33 @@ def test_the_gate_s_twin_is_one_that_quack_takes() -> None:
 
 
 def test_what_an_installed_library_lacks_is_named() -> None:
-    from benchmarks.harness import why
-
     def needs(problem: object) -> Any:
         import no_such_module  # type: ignore[import-not-found]  # noqa: F401
 
     with pytest.raises(ModuleNotFoundError) as caught:
         Variant("v", needs).prepare(None)
     assert why(caught.value) == ("skipped", "it needs no_such_module, which is not installed")
+
+
+def test_peers_are_skipped_with_a_reason() -> None:
+    assert peers.missing("torch") is None
+    assert "is not installed" in (peers.missing("no-such-distribution") or "")
+    with pytest.raises(Unavailable, match="ci/wheels"):
+        peers.require("no-such-distribution")
+    with pytest.raises(ValueError, match="group must be one of default"):
+        peers.gather("no-such-group", Path())
+
+
+def test_a_wheel_that_is_not_to_be_had_is_named_and_the_others_are_gathered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def pip(command: list[str]) -> object:
+        asked.append(command[-1])
+        return subprocess.CompletedProcess(command, int(command[-1].startswith("trl")))
+
+    monkeypatch.setattr(peers.subprocess, "run", pip)
+    assert peers.gather("default", tmp_path) == 1
+    assert len(asked) == len(peers.manifest()["group"]["default"])
+    assert "not to be had for this target: trl==" in capsys.readouterr().out

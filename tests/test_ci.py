@@ -85,7 +85,7 @@ def test_the_gpu_tests_come_first_and_the_choice_of_kernels_last(gpu: ModuleType
     assert [step.name for step in found] == names
     assert not [word for step in found for word in step.command if word.startswith("tests/") and not exists(word)]
     assert exists(gpu.HOPPER)
-    assert all(exists(f"tests/test_{name}.py") for name in gpu.ELSEWHERE)
+    assert all(any((ROOT / "tests").glob(f"test_{name}.py")) for name in gpu.ELSEWHERE)
     (quick,) = (step.command for step in found if step.name == "benchmarks")
     args.quick = False
     (full,) = (step.command for step in gpu.steps(args, Path("out")) if step.name == "benchmarks")

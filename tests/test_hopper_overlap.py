@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.machine_code import parse_sass
-
 pytest.importorskip("triton")
 
 # One of each kind of main loop; `python -m benchmarks static` compiles and holds all of them.
@@ -88,33 +86,3 @@ def test_softmax_runs_under_matrix_products() -> None:
         for counts in report["in_flight"]:
             assert "0" not in counts, report
             assert sum(counts.values()) >= 16, report
-
-
-LOOP = """
-	.section	.text.kernel,"ax",@progbits
-.L_x_0:
-        /*0000*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT, gsb0 ;
-        /*0010*/                   HGMMA.64x128x16.F32.BF16 R88, gdesc[UR8], R88, gsb0 ;
-        /*0020*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
-        /*0030*/              @!P1 BRA `(.L_x_1) ;
-        /*0040*/                   {detour} ;
-.L_x_1:
-        /*0050*/                   MUFU.EX2 R24, R24 ;
-        /*0060*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
-        /*0070*/                   STL [R1], R2 ;
-        /*0080*/               @P0 BRA `(.L_x_0) ;
-        /*0090*/                   EXIT ;
-"""
-
-
-@pytest.mark.parametrize(
-    ("detour", "in_flight"), [("NOP", {1: 1}), ("WARPGROUP.DEPBAR.LE gsb0, 0x0", {0: 1})], ids=["kept", "lost"]
-)
-def test_products_in_flight_are_the_least_over_all_paths(detour: str, in_flight: dict[int, int]) -> None:
-    (function,) = parse_sass(LOOP.replace("{detour}", detour))
-    (loop,) = function.main_loops
-    assert dict(loop.in_flight_at("MUFU")) == in_flight
-    assert loop.spills == 1
-    assert len(loop.instructions) == 9
-    assert len(loop.steady_path) == 8
-    assert loop.mix["HGMMA"] == 2

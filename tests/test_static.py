@@ -19,10 +19,10 @@ import triton
 from benchmarks import results, static_command
 from benchmarks.cases import attention, distillation
 from benchmarks.compiled import SHARED_BYTES, KernelReport, read_compiled
-from benchmarks.results import Result, Run
 from benchmarks.static import Row, faults, read_rows, specs, worsened
 from benchmarks.static_command import problems
 from fusedmm.kernels.launch import ARCHITECTURES, LAUNCH_OPTIONS, LaunchConfig, capability_arch
+from tests.benchmark_rows import RESULT, RUN
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 48
@@ -125,8 +125,7 @@ def test_the_hopper_kernels_hide_their_exponentials_under_products(version: str)
 
 def test_a_measurement_shows_the_model_s_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     peak = 4096 * 132 * 1.5e9 / 1e12
-    run = Run("run", "H200", "cuda", "2026-01-01T00:00:00Z", "abc", "x", {"arch": "sm_90"}, 0, 700.0, 132, 4e3, {})
-    result = Result("run", "case", "forward", "fusedmm-hopper", {}, "timed", median_ms=1.0, kernel=ROW.name)
+    run, result = replace(RUN, versions={"arch": "sm_90"}), replace(RESULT, kernel=ROW.name)
     results.append(tmp_path / "h200.jsonl", [run, replace(result, tflops=0.55 * peak, clock_mhz=1500.0)])
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     shown = static_command.table([ROW, replace(ROW, name="another")])

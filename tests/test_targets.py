@@ -13,16 +13,16 @@ from benchmarks.command import main
 from benchmarks.results import Result, Run
 from benchmarks.targets import Target, attention, verdict
 from benchmarks.telemetry import Telemetry
+from tests.benchmark_rows import RUN
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-RUN = Run("run", "GPU", "cuda", "2026-01-01T00:00:00Z", "abc", "x", {}, 0, 700.0, 132, 4000.0, {})
 OURS, OTHER = attention("dense-gated-d64-4k", "forward"), attention("dense-gated-d64-4k", "forward", "flex")
 
 
 def row(key: tuple[str, str, str], ms: float | None, **facts: object) -> tuple[Run, Result]:
     known = {"clock_mhz": 1800.0, "peak_mib": 100.0, "tflops": 500.0, "status": "timed", **facts}
-    return RUN, Result("run", *key, {}, median_ms=ms, **known)  # type: ignore[arg-type]
+    return RUN, Result(RUN.id, *key, {}, median_ms=ms, **known)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_the_page_of_targets_is_generated() -> None:
 
 def side_by_side(case: str, portable: float, hopper: float | None, **facts: object) -> list[Result]:
     sizes = {"softmax": "joint", "head_dim": 96}
-    blank = Result("run", case, "forward", "fusedmm-portable", sizes, "timed", median_ms=portable, clock_mhz=1800.0)
+    blank = Result(RUN.id, case, "forward", "fusedmm-portable", sizes, "timed", median_ms=portable, clock_mhz=1800.0)
     return [blank, replace(blank, variant="fusedmm-hopper", median_ms=hopper, **facts)]  # type: ignore[arg-type]
 
 
