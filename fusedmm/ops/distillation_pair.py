@@ -13,11 +13,12 @@ from torch import Tensor
 
 from fusedmm.eager.distillation import Objective
 from fusedmm.eager.distillation_scores import FIELDS
-from fusedmm.eager.waves import matmul, shares_weight
+from fusedmm.eager.waves import matmul
 from fusedmm.heads import Head, LinearHead
 from fusedmm.ops.distillation_waves import classes_a_rank
 
 if TYPE_CHECKING:
+    from fusedmm.kernels.distillation.arguments import DistillationProblem
     from fusedmm.kernels.distillation.heads import HeadTensors
 
 
@@ -52,12 +53,10 @@ class PairRows:
         """The same with float32 logits, before bias and soft-cap, in memory: one matmul where the heads share their
         weight.
         """
+        from fusedmm.kernels.distillation.heads import shares_weight
+
         student, teacher = self.student, self.teacher
-        if (
-            student.weight is not None
-            and teacher.weight is not None
-            and shares_weight(LinearHead(student.source, student.weight), LinearHead(teacher.source, teacher.weight))
-        ):
+        if student.weight is not None and shares_weight(student, teacher):
             both = matmul(torch.cat([student.source, teacher.source]), student.weight.t())
             count = student.source.shape[0]
             return replace(
@@ -93,25 +92,8 @@ class PairRows:
         """``grad_rows`` times the gradient in the student's logits of classes `columns`, written to `out`."""
         from fusedmm.kernels.distillation.gradient import gradient_logits
 
-        objective = self.objective
-        return gradient_logits(
-            self.student,
-            self.teacher,
-            saved,
-            grad_rows,
-            out,
-            labels=None if objective.alpha == 1.0 else self.labels,
-            row_temperature=self.temperature,
-            temperature=objective.temperature,
-            beta=objective.beta,
-            alpha=objective.alpha,
-            label_smoothing=objective.label_smoothing,
-            num_classes=objective.shard.count,
-            first_class=objective.shard.first,
-            total_classes=objective.shard.total,
-            ignore_index=objective.ignore_index,
-            columns=columns,
-        )
+        problem = launch_problem(self.labels, self.temperature, self.objective)
+        return gradient_logits(self.student, self.teacher, saved, grad_rows, out, problem, columns=columns)
 
     def tempered_gradient(self, saved: Tensor) -> Tensor:
         """Gradient of every row's divergence in the student's logits / temperature [N, V] float32, all in memory; of an
@@ -127,49 +109,24 @@ class PairRows:
         """Saved statistics [16, N], and scores or losses, of all ranks' classes."""
         from fusedmm.kernels.distillation.statistics import merge_statistics, statistics
 
-        objective, shard = self.objective, self.objective.shard
-        state = statistics(
-            self.student,
-            self.teacher,
-            labels=self.labels,
-            row_temperature=self.temperature,
-            temperature=objective.temperature,
-            num_classes=shard.count,
-            first_class=shard.first,
-            for_scores=for_scores,
-            split_classes=classes_a_rank(shard),
-        )
+        problem, shard = launch_problem(self.labels, self.temperature, self.objective), self.objective.shard
+        split_classes = classes_a_rank(shard)
+        state = statistics(self.student, self.teacher, problem, for_scores=for_scores, split_classes=split_classes)
         (states,) = shard.gather(state)
-        return merge_statistics(
-            states.flatten(0, 1),
-            labels=self.labels,
-            row_temperature=self.temperature,
-            temperature=objective.temperature,
-            total_classes=shard.total,
-            ignore_index=objective.ignore_index,
-            label_smoothing=objective.label_smoothing,
-            for_scores=for_scores,
-        )
+        return merge_statistics(states.flatten(0, 1), problem, for_scores=for_scores)
 
     def _mixture(self, saved: Tensor) -> tuple[Tensor, Tensor]:
         """Divergence against the mixture [N], and the sums of the second pass; the mean log-ratios go into `saved`."""
         from fusedmm.kernels.distillation.mixture import mixture_sums
+        from fusedmm.kernels.distillation.statistics import GAP, MEAN_RATIOS, RATIOS
 
         beta, odds = self.objective.beta, self.objective.beta / (1 - self.objective.beta)
-        sums = self.objective.shard.sum(
-            mixture_sums(
-                self.student,
-                self.teacher,
-                saved,
-                row_temperature=self.temperature,
-                temperature=self.objective.temperature,
-                beta=beta,
-                num_classes=self.objective.shard.count,
-            )
-        )
-        student_top = -math.log1p(-beta) - torch.log1p(odds * torch.exp2((saved[8] - saved[15]).clamp(max=86.0)))
-        teacher_top = -math.log(beta) - torch.log1p(torch.exp2((saved[15] - saved[9]).clamp(max=86.0)) / odds)
-        torch.neg(sums[:2], out=saved[10:12])
+        problem = launch_problem(self.labels, self.temperature, self.objective)
+        sums = self.objective.shard.sum(mixture_sums(self.student, self.teacher, saved, problem))
+        (student_ratio, teacher_ratio), gap = saved[RATIOS], saved[GAP]
+        student_top = -math.log1p(-beta) - torch.log1p(odds * torch.exp2((student_ratio - gap).clamp(max=86.0)))
+        teacher_top = -math.log(beta) - torch.log1p(torch.exp2((gap - teacher_ratio).clamp(max=86.0)) / odds)
+        torch.neg(sums[:2], out=saved[MEAN_RATIOS])
         return (1 - beta) * (student_top + sums[0]) + beta * (teacher_top + sums[1]), sums
 
 
@@ -182,6 +139,25 @@ def weighted_losses(
     if objective.alpha != 1.0:
         result += (1 - objective.alpha) * cross_entropy
     return result
+
+
+def launch_problem(labels: Tensor | None, temperature: Tensor | None, objective: Objective) -> "DistillationProblem":
+    """What is asked of some rows, as kernels take it."""
+    from fusedmm.kernels.distillation.arguments import DistillationProblem
+
+    shard = objective.shard
+    return DistillationProblem(
+        labels=labels,
+        row_temperature=temperature,
+        temperature=objective.temperature,
+        num_classes=shard.count,
+        first_class=shard.first,
+        total_classes=shard.total,
+        beta=objective.beta,
+        alpha=objective.alpha,
+        label_smoothing=objective.label_smoothing,
+        ignore_index=objective.ignore_index,
+    )
 
 
 def head_tensors(head: Head) -> "HeadTensors":

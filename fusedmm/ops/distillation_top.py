@@ -12,7 +12,7 @@ from fusedmm.eager.distillation import Objective
 from fusedmm.eager.distillation_scores import FIELDS
 from fusedmm.eager.shard import Shard
 from fusedmm.heads import TopKLogProbs
-from fusedmm.ops.distillation_pair import PairRows, weighted_losses, with_logits
+from fusedmm.ops.distillation_pair import PairRows, launch_problem, weighted_losses, with_logits
 from fusedmm.ops.distillation_waves import classes_a_rank
 
 if TYPE_CHECKING:
@@ -77,22 +77,18 @@ class TopRows:
         """All of `fusedmm.eager.distillation_scores.FIELDS` [fields, N]; grad_norm without the norm of hidden;
         those that need the teacher's logit of the label hold no meaning.
         """
-        buckets, alone = self._buckets(for_scores=True)
+        from fusedmm.kernels.distillation.top_statistics import STUDENT_SCORES
+
+        buckets, numbers = self._buckets(for_scores=True)
         fields = buckets.scores(second_pass)
-        count = self.classes.shape[1]
+        alone = dict(zip(STUDENT_SCORES, numbers, strict=True))
         gradient = replace(buckets, objective=replace(buckets.objective, beta=0.0))
         squares = gradient.tempered_gradient(gradient.divergence()[2]).square()
-        squares[:, count:] *= alone[7, :, None]  # the bucket's gradient lies on its classes by their shares
-        for name, value in (
-            ("student_entropy", alone[0]),
-            ("student_confidence", alone[1]),
-            ("teacher_confidence", alone[2]),
-            ("agreement", alone[3] == self.likeliest),
-            ("grad_norm", squares.sum(-1).sqrt()),
-            ("student_nll", alone[4]),
-            ("el2n", alone[5]),
-            ("margin", alone[6]),
-        ):
+        # the bucket's gradient lies on its classes by their shares
+        squares[:, self.classes.shape[1] :] *= alone.pop("rest_squares")[:, None]
+        alone["grad_norm"] = squares.sum(-1).sqrt()
+        alone["agreement"] = alone.pop("student_arg") == self.likeliest
+        for name, value in alone.items():
             fields[FIELDS.index(name)] = value
         return fields
 
@@ -100,35 +96,20 @@ class TopRows:
         """Loss of every row [N], of no meaning where it is ignored, and what `grad_logits` needs [K + 7, N]: numbers of
         the student, and the gradient in the top-k classes and the bucket.
         """
-        buckets, alone = self._buckets(for_scores=False)
+        buckets, numbers = self._buckets(for_scores=False)
         divergence, _, statistics = buckets.divergence()
         gradient = buckets.tempered_gradient(statistics)
-        saved = alone.new_zeros((alone.shape[0] + self.classes.shape[1], alone.shape[1]))
-        saved[:6], saved[6 : 6 + gradient.shape[1]] = alone[:6], gradient.t()
-        return weighted_losses(divergence, alone[6], self.objective, self.temperature), saved
+        alone, cross_entropy = numbers[:-1], numbers[-1]
+        no_bucket = alone.new_zeros((self.classes.shape[1] + 1 - gradient.shape[1], alone.shape[1]))
+        saved = torch.cat([alone, gradient.t(), no_bucket])
+        return weighted_losses(divergence, cross_entropy, self.objective, self.temperature), saved
 
     def grad_logits(self, saved: Tensor, grad_rows: Tensor, columns: slice, out: Tensor) -> Tensor:
         """``grad_rows`` times the gradient in the student's logits of classes `columns`, written to `out`."""
         from fusedmm.kernels.distillation.top_gradient import top_gradient_logits
 
-        objective = self.objective
-        return top_gradient_logits(
-            self.student,
-            self.classes,
-            saved,
-            grad_rows,
-            out,
-            labels=None if objective.alpha == 1.0 else self.labels,
-            row_temperature=self.temperature,
-            temperature=objective.temperature,
-            alpha=objective.alpha,
-            label_smoothing=objective.label_smoothing,
-            num_classes=objective.shard.count,
-            first_class=objective.shard.first,
-            total_classes=objective.shard.total,
-            ignore_index=objective.ignore_index,
-            columns=columns,
-        )
+        problem = launch_problem(self.labels, self.temperature, self.objective)
+        return top_gradient_logits(self.student, self.classes, saved, grad_rows, out, problem, columns=columns)
 
     def _buckets(self, *, for_scores: bool) -> tuple[PairRows, Tensor]:
         """Student and teacher over the top-k classes and the bucket, and numbers of the student.
@@ -139,32 +120,17 @@ class TopRows:
         from fusedmm.kernels.distillation.top_statistics import merge_top_statistics, top_statistics
 
         objective, shard = self.objective, self.objective.shard
+        problem, split_classes = launch_problem(self.labels, self.temperature, objective), classes_a_rank(shard)
         state, top = top_statistics(
-            self.student,
-            self.classes,
-            labels=self.labels,
-            row_temperature=self.temperature,
-            temperature=objective.temperature,
-            num_classes=shard.count,
-            first_class=shard.first,
-            for_scores=for_scores,
-            split_classes=classes_a_rank(shard),
+            self.student, self.classes, problem, for_scores=for_scores, split_classes=split_classes
         )
         states, tops = shard.gather(state, top)
-        own, target, alone = merge_top_statistics(
-            states.flatten(0, 1),
-            tops.amax(0),  # the logit of the rank that has the class
-            self.classes,
-            self.log_probs,
-            labels=self.labels,
-            row_temperature=self.temperature,
-            temperature=objective.temperature,
-            total_classes=shard.total,
-            label_smoothing=objective.label_smoothing,
-            for_scores=for_scores,
+        top = tops.amax(0)  # the logit of the rank that has the class
+        own, target, numbers = merge_top_statistics(
+            states.flatten(0, 1), top, self.classes, self.log_probs, problem, for_scores=for_scores
         )
         heads = HeadTensors(own, None, None, None), HeadTensors(target, None, None, None)
         columns, temperature = own.shape[1], 0.5 * min(objective.temperature, 1.0)
         rows = None if self.temperature is None else 0.5 * self.temperature.clamp(max=1.0)
         pair = Objective(Shard(columns, 0, columns), objective.beta, temperature=temperature)
-        return PairRows(*heads, None, rows, pair), alone
+        return PairRows(*heads, None, rows, pair), numbers

@@ -12,22 +12,19 @@ its value at k, and G minus the mean of r over p:
     grad_logits = grad_row h (1 - (z / softcap)^2), 0 where grad_row is 0 and where the class is forbidden
 
 At k, where p may round to 1, ``p - t`` is the difference of what p and t leave to the others. One rounding, to the
-dtype of the matmuls that follow. FLOPs: 2 N V (Ds + Dt) for heads with
-weights; bytes: the gradient once, and logits that exist once.
+dtype of the matmuls that follow. FLOPs: 2 N V (Ds + Dt) for heads with weights; bytes: the gradient once, and logits
+that exist once.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from fusedmm.kernels.distillation.arguments import DistillationProblem
 from fusedmm.kernels.distillation.config import Pass
 from fusedmm.kernels.distillation.heads import HeadTensors, launch_heads
 from fusedmm.kernels.distillation.mixture import mixture_ratio
-from fusedmm.kernels.distillation.tiles import (
-    ALLOWED,
-    logit_slabs,
-    program_tile,
-)
+from fusedmm.kernels.distillation.tiles import ALLOWED, logit_slabs, program_tile
 from fusedmm.kernels.launch import device_arch
 from fusedmm.kernels.softmax import LN_2
 
@@ -176,17 +173,8 @@ def gradient_logits(
     saved: torch.Tensor,
     grad_rows: torch.Tensor,
     out: torch.Tensor,
+    problem: DistillationProblem,
     *,
-    labels: torch.Tensor | None,
-    row_temperature: torch.Tensor | None,
-    temperature: float,
-    beta: float,
-    alpha: float,
-    label_smoothing: float,
-    num_classes: int,
-    first_class: int,
-    total_classes: int,
-    ignore_index: int,
     columns: slice,
 ) -> torch.Tensor:
     """``grad_rows`` times the gradient in the inputs of the student's soft-capped logits, for local classes `columns`,
@@ -194,31 +182,31 @@ def gradient_logits(
     """
     arch = device_arch(student.source.device)
     num_rows, width = out.shape
-    kind: Pass = "mixture_gradient" if 0.0 < beta < 1.0 else "gradient"
-    config, heads = launch_heads(student, teacher, arch=arch, kind=kind, num_classes=num_classes, columns=width)
+    kind: Pass = "mixture_gradient" if 0.0 < problem.beta < 1.0 else "gradient"
+    config, heads = launch_heads(student, teacher, arch=arch, kind=kind, num_classes=problem.num_classes, columns=width)
     if num_rows == 0:
         return out
     tiles = triton.cdiv(num_rows, config.blocks["BLOCK_N"]) * triton.cdiv(width, config.blocks["BLOCK_V"])
     _gradient_kernel[(tiles,)](
         **heads,
-        labels_ptr=labels,
-        row_temperature_ptr=row_temperature,
+        labels_ptr=None if problem.alpha == 1.0 else problem.labels,
+        row_temperature_ptr=problem.row_temperature,
         saved_ptr=saved,
         grad_rows_ptr=grad_rows,
         grad_logits_ptr=out,
         grad_stride_n=out.stride(0),
-        inverse_temperature=1.0 / temperature,
-        beta=beta,
-        alpha=alpha,
-        label_smoothing=label_smoothing,
+        inverse_temperature=1.0 / problem.temperature,
+        beta=problem.beta,
+        alpha=problem.alpha,
+        label_smoothing=problem.label_smoothing,
         num_rows=num_rows,
-        num_classes=num_classes,
-        first_class=first_class,
-        total_classes=total_classes,
-        ignore_index=ignore_index,
+        num_classes=problem.num_classes,
+        first_class=problem.first_class,
+        total_classes=problem.total_classes,
+        ignore_index=problem.ignore_index,
         first_column=columns.start,
         last_column=columns.stop,
-        KIND=0 if beta == 0.0 else 1 if beta == 1.0 else 2,
+        KIND=0 if problem.beta == 0.0 else 1 if problem.beta == 1.0 else 2,
         **config.launch_options(),
     )
     return out

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedmm.kernels.distillation.arguments import DistillationProblem
 from fusedmm.kernels.distillation.config import vocabulary_splits
 from fusedmm.kernels.distillation.heads import HeadTensors, launch_heads
 from fusedmm.kernels.distillation.tiles import logit_slabs, program_tile
@@ -132,20 +133,13 @@ SUMS_SIZE = tl.constexpr(SUMS)
 
 
 def mixture_sums(
-    student: HeadTensors,
-    teacher: HeadTensors,
-    saved: torch.Tensor,
-    *,
-    row_temperature: torch.Tensor | None,
-    temperature: float,
-    beta: float,
-    num_classes: int,
+    student: HeadTensors, teacher: HeadTensors, saved: torch.Tensor, problem: DistillationProblem
 ) -> torch.Tensor:
     """[SUMS, N] sums over this rank's classes: ``p * ratio`` of the student, the same of the teacher (natural, each
     minus its value at the top class), and total variation.
     """
     arch = device_arch(student.source.device)
-    num_rows = student.source.shape[0]
+    num_rows, num_classes = student.source.shape[0], problem.num_classes
     config, heads = launch_heads(
         student, teacher, arch=arch, kind="mixture", num_classes=num_classes, columns=num_classes
     )
@@ -155,11 +149,11 @@ def mixture_sums(
         return sums.sum(0)
     _mixture_kernel[(triton.cdiv(num_rows, config.blocks["BLOCK_N"]) * splits,)](
         **heads,
-        row_temperature_ptr=row_temperature,
+        row_temperature_ptr=problem.row_temperature,
         saved_ptr=saved,
         sums_ptr=sums,
-        inverse_temperature=1.0 / temperature,
-        odds=beta / (1.0 - beta),
+        inverse_temperature=1.0 / problem.temperature,
+        odds=problem.beta / (1.0 - problem.beta),
         num_rows=num_rows,
         num_classes=num_classes,
         tiles_per_split=triton.cdiv(triton.cdiv(num_classes, config.blocks["BLOCK_V"]), splits),

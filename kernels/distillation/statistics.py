@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedmm.kernels.distillation.arguments import DistillationProblem
 from fusedmm.kernels.distillation.config import row_threads, vocabulary_splits
 from fusedmm.kernels.distillation.heads import HeadTensors, launch_heads
 from fusedmm.kernels.distillation.rows import load_state, row_inputs, state_pointers, store_state
@@ -32,6 +33,7 @@ from fusedmm.kernels.launch import LAUNCH_OPTIONS, device_arch
 from fusedmm.kernels.softmax import LN_2
 
 SAVED = 16  # rows of saved statistics, see _save
+RATIOS, MEAN_RATIOS, GAP = slice(8, 10), slice(10, 12), 15  # of them u_k, mean log-ratio and c
 FIELDS = 16  # rows of scores
 LOSSES = 3  # forward KL, reverse KL, cross entropy
 
@@ -221,12 +223,8 @@ def _save(
 def statistics(
     student: HeadTensors,
     teacher: HeadTensors,
+    problem: DistillationProblem,
     *,
-    labels: torch.Tensor | None,
-    row_temperature: torch.Tensor | None,
-    temperature: float,
-    num_classes: int,
-    first_class: int,
     for_scores: bool,
     split_classes: int,
 ) -> torch.Tensor:
@@ -240,7 +238,7 @@ def statistics(
         teacher,
         arch=arch,
         kind="scores" if for_scores else "loss",
-        num_classes=num_classes,
+        num_classes=problem.num_classes,
         columns=split_classes,
     )
     splits = vocabulary_splits(arch, num_rows, split_classes, config)
@@ -250,17 +248,17 @@ def statistics(
         return state
     _statistics_kernel[(triton.cdiv(num_rows, config.blocks["BLOCK_N"]) * splits,)](
         **heads,
-        labels_ptr=labels,
-        row_temperature_ptr=row_temperature,
+        labels_ptr=problem.labels,
+        row_temperature_ptr=problem.row_temperature,
         state_ptr=state,
-        inverse_temperature=1.0 / temperature,
+        inverse_temperature=1.0 / problem.temperature,
         num_rows=num_rows,
-        num_classes=num_classes,
-        first_class=first_class,
-        tiles_per_split=triton.cdiv(triton.cdiv(num_classes, config.blocks["BLOCK_V"]), splits),
+        num_classes=problem.num_classes,
+        first_class=problem.first_class,
+        tiles_per_split=triton.cdiv(triton.cdiv(problem.num_classes, config.blocks["BLOCK_V"]), splits),
         num_splits=splits,
         IS_SCORES=for_scores,
-        IS_UNIT=row_temperature is None and temperature == 1.0,
+        IS_UNIT=problem.is_unit,
         LANES=row_threads(arch),
         **config.launch_options(),
     )
@@ -268,15 +266,7 @@ def statistics(
 
 
 def merge_statistics(
-    state: torch.Tensor,
-    *,
-    labels: torch.Tensor | None,
-    row_temperature: torch.Tensor | None,
-    temperature: float,
-    total_classes: int,
-    ignore_index: int,
-    label_smoothing: float,
-    for_scores: bool,
+    state: torch.Tensor, problem: DistillationProblem, *, for_scores: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Saved statistics [SAVED, N], and scores [FIELDS, N] (the last two are 0) or losses [LOSSES, N], from the states
     of all splits and ranks; 0 where a row is ignored.
@@ -289,18 +279,18 @@ def merge_statistics(
     block_n = 32
     _merge_statistics_kernel[(triton.cdiv(num_rows, block_n),)](
         state_ptr=state,
-        labels_ptr=labels,
-        row_temperature_ptr=row_temperature,
+        labels_ptr=problem.labels,
+        row_temperature_ptr=problem.row_temperature,
         saved_ptr=saved,
         fields_ptr=fields,
-        inverse_temperature=1.0 / temperature,
-        label_smoothing=label_smoothing,
+        inverse_temperature=1.0 / problem.temperature,
+        label_smoothing=problem.label_smoothing,
         num_rows=num_rows,
-        total_classes=total_classes,
+        total_classes=problem.total_classes,
         num_splits=splits,
-        ignore_index=ignore_index,
+        ignore_index=problem.ignore_index,
         IS_SCORES=for_scores,
-        IS_UNIT=row_temperature is None and temperature == 1.0,
+        IS_UNIT=problem.is_unit,
         BLOCK_N=block_n,
         num_warps=1,
         **LAUNCH_OPTIONS,

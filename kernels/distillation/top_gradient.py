@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedmm.kernels.distillation.arguments import DistillationProblem
 from fusedmm.kernels.distillation.gradient import cross_entropy_gradient, store_gradient
 from fusedmm.kernels.distillation.heads import HeadTensors, launch_heads
 from fusedmm.kernels.distillation.tiles import head_slabs, program_tile
@@ -121,16 +122,8 @@ def top_gradient_logits(
     saved: torch.Tensor,
     grad_rows: torch.Tensor,
     out: torch.Tensor,
+    problem: DistillationProblem,
     *,
-    labels: torch.Tensor | None,
-    row_temperature: torch.Tensor | None,
-    temperature: float,
-    alpha: float,
-    label_smoothing: float,
-    num_classes: int,
-    first_class: int,
-    total_classes: int,
-    ignore_index: int,
     columns: slice,
 ) -> torch.Tensor:
     """``grad_rows`` times the gradient in the inputs of the student's soft-capped logits, for local classes
@@ -143,26 +136,26 @@ def top_gradient_logits(
     if num_rows == 0:
         return out
     arch = device_arch(student.source.device)
-    config, head = launch_heads(student, arch=arch, kind="top_gradient", num_classes=num_classes, columns=width)
+    config, head = launch_heads(student, arch=arch, kind="top_gradient", num_classes=problem.num_classes, columns=width)
     tiles = triton.cdiv(num_rows, config.blocks["BLOCK_N"]) * triton.cdiv(width, config.blocks["BLOCK_V"])
     _top_gradient_kernel[(tiles,)](
         **head,
         classes_ptr=classes,
-        labels_ptr=labels,
-        row_temperature_ptr=row_temperature,
+        labels_ptr=None if problem.alpha == 1.0 else problem.labels,
+        row_temperature_ptr=problem.row_temperature,
         saved_ptr=saved,
         grad_rows_ptr=grad_rows,
         grad_logits_ptr=out,
         grad_stride_n=out.stride(0),
-        inverse_temperature=1.0 / temperature,
-        alpha=alpha,
-        label_smoothing=label_smoothing,
+        inverse_temperature=1.0 / problem.temperature,
+        alpha=problem.alpha,
+        label_smoothing=problem.label_smoothing,
         num_rows=num_rows,
-        num_classes=num_classes,
-        first_class=first_class,
-        total_classes=total_classes,
+        num_classes=problem.num_classes,
+        first_class=problem.first_class,
+        total_classes=problem.total_classes,
         size_k=classes.shape[1],
-        ignore_index=ignore_index,
+        ignore_index=problem.ignore_index,
         first_column=columns.start,
         last_column=columns.stop,
         **config.launch_options(),

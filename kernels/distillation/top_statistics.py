@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedmm.kernels.distillation.arguments import DistillationProblem
 from fusedmm.kernels.distillation.config import row_threads, vocabulary_splits
 from fusedmm.kernels.distillation.heads import HeadTensors, launch_heads
 from fusedmm.kernels.distillation.rows import load_state, row_inputs, state_pointers, store_state
@@ -37,9 +38,18 @@ from fusedmm.kernels.distillation.top_state import (
 from fusedmm.kernels.launch import LAUNCH_OPTIONS, device_arch
 from fusedmm.kernels.softmax import LN_2
 
-STUDENT_SAVED = 6  # rows that a gradient needs beside the buckets': see _top_merge_kernel
-STUDENT_LOSSES = STUDENT_SAVED + 1  # and cross entropy
-STUDENT_SCORES = 8
+# Numbers of the student alone, as `_top_merge_kernel` writes them.
+STUDENT_SAVED = 6  # that a gradient needs beside the buckets'; cross entropy follows them
+STUDENT_SCORES = (
+    "student_entropy",
+    "student_confidence",
+    "teacher_confidence",
+    "student_arg",
+    "student_nll",
+    "el2n",
+    "margin",
+    "rest_squares",
+)
 BLOCK_K = 16
 MERGED_ROWS, MERGE_WARPS = 32, 4
 
@@ -224,12 +234,8 @@ def _top_merge_kernel(
 def top_statistics(
     student: HeadTensors,
     classes: torch.Tensor,
+    problem: DistillationProblem,
     *,
-    labels: torch.Tensor | None,
-    row_temperature: torch.Tensor | None,
-    temperature: float,
-    num_classes: int,
-    first_class: int,
     for_scores: bool,
     split_classes: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -239,7 +245,9 @@ def top_statistics(
     """
     arch = device_arch(student.source.device)
     num_rows, size_k = classes.shape
-    config, head = launch_heads(student, arch=arch, kind="top_sweep", num_classes=num_classes, columns=split_classes)
+    config, head = launch_heads(
+        student, arch=arch, kind="top_sweep", num_classes=problem.num_classes, columns=split_classes
+    )
     splits = vocabulary_splits(arch, num_rows, split_classes, config)
     size = (TOP_SIZE_SCORES if for_scores else TOP_SIZE_LOSS).value
     state = torch.empty((splits, num_rows, size), dtype=torch.float32, device=classes.device)
@@ -249,19 +257,19 @@ def top_statistics(
     _top_sweep_kernel[(triton.cdiv(num_rows, config.blocks["BLOCK_N"]) * splits,)](
         **head,
         classes_ptr=classes,
-        labels_ptr=labels,
-        row_temperature_ptr=row_temperature,
+        labels_ptr=problem.labels,
+        row_temperature_ptr=problem.row_temperature,
         state_ptr=state,
         top_ptr=top,
-        inverse_temperature=1.0 / temperature,
+        inverse_temperature=1.0 / problem.temperature,
         num_rows=num_rows,
-        num_classes=num_classes,
-        first_class=first_class,
+        num_classes=problem.num_classes,
+        first_class=problem.first_class,
         size_k=size_k,
-        tiles_per_split=triton.cdiv(triton.cdiv(num_classes, config.blocks["BLOCK_V"]), splits),
+        tiles_per_split=triton.cdiv(triton.cdiv(problem.num_classes, config.blocks["BLOCK_V"]), splits),
         num_splits=splits,
         IS_SCORES=for_scores,
-        IS_UNIT=row_temperature is None and temperature == 1.0,
+        IS_UNIT=problem.is_unit,
         LANES=row_threads(arch),
         **config.launch_options(),
     )
@@ -273,12 +281,8 @@ def merge_top_statistics(
     top: torch.Tensor,
     classes: torch.Tensor,
     log_probs: torch.Tensor,
+    problem: DistillationProblem,
     *,
-    labels: torch.Tensor | None,
-    row_temperature: torch.Tensor | None,
-    temperature: float,
-    total_classes: int,
-    label_smoothing: float,
     for_scores: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits over the top-k classes and the rest, of student and teacher [N, K + 1] float32 (K columns where those are
@@ -290,9 +294,9 @@ def merge_top_statistics(
     """
     splits, num_rows, _ = state.shape
     size_k = classes.shape[1]
-    has_rest = size_k < total_classes
+    has_rest = size_k < problem.total_classes
     own, target = (state.new_empty((num_rows, size_k + has_rest)) for _ in range(2))
-    numbers = state.new_empty((STUDENT_SCORES if for_scores else STUDENT_LOSSES, num_rows))
+    numbers = state.new_empty((len(STUDENT_SCORES) if for_scores else STUDENT_SAVED + 1, num_rows))
     if num_rows == 0:
         return own, target, numbers
     block_n = MERGED_ROWS
@@ -301,19 +305,19 @@ def merge_top_statistics(
         classes_ptr=classes,
         top_ptr=top,
         log_probs_ptr=log_probs,
-        labels_ptr=labels,
-        row_temperature_ptr=row_temperature,
+        labels_ptr=problem.labels,
+        row_temperature_ptr=problem.row_temperature,
         own_ptr=own,
         target_ptr=target,
         numbers_ptr=numbers,
-        inverse_temperature=1.0 / temperature,
-        label_smoothing=label_smoothing,
+        inverse_temperature=1.0 / problem.temperature,
+        label_smoothing=problem.label_smoothing,
         num_rows=num_rows,
-        total_classes=total_classes,
+        total_classes=problem.total_classes,
         size_k=size_k,
         num_splits=splits,
         IS_SCORES=for_scores,
-        IS_UNIT=row_temperature is None and temperature == 1.0,
+        IS_UNIT=problem.is_unit,
         HAS_REST=has_rest,
         BLOCK_N=block_n,
         BLOCK_K=BLOCK_K,
