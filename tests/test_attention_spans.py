@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fusedmm.kernels.attention import backward_key_value_spans, spans
-from tests.test_attention_kernels import FEATURES, complaints, draw_problem, launch, set_blocks
+from tests.attention_launch import FEATURES, complaints, draw_problem, launch, set_blocks
 
 
 @pytest.mark.parametrize("softmax", ["joint", "per_modality"])

@@ -9,14 +9,7 @@ pytest.importorskip("triton")
 
 from fusedmm.kernels.attention import launch as launch_module
 from fusedmm.kernels.attention.config import key_splits
-from tests.test_attention_kernels import (
-    SOFTMAXES,
-    complaints,
-    draw_problem,
-    fuzzed_problem,
-    launch,
-    set_blocks,
-)
+from tests.attention_launch import SOFTMAXES, complaints, draw_problem, fuzzed_problem, launch, set_blocks
 
 H200 = {"processors": 132}
 
