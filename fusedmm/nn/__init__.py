@@ -1,7 +1,8 @@
 """Modules: parameters, initialisation, and one call to the operators each."""
 
-from fusedmm.nn.attention import FusionBlock, FusionOutput, GatedMultimodalAttention
+from fusedmm.nn.attention import FusionOutput, GatedMultimodalAttention
 from fusedmm.nn.batch import MultimodalBatch
+from fusedmm.nn.block import FusionBlock
 from fusedmm.nn.distillation import DistillationLoss, FeatureDistillation, MassMatching
 from fusedmm.nn.gate import GateOutput, ModalityGate
 
