@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusedmm.eager import distillation_small
-from fusedmm.eager.products import compute_dtype
+from fusedmm.eager.products import LN_2, LOG2_E, compute_dtype
 from fusedmm.eager.shard import Shard, put
 from fusedmm.eager.waves import (
     FINITE_MINIMUM,
@@ -30,8 +30,6 @@ from fusedmm.eager.waves import (
 )
 from fusedmm.heads import Head, LinearHead, Teacher, TopKLogProbs
 
-LN_2 = math.log(2.0)
-LOG2_E = 1 / LN_2
 EXP2_LIMIT = 120.0  # of a log-ratio: its probability no longer counts long before, and no power overflows
 SATURATED = 1.125  # size of a softmax whose top class has 8/9: beyond, 1 - p loses more than three bits
 

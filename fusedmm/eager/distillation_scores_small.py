@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fusedmm.eager import distillation_small
-from fusedmm.eager.distillation_small import CALL_ELEMENTS, LOG2_E, are_alike, is_whole, logits_of
-from fusedmm.eager.products import cast, compute_dtype, multiply, ones_to_sum
+from fusedmm.eager.distillation_small import CALL_ELEMENTS, are_alike, is_whole, logits_of
+from fusedmm.eager.products import LN_2, LOG2_E, cast, compute_dtype, multiply, ones_to_sum
 from fusedmm.eager.waves import FEW_CLASSES, FINITE_MINIMUM
 from fusedmm.heads import LinearHead, Teacher
 
@@ -49,7 +49,7 @@ def scores(
     classes, rows = student.weight.shape[0], student.hidden.shape[0]
     if rows * classes <= CALL_ELEMENTS:
         return _scores_of_a_call(student, teacher, labels, objective)
-    scale, unit = 0.5 * LOG2_E / objective.temperature, 2 / LOG2_E  # 2 ** log is the root of a power
+    scale, unit = 0.5 * LOG2_E / objective.temperature, 2 * LN_2  # 2 ** log is the root of a power
     logs = student.hidden.new_empty((classes, 2 * rows), dtype=compute_dtype(student.hidden))
     log_p, log_t = logs.chunk(2, 1)
     _few_logits(student, scale, out=log_p)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedmm.eager.products import cast, compute_dtype, multiply
+from fusedmm.eager.products import LOG2_E, cast, compute_dtype, multiply
 from fusedmm.eager.shard import Shard
 from fusedmm.eager.waves import FEW_CLASSES, FINITE_MINIMUM, WHOLE_ELEMENTS, clear_forbidden
 from fusedmm.heads import LinearHead, Teacher
@@ -21,7 +21,6 @@ from fusedmm.heads import LinearHead, Teacher
 if TYPE_CHECKING:
     from fusedmm.eager.distillation import Objective
 
-LOG2_E = 1 / math.log(2.0)
 FEW_ELEMENTS = 1 << 18  # of logits with few classes, which may all be held
 VECTOR = 16  # float32 numbers
 CALL_ELEMENTS = 1 << 11  # of logits, of which a pass costs no more than the call
