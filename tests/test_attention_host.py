@@ -1,16 +1,14 @@
 """What a call of the Triton path does on the host, kernels aside: few operators, and none that waits for the GPU."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedmm
-from fusedmm.ops import attention_op
 from fusedmm.visibility import lookback_tensor
 
 pytest.importorskip("triton")
@@ -18,38 +16,7 @@ pytest.importorskip("triton")
 from fusedmm.kernels.attention import backward_rows, combine
 from fusedmm.kernels.attention import launch as launch_module
 from fusedmm.kernels.attention.arguments import input_precision
-
-# Operators whose result, or its size, the host has to know.
-WAITS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
-INNER = {
-    "fusedmm::attention_forward": attention_op._forward,
-    "fusedmm::attention_backward": attention_op._backward,
-}
-
-
-class Operators(TorchDispatchMode):
-    """Names of all operators called, those inside the registered ones too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        name = func.name().split(".")[0]
-        self.names.append(name)
-        if name in INNER:
-            with self:
-                return INNER[name](*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-class NoKernel:
-    """A kernel that is launched and does nothing."""
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda **_: None
+from tests.operators import WAITS, NoKernel, Operators
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from fusedmm.kernels.attention.hopper import faint, launch, passes, work
 from fusedmm.kernels.attention.hopper.specs import VARIANTS, kernel_specs
 from fusedmm.kernels.launch import device_arch
 from tests.gluon_launch import hopper_attention, simulate
-from tests.test_attention_host import WAITS, NoKernel, Operators
+from tests.operators import WAITS, NoKernel, Operators
 
 SOFTMAXES = ("joint", "per_modality", "partials")
 CPU = torch.device("cpu")
