@@ -223,6 +223,7 @@ def prepare_reference(problem: Problem, dtype: torch.dtype) -> Prepared:
             scale=query.shape[-1] ** -0.5,
             softmax=example.softmax,
             compute_dtype=dtype,
+            active=example.tensors.get("active"),
             **others,  # type: ignore[arg-type]
         )
 

@@ -166,12 +166,7 @@ def _merged(problem: Problem, call: Varlen) -> Prepared:
     join: Any = torch.compile(merge, dynamic=False)
 
     def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        log_prior: Tensor | None = None,
-        gate: Tensor | None = None,
-        active: Tensor | None = None,
+        query: Tensor, key: Tensor, value: Tensor, log_prior: Tensor | None = None, gate: Tensor | None = None
     ) -> Sequence[Tensor]:
         outputs, lses = [], []
         for part in parts:
@@ -209,12 +204,7 @@ def flex(problem: Problem, *, count_mask: bool = False) -> Prepared:
     made = masks()
 
     def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        log_prior: Tensor | None = None,
-        gate: Tensor | None = None,
-        active: Tensor | None = None,
+        query: Tensor, key: Tensor, value: Tensor, log_prior: Tensor | None = None, gate: Tensor | None = None
     ) -> Sequence[Tensor]:
         blocks = masks() if count_mask else made
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))

@@ -33,16 +33,26 @@ class Problem:
         return Padded(self.example)
 
 
-class Padded:
-    """The batch as padded tensors [B, H, L, X], and what each query may see.
-
-    Samples of one length are viewed, not copied, and a mask that hides nothing is left out: with one, neither PyTorch's
-    flash kernels nor cuDNN's run. Padding goes through index_copy and index_select, whose gradients are cheap.
+@dataclass(frozen=True)
+class Masks:
+    """What each query of padded samples may see.
 
     Attributes:
         one_hot: [B, Lk, M] modality of each key, float32; 0 in the padding.
         visible: [B, 1 or Hq, Lq or 1, Lk] bool; None: all.
         blind: [B, 1 or Hq, Lq or 1, 1] bool, queries that see nothing; None: there are none.
+    """
+
+    one_hot: Tensor
+    visible: Tensor | None
+    blind: Tensor | None = None
+
+
+class Padded:
+    """The batch as padded tensors [B, H, L, X], and what each query may see.
+
+    Samples of one length are viewed, not copied, and a mask that hides nothing is left out: with one, neither PyTorch's
+    flash kernels nor cuDNN's run. Padding goes through index_copy and index_select, whose gradients are cheap.
     """
 
     def __init__(self, example: AttentionExample) -> None:
@@ -53,7 +63,7 @@ class Padded:
         segments = layout.key_segments()
         modality = self._keys.pad(segments % modalities)  # [B, Lk]
         valid = self._keys.pad(torch.ones_like(segments, dtype=torch.bool))
-        self.one_hot = F.one_hot(modality, modalities).float() * valid[..., None]
+        one_hot = F.one_hot(modality, modalities).float() * valid[..., None]
         visible = valid[:, None, None]
         if "active" in example.tensors:
             chosen = modality[:, None].expand(-1, example.tensors["active"].shape[1], -1)
@@ -65,8 +75,7 @@ class Padded:
             rows = self._keys.pad(torch.arange(layout.total_k, device=modality.device))[:, None]
             visible = visible & ((rows >= low) & (rows < high))[:, None]
         blind = ~visible.any(-1, keepdim=True)
-        self.visible = None if bool(visible.all()) else visible
-        self.blind = blind if bool(blind.any()) else None
+        self.masks = Masks(one_hot, None if bool(visible.all()) else visible, blind if bool(blind.any()) else None)
 
     def queries(self, packed: Tensor) -> Tensor:
         """[total_q, H, X] to [B, H, Lq, X]."""
@@ -112,7 +121,8 @@ def repeat_heads(x: Tensor, heads: int, dim: int) -> Tensor:
 
 
 def prepare(problem: Problem, attention: Attention, key_order: Tensor | None = None) -> Prepared:
-    """Bind ``attention(query, key, value, **others)``, which gives the output and, if the task asks, the mass.
+    """Bind ``attention(query, key, value, **others)``, which gives the output and, if the task asks, the mass. Others
+    have a gradient: what is switched on is no argument, but in the example.
 
     With ``key_order`` keys and values are handed over in that order of their packed rows.
     """
@@ -121,8 +131,6 @@ def prepare(problem: Problem, attention: Attention, key_order: Tensor | None = N
     tensors = {name: x[order[name]] if name in order else x for name, x in example.tensors.items()}
     leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items() if name != "active"}
     others = {name: x for name, x in leaves.items() if name not in ("query", "key", "value")}
-    if "active" in tensors:
-        others["active"] = tensors["active"]
     names = ("output", "mass") if problem.asks_mass else ("output",)
 
     def forward() -> dict[str, Tensor]:
@@ -143,6 +151,7 @@ def fused(problem: Problem) -> Prepared:
             key,
             value,
             example.layout,
+            active=example.tensors.get("active"),
             softmax=example.softmax,
             **others,  # type: ignore[arg-type]
         )
@@ -151,7 +160,7 @@ def fused(problem: Problem) -> Prepared:
 
 
 def formula(
-    query: Tensor, key: Tensor, value: Tensor, prior: Tensor | None, gate: Tensor | None, masks: Any, kind: str
+    query: Tensor, key: Tensor, value: Tensor, prior: Tensor | None, gate: Tensor | None, masks: Masks, kind: str
 ) -> tuple[Tensor, Tensor]:
     """The definition on padded tensors [B, H, L, X], as one writes it in plain PyTorch: output and mass."""
     one_hot = masks.one_hot[:, None]  # [B, 1, Lk, M]
@@ -175,7 +184,7 @@ def formula(
     return probabilities.to(value.dtype) @ value, mass
 
 
-def plain_formula(query: Tensor, key: Tensor, value: Tensor, masks: Any) -> Tensor:
+def plain_formula(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> Tensor:
     """The same where nothing about modalities is asked for."""
     scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
     if masks.visible is not None:
@@ -194,58 +203,39 @@ def eager(problem: Problem, *, compiled: bool = False) -> Prepared:
     run = torch.compile(asked, dynamic=False) if compiled else asked
 
     def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        log_prior: Tensor | None = None,
-        gate: Tensor | None = None,
-        active: Tensor | None = None,
+        query: Tensor, key: Tensor, value: Tensor, log_prior: Tensor | None = None, gate: Tensor | None = None
     ) -> Sequence[Tensor]:
         heads = query.shape[1]
         q, k, v = padded.queries(query), padded.keys(key, heads), padded.keys(value, heads)
         if not problem.asks_mass:
-            return (padded.pack(run(q, k, v, padded)),)
+            return (padded.pack(run(q, k, v, padded.masks)),)
         prior, gates = (None if x is None else padded.queries(x) for x in (log_prior, gate))
-        output, mass = run(q, k, v, prior, gates, padded, kind)
+        output, mass = run(q, k, v, prior, gates, padded.masks, kind)
         return padded.pack(output), padded.pack(mass)
 
     return prepare(problem, attention)
-
-
-@dataclass(frozen=True)
-class _Masks:
-    """Of one sample: what `Padded` has of the batch."""
-
-    one_hot: Tensor
-    visible: Tensor | None
-    blind: Tensor | None
 
 
 def loops(problem: Problem) -> Prepared:
     """A Python loop over samples, each the formula on exactly its own tokens: how models with packed inputs do it."""
     layout, kind = problem.example.layout, problem.example.softmax
     q_bounds, k_bounds = layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k[:: layout.num_modalities].tolist()
-    padded = problem.padded
+    whole = problem.padded.masks
     samples = []
     for b in range(layout.batch_size):
         q, k = slice(q_bounds[b], q_bounds[b + 1]), slice(k_bounds[b], k_bounds[b + 1])
         queries, keys = slice(0, q.stop - q.start), slice(0, k.stop - k.start)
-        visible, blind = (None if x is None else x[b : b + 1] for x in (padded.visible, padded.blind))
+        visible, blind = (None if x is None else x[b : b + 1] for x in (whole.visible, whole.blind))
         if visible is not None:
             visible = visible[:, :, queries if visible.shape[2] > 1 else slice(None), keys]
             visible = None if bool(visible.all()) else visible
         if blind is not None:
             blind = blind[:, :, queries if blind.shape[2] > 1 else slice(None)]
             blind = blind if bool(blind.any()) else None
-        samples.append((q, k, _Masks(padded.one_hot[b : b + 1, keys], visible, blind)))
+        samples.append((q, k, Masks(whole.one_hot[b : b + 1, keys], visible, blind)))
 
     def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        log_prior: Tensor | None = None,
-        gate: Tensor | None = None,
-        active: Tensor | None = None,
+        query: Tensor, key: Tensor, value: Tensor, log_prior: Tensor | None = None, gate: Tensor | None = None
     ) -> Sequence[Tensor]:
         outputs, masses = [], []
         for q, k, masks in samples:
@@ -269,14 +259,12 @@ def sdpa_padded(problem: Problem) -> Prepared:
     Where the task asks for priors and mass, they ride along as one more query and key column and as one-hot value
     columns for each modality; gates cannot."""
     padded = problem.padded
-    mask = padded.visible
-    if mask is not None and padded.blind is not None:
-        mask = mask | padded.blind  # a row that sees nothing would be NaN
-    columns = padded.one_hot[:, None]
+    mask, blind = padded.masks.visible, padded.masks.blind
+    if mask is not None and blind is not None:
+        mask = mask | blind  # a row that sees nothing would be NaN
+    columns = padded.masks.one_hot[:, None]
 
-    def attention(
-        query: Tensor, key: Tensor, value: Tensor, log_prior: Tensor | None = None, active: Tensor | None = None
-    ) -> Sequence[Tensor]:
+    def attention(query: Tensor, key: Tensor, value: Tensor, log_prior: Tensor | None = None) -> Sequence[Tensor]:
         heads, dim = query.shape[1], query.shape[2]
         q, k, v = padded.queries(query), padded.keys(key, heads), padded.keys(value, heads)
         if problem.asks_mass:
@@ -286,7 +274,7 @@ def sdpa_padded(problem: Problem) -> Prepared:
                 k = torch.cat((k, one_hot), -1)
             v = torch.cat((v, one_hot), -1)
         output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=dim**-0.5)
-        output = padded.pack(output if padded.blind is None else output.masked_fill(padded.blind, 0.0))
+        output = padded.pack(output if blind is None else output.masked_fill(blind, 0.0))
         return (output[..., :dim], output[..., dim:].float()) if problem.asks_mass else (output,)
 
     return prepare(problem, attention)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.case import Case, Prepared, Variant
-from benchmarks.cases import attention_peers
+from benchmarks.cases.attention_peers import Masks, formula
 from fusedmm.nn import FusionBlock
 
 SEED = 0
@@ -67,10 +67,9 @@ def build(name: str, kind: str, shape: Shape) -> Case:
     dtype = torch.bfloat16 if kind == "cuda" else torch.float32
     example = draw(shape, dtype, torch.device("cpu"))
     real = {modality: int(mask.sum()) for modality, mask in example.masks.items()}
-    pairs = sum(int(mask.sum()) for mask in example.masks.values()) * shape.queries
     rows, width = shape.batch * shape.queries, shape.embed_dim
     projections = sum(2 * 2 * real[modality] * shape.widths[modality] * width for modality in real)
-    forward = float(projections + rows * width * width * 2 * (2 + 8) + 4 * width * pairs)
+    forward = float(projections + rows * width * width * 2 * (2 + 8) + 4 * width * sum(real.values()) * shape.queries)
     parameters = sum(parameter.numel() for parameter in example.module("eager", torch.float32).parameters())
     tokens = sum(count * shape.widths[modality] for modality, count in real.items())
     moved = float((parameters + tokens + 2 * rows * width) * dtype.itemsize)
@@ -146,17 +145,6 @@ def prepare(
     return Prepared(forward, leaves, {"output": problem.upstream.to(wanted)})
 
 
-@dataclass(frozen=True)
-class Masks:
-    """For `attention_peers.formula`: the modality of each key [B, Lk, M], which keys are no padding [B, 1, 1, Lk], and
-    which queries see nothing: none.
-    """
-
-    one_hot: Tensor
-    visible: Tensor
-    blind: None = None
-
-
 def padded_block(block: FusionBlock, query: Tensor, tokens: Mapping[str, Tensor], masks: Masks) -> Tensor:
     """The block as one writes it in plain PyTorch for padded tokens: all of them concatenated, one masked softmax."""
     attention = block.attention
@@ -173,7 +161,7 @@ def padded_block(block: FusionBlock, query: Tensor, tokens: Mapping[str, Tensor]
     prior, gate = (
         factor.unflatten(0, x.shape[:2]).transpose(1, 2) for factor in attention.modality_gate(x.flatten(0, 1))
     )
-    output, _ = attention_peers.formula(heads(attention.query_proj(x)), key, value, prior, gate, masks, "joint")
+    output, _ = formula(heads(attention.query_proj(x)), key, value, prior, gate, masks, "joint")
     x = query + attention.out_proj(output.transpose(1, 2).flatten(-2))
     result: Tensor = x + block.mlp(block.mlp_norm(x))
     return result
