@@ -15,23 +15,6 @@ from benchmarks.peers import require
 
 CHUNK = 1024  # rows of the chunked compositions
 MODES = ("forward", "both")  # a fast path takes the gradient in the forward: the backward alone says nothing
-# every score of a pair of heads and labels that needs one pass
-FIELDS = (
-    "forward_kl",
-    "reverse_kl",
-    "hellinger",
-    "student_entropy",
-    "teacher_entropy",
-    "student_confidence",
-    "teacher_confidence",
-    "agreement",
-    "student_nll",
-    "teacher_nll",
-    "excess_loss",
-    "el2n",
-    "margin",
-    "grad_norm",
-)
 
 
 @dataclass(frozen=True)
@@ -260,36 +243,36 @@ def fused_scores(problem: Problem, *, impl: str = "auto") -> Prepared:
     def forward() -> dict[str, Tensor]:
         heads = problem.student_head(), problem.teacher_head()
         scores = fusedmm.distillation_scores(*heads, problem.labels, impl=impl)
-        return {name: getattr(scores, name) for name in FIELDS}
+        return {name: score for name, score in scores._asdict().items() if score is not None}
 
     return Prepared(forward, {}, {})
 
 
 def _row_scores(
     hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, labels: Tensor
-) -> tuple[Tensor, ...]:
+) -> dict[str, Tensor]:
     z, u = (hidden @ weight.T).float(), (teacher @ teacher_weight.T).float()
     log_p, log_t = z.log_softmax(-1), u.log_softmax(-1)
     p, t = log_p.exp(), log_t.exp()
     label = labels[:, None]
     student_nll, teacher_nll = (-x.gather(1, label)[:, 0] for x in (log_p, log_t))
     others = z.scatter(1, label, -torch.inf)
-    return (
-        (t * (log_t - log_p)).sum(-1),
-        (p * (log_p - log_t)).sum(-1),
-        1 - (p * t).sqrt().sum(-1),
-        -(p * log_p).sum(-1),
-        -(t * log_t).sum(-1),
-        p.amax(-1),
-        t.amax(-1),
-        (z.argmax(-1) == u.argmax(-1)).float(),
-        student_nll,
-        teacher_nll,
-        student_nll - teacher_nll,
-        p.scatter_add(1, label, -torch.ones_like(label, dtype=p.dtype)).norm(dim=-1),
-        z.gather(1, label)[:, 0] - others.amax(-1),
-        (p - t).norm(dim=-1) * hidden.float().norm(dim=-1),
-    )
+    return {
+        "forward_kl": (t * (log_t - log_p)).sum(-1),
+        "reverse_kl": (p * (log_p - log_t)).sum(-1),
+        "hellinger": 1 - (p * t).sqrt().sum(-1),
+        "student_entropy": -(p * log_p).sum(-1),
+        "teacher_entropy": -(t * log_t).sum(-1),
+        "student_confidence": p.amax(-1),
+        "teacher_confidence": t.amax(-1),
+        "agreement": (z.argmax(-1) == u.argmax(-1)).float(),
+        "student_nll": student_nll,
+        "teacher_nll": teacher_nll,
+        "excess_loss": student_nll - teacher_nll,
+        "el2n": p.scatter_add(1, label, -torch.ones_like(label, dtype=p.dtype)).norm(dim=-1),
+        "margin": z.gather(1, label)[:, 0] - others.amax(-1),
+        "grad_norm": (p - t).norm(dim=-1) * hidden.float().norm(dim=-1),
+    }
 
 
 def eager_scores(problem: Problem, *, compiled: bool = False, chunk: int | None = None) -> Prepared:
@@ -309,7 +292,7 @@ def eager_scores(problem: Problem, *, compiled: bool = False, chunk: int | None 
             )
             for start in range(0, rows, step)
         ]
-        return dict(zip(FIELDS, (torch.cat(field) for field in zip(*parts, strict=True)), strict=True))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     return Prepared(forward, {}, {})
 
