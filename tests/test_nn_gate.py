@@ -52,3 +52,21 @@ def test_importance_survives_a_cast_and_extreme_scores() -> None:
         gate.importance_loss(scores, scores)
     with pytest.raises(fusedmm.ShapeError, match=r"ModalityGate.update: .* Use scores\[query_mask\]"):
         gate.update(scores[None])
+
+
+def test_one_goes_at_a_time_and_counts_start_anew() -> None:
+    """Both copies of a signal are useless while the other is there; the one that is left is not."""
+    gate = ModalityGate(16, 2, 3, threshold=0.1, patience=2, momentum=0.0)
+    for _ in range(2):
+        assert gate.active(1).tolist() == [[True, True, True]]
+        gate.update(torch.tensor([[0.01, 0.0, 1.0]]))
+    assert gate.active(1).tolist() == [[True, False, True]]
+    for _ in range(5):
+        gate.update(torch.tensor([[0.5, 0.0, 0.5]]))
+    assert gate.active(1).tolist() == [[True, False, True]]
+    gate.update(torch.tensor([[0.05, 5.0, 0.5]]))  # off is off, whatever its score
+    gate.update(torch.tensor([[0.5, 5.0, 0.5]]))
+    gate.update(torch.tensor([[0.05, 5.0, 0.5]]))
+    assert gate.active(1).tolist() == [[True, False, True]]
+    gate.update(torch.tensor([[0.05, 5.0, 0.5]]))
+    assert gate.active(1).tolist() == [[False, False, True]]

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,31 +14,13 @@ import torch
 
 from fusedmm.train import trainer
 from fusedmm.train.__main__ import main
+from fusedmm.train.format import write_dataset
 from fusedmm.train.stored import StoredModel
+from tests.small_job import DONE, NO_EVENTS, RECIPE, logged, market, market_of_classes, result
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = """
-[data]
-simulate_days = 80
-simulate_entities = 5
-max_tokens = 6
-[model]
-layers = 1
-[train]
-steps = 12
-batch_size = 16
-warmup = 2
-eval_every = 6
-[run]
-device = "cpu"
-checkpoint_every = 6
-keep_checkpoints = 2
-bootstrap = 100
-"""
 BOTH = '[[variant]]\nname = "concat"\nfusion = "concat"\n[[variant]]\nname = "gated"\n'
-NO_EVENTS = "run.tensorboard=false"
 LINEAR = ["train mean", "ridge", "oracle", "ridge, then text", "ridge, then all"]
-DONE = (0, 2)  # 2: done, but a dozen steps need not find the truth
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +38,8 @@ def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def result(out: Path, run: str = "gated-seed0") -> dict[str, np.ndarray]:
-    with np.load(out / "runs" / run / "result.npz") as stored:
-        return dict(stored)
-
-
-def losses(out: Path, run: str = "gated-seed0") -> dict[int, float]:
-    lines = [json.loads(line) for line in (out / "runs" / run / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+def losses(out: Path) -> dict[int, float]:
+    return logged(out, "loss")
 
 
 def interrupted_copy(source: Path, target: Path) -> Path:
@@ -184,8 +159,6 @@ def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(recipe: Path, 
 def test_loss_that_is_not_finite_ends_the_run(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fusedmm.train import trainer
-
     monkeypatch.setattr(trainer, "batch_loss", lambda prediction, targets, task: prediction.sum(dim=1) * float("nan"))
     assert main([str(recipe), f"run.out={tmp_path}", NO_EVENTS, "train.max_skips=4"]) == 1
     error = capsys.readouterr().err
@@ -243,10 +216,7 @@ def test_text_model_without_its_package_is_one_line(
 
 
 def test_empty_dataset_is_refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from fusedmm.train.format import write_dataset
-    from fusedmm.train.simulate import MarketConfig, simulate
-
-    info, samples, tokens = simulate(MarketConfig(days=5, entities=1))
+    info, samples, tokens = market()
     write_dataset(tmp_path / "data", info, samples.iloc[:0], tokens)
     assert main([str(recipe), f"run.out={tmp_path / 'out'}", NO_EVENTS, f"data.path={tmp_path / 'data'}"]) == 1
     assert "has no rows: the data set is empty" in capsys.readouterr().err
@@ -262,14 +232,8 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_classes_are_scored_by_accuracy_and_correlation(recipe: Path, tmp_path: Path) -> None:
-    from fusedmm.train.format import write_dataset
-    from fusedmm.train.simulate import MarketConfig, simulate
-
-    info, samples, tokens = simulate(MarketConfig(days=80, entities=5))
-    samples["target_up"] = (samples.pop("target_near") > 0).astype("int64")
-    truth = ("importance_", "oracle_", "target_far")
-    samples = samples[[name for name in samples.columns if not name.startswith(truth)]]
-    write_dataset(tmp_path / "data", replace(info, task="classification", classes=2), samples, tokens)
+    info, samples, tokens = market_of_classes()
+    write_dataset(tmp_path / "data", info, samples, tokens)
     out = tmp_path / "out"
     assert main([str(recipe), f"run.out={out}", NO_EVENTS, f"data.path={tmp_path / 'data'}"]) == 0
     report = json.loads((out / "report.json").read_text())
@@ -286,10 +250,7 @@ def test_classes_are_scored_by_accuracy_and_correlation(recipe: Path, tmp_path: 
 def test_data_option_takes_the_recipe_of_that_name(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fusedmm.train.format import write_dataset
-    from fusedmm.train.simulate import MarketConfig, simulate
-
-    write_dataset(tmp_path / "data", *simulate(MarketConfig(days=80, entities=5)))
+    write_dataset(tmp_path / "data", *market())
     mine, theirs = tmp_path / "mine.toml", tmp_path / "simulated-market.toml"
     mine.write_text(RECIPE)
     theirs.write_text(RECIPE + "[[variant]]\nfusion = 'nothing'\n")

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from fusedmm.nn import ModalityGate
 from fusedmm.train.__main__ import main
 from fusedmm.train.config import RecipeError, load_recipe
 from fusedmm.train.filter import modality_importance
 from fusedmm.train.importance import ModalityUse, check_filter
+from tests.small_job import DONE, result
 
 RECIPE = """
 [data]
@@ -36,7 +36,7 @@ tensorboard = false
 name = "filtered"
 filter = 0.9
 """
-DONE = (0, 2)  # 2: done, but a filter at 90 % does not find the truth
+RUN = "filtered-seed0"
 
 
 def test_importance_is_a_share_of_what_all_earn() -> None:
@@ -48,24 +48,6 @@ def test_importance_is_a_share_of_what_all_earn() -> None:
     assert (nothing <= 0).all()
 
 
-def test_one_goes_at_a_time_and_counts_start_anew() -> None:
-    """Both copies of a signal are useless while the other is there; the one that is left is not."""
-    gate = ModalityGate(16, 2, 3, threshold=0.1, patience=2, momentum=0.0)
-    for _ in range(2):
-        assert gate.active(1).tolist() == [[True, True, True]]
-        gate.update(torch.tensor([[0.01, 0.0, 1.0]]))
-    assert gate.active(1).tolist() == [[True, False, True]]
-    for _ in range(5):
-        gate.update(torch.tensor([[0.5, 0.0, 0.5]]))
-    assert gate.active(1).tolist() == [[True, False, True]]
-    gate.update(torch.tensor([[0.05, 5.0, 0.5]]))  # off is off, whatever its score
-    gate.update(torch.tensor([[0.5, 5.0, 0.5]]))
-    gate.update(torch.tensor([[0.05, 5.0, 0.5]]))
-    assert gate.active(1).tolist() == [[True, False, True]]
-    gate.update(torch.tensor([[0.05, 5.0, 0.5]]))
-    assert gate.active(1).tolist() == [[False, False, True]]
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("filtered")
@@ -74,14 +56,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def result(out: Path) -> dict[str, np.ndarray]:
-    with np.load(out / "runs" / "filtered-seed0" / "result.npz") as stored:
-        return dict(stored)
-
-
 def test_what_is_switched_off_is_not_read(finished: Path) -> None:
     """Eleven looks count, three at a time: three of six modalities go, and the report names them."""
-    stored = result(finished)
+    stored = result(finished, RUN)
     assert stored["kept"].sum() == 3
     for kept, mass, hidden in zip(stored["kept"], stored["mass"].T, stored["hidden"], strict=True):
         assert (mass > 0).any() == kept
@@ -93,11 +70,11 @@ def test_what_is_switched_off_is_not_read(finished: Path) -> None:
 def test_a_resumed_run_filters_alike(finished: Path, tmp_path: Path) -> None:
     """From the checkpoint after step 17: one modality has gone, two will."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    run = tmp_path / "runs" / "filtered-seed0"
+    run = tmp_path / "runs" / RUN
     shutil.rmtree(run / "checkpoints" / "step-00000024")
     (run / "result.npz").unlink()
     assert main([str(tmp_path / "recipe.toml"), f"run.out={tmp_path}"]) in DONE
-    before, after = result(finished), result(tmp_path)
+    before, after = result(finished, RUN), result(tmp_path, RUN)
     for name in ("kept", "test", "dev", "mass", "best_step"):
         np.testing.assert_array_equal(after[name], before[name], err_msg=name)
 

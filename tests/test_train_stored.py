@@ -1,7 +1,6 @@
 """A finished run starts another and forecasts: the same weights, the same features, nothing fitted anew."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -14,36 +13,22 @@ from fusedmm.train import predict
 from fusedmm.train.__main__ import main
 from fusedmm.train.features import FeatureConfig, Featurizer, Scaler
 from fusedmm.train.format import read_dataset, write_dataset
-from fusedmm.train.simulate import MarketConfig, simulate
 from fusedmm.train.stored import StoredModel
 from fusedmm.train.text import ModelEncoder
+from tests.small_job import DONE, NO_EVENTS, RECIPE, logged, market, market_of_classes, result
 
-RECIPE = """
-[data]
-max_tokens = 6
-[model]
-layers = 1
-[train]
-steps = 12
-batch_size = 16
-warmup = 2
-eval_every = 6
-[run]
-device = "cpu"
-bootstrap = 100
-tensorboard = false
+VARIANT = """
 [[variant]]
-name = "some"
+name = "gated"
 modalities = ["price", "text", "chart"]
 filter = 0.02
 """
-RUN = Path("runs") / "some-seed0"
-DONE = (0, 2)  # 2: done, but a dozen steps need not find the truth
+RUN = Path("runs") / "gated-seed0"
 
 
-def market(directory: Path, *, seed: int, shift: float = 0.0, without: str = "") -> Path:
+def write_market(directory: Path, *, seed: int, shift: float = 0.0, without: str = "") -> Path:
     """A small market on disk, its targets shifted, and columns that start with ``without`` left out."""
-    info, samples, tokens = simulate(MarketConfig(days=80, entities=5, seed=seed))
+    info, samples, tokens = market(seed)
     for name in samples.columns:
         if name.startswith(("target_", "oracle_")):
             samples[name] += shift
@@ -57,24 +42,14 @@ def market(directory: Path, *, seed: int, shift: float = 0.0, without: str = "")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds ``recipe.toml``, the data of ``out`` (a finished recipe), and ``shifted``, other data."""
     root = tmp_path_factory.mktemp("first")
-    (root / "recipe.toml").write_text(RECIPE)
-    market(root / "shifted", seed=1, shift=3.0)
-    assert train(root, root / "out", f"data.path={market(root / 'data', seed=0)}") in DONE
+    (root / "recipe.toml").write_text(RECIPE + VARIANT)
+    write_market(root / "shifted", seed=1, shift=3.0)
+    assert train(root, root / "out", f"data.path={write_market(root / 'data', seed=0)}") in DONE
     return root
 
 
 def train(first: Path, out: Path, *overrides: str) -> int:
-    return main([str(first / "recipe.toml"), f"run.out={out}", *overrides])
-
-
-def result(out: Path) -> dict[str, np.ndarray]:
-    with np.load(out / RUN / "result.npz") as stored:
-        return dict(stored)
-
-
-def dev_losses(out: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (out / RUN / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: line["dev_loss"] for line in lines if "dev_loss" in line}
+    return main([str(first / "recipe.toml"), f"run.out={out}", NO_EVENTS, *overrides])
 
 
 @pytest.mark.parametrize("init", ["out", f"out/{RUN}"])
@@ -87,7 +62,7 @@ def test_no_step_on_the_same_data_reproduces_the_run(first: Path, tmp_path: Path
 def test_steps_on_shifted_data_lower_the_dev_loss(first: Path, tmp_path: Path) -> None:
     init = [f"data.path={first / 'shifted'}", f"train.init={first / 'out'}", "train.lr=0.01", "train.ema=0"]
     assert train(first, tmp_path, *init, "train.steps=40") in DONE
-    losses = dev_losses(tmp_path)
+    losses = logged(tmp_path, "dev_loss")
     assert min(loss for step, loss in losses.items() if step > 0) < 0.5 * losses[0]
     assert result(tmp_path)["best_step"] > 0
     old, new = (StoredModel.load(out / RUN) for out in (first / "out", tmp_path))
@@ -96,17 +71,12 @@ def test_steps_on_shifted_data_lower_the_dev_loss(first: Path, tmp_path: Path) -
     np.testing.assert_array_equal(old.featurizer.past.center, new.featurizer.past.center)
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return StoredModel.load(run).weights
-
-
 def test_what_is_frozen_stays_and_the_rest_goes_at_its_own_rate(first: Path, tmp_path: Path) -> None:
     """And a run that continues from a checkpoint is the run that was never interrupted."""
     init = [f"data.path={first / 'shifted'}", f"train.init={first / 'out'}", "train.lr=0.01", "train.ema=0"]
     init += ['train.freeze=["encoders.*", "latents"]', 'train.lr_scale={"*" = 0.1, "head.*" = 0}']
-    init += ["train.steps=12", "run.checkpoint_every=6", "run.keep_checkpoints=2"]
     assert train(first, tmp_path, *init) in DONE
-    old, new = weights(first / "out" / RUN), weights(tmp_path / RUN)
+    old, new = (StoredModel.load(out / RUN).weights for out in (first / "out", tmp_path))
     kept = {name for name in old if torch.equal(old[name], new[name])}
     still = ("encoders.", "latents", "head.")
     assert all(name in kept for name in old if name.startswith(still))
@@ -121,32 +91,10 @@ def test_what_is_frozen_stays_and_the_rest_goes_at_its_own_rate(first: Path, tmp
     np.testing.assert_array_equal(result(tmp_path)["test"], before)
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        (
-            'train.freeze=["encoders"]',
-            "train.freeze must match a parameter, got 'encoders'. There are blocks.*, context.*",
-        ),
-        ('train.lr_scale={"haed.*" = 0.1}', "train.lr_scale must match a parameter, got 'haed.*'"),
-        ('train.freeze=["*"]', "train.freeze must leave something to train, got ['*'], all of 'some'"),
-    ],
-)
-def test_patterns_that_match_nothing_or_everything_are_refused(
-    first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
-) -> None:
-    out = tmp_path / "new"
-    assert train(first, out, f"data.path={first / 'data'}", f"train.init={first / 'out'}", override) == 1
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert not out.exists()
-
-
 def test_a_start_that_no_step_improves_is_kept(first: Path, tmp_path: Path) -> None:
     init = [f"data.path={first / 'data'}", f"train.init={first / 'out'}"]
     assert train(first, tmp_path, *init, "train.lr=1", "train.ema=0", "train.steps=2") in DONE
-    losses = dev_losses(tmp_path)
+    losses = logged(tmp_path, "dev_loss")
     assert losses[2] > losses[0]
     assert result(tmp_path)["best_step"] == 0
     np.testing.assert_array_equal(result(tmp_path)["test"], result(first / "out")["test"])
@@ -155,14 +103,20 @@ def test_a_start_that_no_step_improves_is_kept(first: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.init=NOWHERE"], "NOWHERE/runs/some-seed0 must be the folder of a finished run, got no model.pt"),
-        (["train.seeds=[0, 7]"], "some-seed7 must be the folder of a finished run"),
+        (["train.init=NOWHERE"], "NOWHERE/runs/gated-seed0 must be the folder of a finished run, got no model.pt"),
+        (["train.seeds=[0, 7]"], "gated-seed7 must be the folder of a finished run"),
         (["model.dim=64"], "model.dim must be 32, as in the run that train.init="),
         (["data.text_dim=16"], "data.text_dim must be 32"),
         (["data.pool_modalities=['text']"], "data.pool_modalities must be ()"),
+        (
+            ["train.freeze=['encoders']"],
+            "train.freeze must match a parameter, got 'encoders'. There are blocks.*, context.*",
+        ),
+        (["train.lr_scale={'haed.*' = 0.1}"], "train.lr_scale must match a parameter, got 'haed.*'"),
+        (["train.freeze=['*']"], "train.freeze must leave something to train, got ['*'], all of 'gated'"),
     ],
 )
-def test_other_sizes_are_refused(
+def test_settings_that_do_not_fit_the_finished_run_are_refused(
     first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
 ) -> None:
     out = tmp_path / "new"
@@ -185,14 +139,14 @@ def test_other_variants_are_refused(
     first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], variant: str, message: str
 ) -> None:
     path = tmp_path / "other.toml"
-    path.write_text(RECIPE.partition("[[variant]]")[0] + f"[[variant]]\nname = 'some'\n{variant}\n")
+    path.write_text(RECIPE + f"[[variant]]\nname = 'gated'\n{variant}\n")
     data = [f"data.path={first / 'data'}", f"train.init={first / 'out'}", f"run.out={tmp_path / 'new'}"]
     assert main([str(path), *data]) == 1
     assert message in capsys.readouterr().err
 
 
 def test_other_data_is_refused(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    info, samples, tokens = simulate(MarketConfig(days=80, entities=5))
+    info, samples, tokens = market()
     kinds = {name: info.modalities[name] for name in ("price", "text", "chart")}
     narrow = dataclasses.replace(info, modalities=kinds)
     write_dataset(tmp_path / "narrow", narrow, samples, {name: tokens[name] for name in kinds})
@@ -200,13 +154,13 @@ def test_other_data_is_refused(first: Path, tmp_path: Path, capsys: pytest.Captu
     error = capsys.readouterr().err
     assert "modalities of data 'simulated-market' must be 'price, text, audio, chart, weather, orders'" in error
     assert "got 'price, text, chart'" in error
-    data = market(tmp_path / "past", seed=0, without="past_range")
+    data = write_market(tmp_path / "past", seed=0, without="past_range")
     assert predict.main([str(first / "out" / RUN), "--data", str(data), "--out", str(tmp_path / "f.parquet")]) == 1
     assert "past_ columns" in capsys.readouterr().err
 
 
 def test_forecasts_need_no_targets_and_are_the_report_s(first: Path, tmp_path: Path) -> None:
-    data = market(tmp_path / "data", seed=0, without="target_")
+    data = write_market(tmp_path / "data", seed=0, without="target_")
     path = tmp_path / "made" / "forecasts.parquet"
     run = first / "out" / RUN
     assert predict.main([str(run), "--data", str(data), "--out", str(path), "--device", "cpu"]) == 0
@@ -222,11 +176,7 @@ def test_forecasts_need_no_targets_and_are_the_report_s(first: Path, tmp_path: P
 
 
 def test_classes_are_forecast_as_probabilities(first: Path, tmp_path: Path) -> None:
-    info, samples, tokens = simulate(MarketConfig(days=80, entities=5))
-    samples["target_up"] = (samples.pop("target_near") > 0).astype("int64")
-    truth = ("importance_", "oracle_", "target_far")
-    samples = samples[[name for name in samples.columns if not name.startswith(truth)]]
-    info = dataclasses.replace(info, task="classification", classes=2)
+    info, samples, tokens = market_of_classes()
     write_dataset(tmp_path / "data", info, samples, tokens)
     assert train(first, tmp_path / "out", f"data.path={tmp_path / 'data'}") == 0
     write_dataset(tmp_path / "new", info, samples.drop(columns="target_up"), tokens)
