@@ -18,7 +18,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from fusedmm.train.bootstrap import Bootstrap, Interval
-from fusedmm.train.format import Dataset, Float64Array, read_dataset
+from fusedmm.train.dataset import Dataset, Float64Array
+from fusedmm.train.format import read_dataset
 from fusedmm.train.splits import Split, split_by_date
 
 # Against collinear columns. A hundred times more shrinks to the train mean, which a short dev part can take for skill:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusedmm.train.dataset import Int64Array
 from fusedmm.train.features import Features
-from fusedmm.train.format import Int64Array
 
 
 class Sample(NamedTuple):

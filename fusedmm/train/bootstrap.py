@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from arch.bootstrap import StationaryBootstrap
 
-from fusedmm.train.format import Float64Array
+from fusedmm.train.dataset import Float64Array
 
 
 class Interval(NamedTuple):

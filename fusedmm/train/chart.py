@@ -7,7 +7,7 @@ pictures finds what another finds in numbers, and as an example of an image moda
 import numpy as np
 import numpy.typing as npt
 
-from fusedmm.train.format import Float32Array
+from fusedmm.train.dataset import Float32Array
 
 BARS = 32
 BAR_WIDTH = 2

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedmm.train.batches import Batch, MultimodalDataset, collate, evaluation_batches
-from fusedmm.train.format import Float32Array
+from fusedmm.train.dataset import Float32Array
 from fusedmm.train.model import Forecast
 from fusedmm.train.parallel import World
 from fusedmm.train.task import Task

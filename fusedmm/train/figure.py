@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from fusedmm.train.config import Recipe
-from fusedmm.train.format import Float64Array
+from fusedmm.train.dataset import Float64Array
 from fusedmm.train.importance import ModalityUse
 from fusedmm.train.logs import read_log, run_directory
 from fusedmm.train.task import Task

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
-from fusedmm.train.format import Float64Array
+from fusedmm.train.dataset import Float64Array
 from fusedmm.train.task import Task
 
 NOISE_SHARE = 0.01

@@ -6,7 +6,7 @@ It sees the same vectors as the networks. What a network gains over it comes fro
 import numpy as np
 
 from fusedmm.train.baselines import Forecast
-from fusedmm.train.format import Float64Array, Int64Array
+from fusedmm.train.dataset import Float64Array, Int64Array
 from fusedmm.train.task import Task
 
 PENALTIES = (100.0, 300.0, 1000.0, 3000.0, 10_000.0)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fusedmm.train.format import Dataset, Float32Array, Int64Array, TokenTable
+from fusedmm.train.dataset import Dataset, Float32Array, Int64Array, TokenTable
 
 
 def pool_dataset(dataset: Dataset, names: Sequence[str], run: int) -> Dataset:

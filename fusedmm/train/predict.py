@@ -14,8 +14,9 @@ import pandas as pd
 
 from fusedmm.train.batches import MultimodalDataset
 from fusedmm.train.config import RecipeError
+from fusedmm.train.dataset import Dataset
 from fusedmm.train.evaluate import predict
-from fusedmm.train.format import DataFormatError, Dataset, read_dataset
+from fusedmm.train.format import DataFormatError, read_dataset
 from fusedmm.train.model import Forecaster, Sizes
 from fusedmm.train.parallel import World, open_world
 from fusedmm.train.pool import pool_dataset

@@ -19,9 +19,9 @@ import fusedmm
 from fusedmm.train.baselines import Forecast, Score, baseline_forecasts, format_table, score_forecasts
 from fusedmm.train.bootstrap import Bootstrap, Interval
 from fusedmm.train.config import Recipe, VariantConfig
+from fusedmm.train.dataset import Float32Array
 from fusedmm.train.evaluate import RunResult
 from fusedmm.train.figure import draw_report
-from fusedmm.train.format import Float32Array
 from fusedmm.train.importance import Check, ModalityUse, check_filter, checks_against_truth, modality_use
 from fusedmm.train.linear import residual_forecasts
 from fusedmm.train.task import Task

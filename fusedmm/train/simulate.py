@@ -21,15 +21,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from fusedmm.train.chart import cut_patches
-from fusedmm.train.format import (
-    SECONDS_PER_DAY,
-    DatasetInfo,
-    Float64Array,
-    Int64Array,
-    ModalityInfo,
-    RawTokens,
-    write_dataset,
-)
+from fusedmm.train.dataset import SECONDS_PER_DAY, DatasetInfo, Float64Array, Int64Array, ModalityInfo
+from fusedmm.train.format import RawTokens, write_dataset
 
 REGIMES = ("quiet", "earnings", "speeches", "technical")
 INFORMATIVE = ("price", "text", "audio", "chart")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from fusedmm.train.format import SECONDS_PER_DAY, Int64Array
+from fusedmm.train.dataset import SECONDS_PER_DAY, Int64Array
 
 EPOCH = date(1970, 1, 1).toordinal()
 TRAIN_SHARE, DEV_SHARE = 0.7, 0.1

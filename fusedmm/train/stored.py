@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fusedmm.train.config import DataConfig, ModelConfig, Recipe, RecipeError, VariantConfig
+from fusedmm.train.dataset import Dataset
 from fusedmm.train.features import FeatureConfig, Featurizer, Scaler
-from fusedmm.train.format import Dataset
 from fusedmm.train.logs import run_directory
 from fusedmm.train.text import HashingEncoder, ModelEncoder
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fusedmm.train.batches import MultimodalDataset
 from fusedmm.train.config import DataConfig, Recipe, RecipeError, VariantConfig
+from fusedmm.train.dataset import Dataset
 from fusedmm.train.features import FeatureConfig, Features, Featurizer
-from fusedmm.train.format import Dataset, read_dataset, write_dataset
+from fusedmm.train.format import read_dataset, write_dataset
 from fusedmm.train.model import Sizes
 from fusedmm.train.pool import pool_dataset
 from fusedmm.train.simulate import MarketConfig, simulate

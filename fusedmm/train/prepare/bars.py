@@ -10,7 +10,8 @@ import pandas as pd
 from numpy.lib.stride_tricks import sliding_window_view
 
 from fusedmm.train.chart import BARS, cut_patches, draw_candles
-from fusedmm.train.format import SECONDS_PER_DAY, DataFormatError, Float32Array, Float64Array, Int64Array, RawTokens
+from fusedmm.train.dataset import SECONDS_PER_DAY, Float32Array, Float64Array, Int64Array
+from fusedmm.train.format import DataFormatError, RawTokens
 
 CLOSE_SECONDS = 21 * 3600  # New York closes at 20:00 or 21:00 UTC: the later one, whatever the season
 RETURN_FLOOR = 0.005  # log(|r| + floor): moves under half a percent are all small

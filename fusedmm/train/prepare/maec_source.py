@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from fusedmm.train.format import DataFormatError, Float32Array, Int64Array
+from fusedmm.train.dataset import Float32Array, Int64Array
+from fusedmm.train.format import DataFormatError
 from fusedmm.train.prepare.bars import BarSeries
 from fusedmm.train.prepare.tables import read_columns, read_csv
 

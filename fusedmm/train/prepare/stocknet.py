@@ -16,16 +16,8 @@ import pandas as pd
 import pyarrow as pa
 
 from fusedmm.train.chart import UNITS as CHART_UNITS
-from fusedmm.train.format import (
-    SECONDS_PER_DAY,
-    DataFormatError,
-    DatasetInfo,
-    Float64Array,
-    Int64Array,
-    ModalityInfo,
-    RawTokens,
-    write_dataset,
-)
+from fusedmm.train.dataset import SECONDS_PER_DAY, DatasetInfo, Float64Array, Int64Array, ModalityInfo
+from fusedmm.train.format import DataFormatError, RawTokens, write_dataset
 from fusedmm.train.prepare.bars import (
     JUMP,
     MOMENTUM_FEATURES,
