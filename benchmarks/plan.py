@@ -88,12 +88,11 @@ def estimate_s(case: Case, seconds: float, *, quick: bool, energy: bool) -> floa
 
 def table(cases: Sequence[Case], seconds: float, *, quick: bool, energy: bool) -> str:
     """The plan: every case with when it should be done."""
-    at = START_S
+    at, count = START_S, 0
     lines = [f"{'start':<40}{at:>8.0f} s"]
     for case in cases:
         took = estimate_s(case, seconds, quick=quick, energy=energy)
-        at += took
+        at, count = at + took, count + (took > 0)
         lines.append(f"{case.name:<40}{at:>8.0f} s" if took else f"{case.name:<40}left out by --quick")
-    count = sum(estimate_s(case, seconds, quick=quick, energy=energy) > 0 for case in cases)
     lines.append(f"{count} cases, an estimated {at:.0f} s, of which {seconds:g} s of timing for each case and mode")
     return "\n".join(lines)

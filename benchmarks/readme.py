@@ -34,6 +34,10 @@ SHOWN = (  # of the CPU's cases, in the README; the worst row comes on top of th
 )
 STATIC_ARCH = "sm_90"
 STATIC_NAMES = ("d64,bf16", "d128,bf16", "distillation")
+CPU_HEAD = (
+    "| case | mode | fastest other | its time / fusedmm's | its peak memory / fusedmm's |",
+    "|---|---|---|---|---|",
+)
 Latest = dict[tuple[str, str, str], tuple[Run, Result]]
 
 
@@ -85,7 +89,7 @@ def details() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-OPERATORS = ("attention/", "distillation/")  # compared with PyTorch; the modules' peer is this project's reference
+OPERATORS = ("attention/", "distillation/")  # of which the line counts; a module has rows in the tables
 
 
 def cpu_line(found: Latest) -> str:
@@ -108,13 +112,9 @@ def cpu_table(found: Latest) -> list[str]:
     if not ratios:
         return []
     worst = min(ratios, key=lambda row: ratios[row])
-    rows = [(name, mode) for name in SHOWN for mode in ("both", "forward") if (name, mode) in ratios]
-    rows = list({name: (name, mode) for name, mode in reversed(rows)}.values())[::-1]
-    lines = [
-        "| case | mode | fastest other | its time / fusedmm's | its peak memory / fusedmm's |",
-        "|---|---|---|---|---|",
-    ]
-    return ["\n".join([*lines, *(_row(*row, found, with_rate=False) for row in dict.fromkeys([*rows, worst]))])]
+    rows = [(name, "both" if (name, "both") in ratios else "forward") for name in SHOWN]
+    rows = [row for row in rows if row in ratios]
+    return ["\n".join([*CPU_HEAD, *(_row(*row, found, with_rate=False) for row in dict.fromkeys([*rows, worst]))])]
 
 
 def _cpu_ratios(found: Latest) -> dict[tuple[str, str], float]:
@@ -168,11 +168,7 @@ def cpu_part(found: Latest) -> str:
     """Ratios only: times on a shared CPU mean little by themselves."""
     if not found:
         return "**CPU: not measured yet.** Command: `python -m benchmarks --device cpu --save`."
-    lines = [f"**CPU, the eager path: {_machine(found)}** (`python -m benchmarks --device cpu --save`)", ""]
-    lines += [
-        "| case | mode | fastest other | its time / fusedmm's | its peak memory / fusedmm's |",
-        "|---|---|---|---|---|",
-    ]
+    lines = [f"**CPU, the eager path: {_machine(found)}** (`python -m benchmarks --device cpu --save`)", "", *CPU_HEAD]
     for name in _listed("cpu"):
         for mode in MODES:
             if (name, mode, "fusedmm") in found:

@@ -157,7 +157,7 @@ def describe_run(device: torch.device, ceilings: Ceilings, telemetry: Telemetry)
     """Everything that a result on this machine depends on."""
     import triton
 
-    began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    began, tree = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), commit()
     found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -173,11 +173,11 @@ def describe_run(device: torch.device, ceilings: Ceilings, telemetry: Telemetry)
     else:
         name, processors, threads = processor_name(), _cores(), torch.get_num_threads()
     return Run(
-        id=f"{began}-{commit()}",
+        id=f"{began}-{tree}",
         device=name,
         kind=device.type,
         began=began,
-        commit=commit(),
+        commit=tree,
         command="python -m benchmarks " + " ".join(sys.argv[1:]),
         versions=found,
         threads=threads,

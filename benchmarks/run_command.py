@@ -152,9 +152,18 @@ def _measure(args: argparse.Namespace, kind: str, chosen: Mapping[str, Builder],
         for file in kept:
             results.append(file, [result])
 
-    compiling = plan.compiled_quickly() if args.quick else None
     harness = Harness(
-        device, ceilings, telemetry, run.id, seconds, args.energy, args.variants, args.without, compiling, keep, _begin
+        device=device,
+        ceilings=ceilings,
+        telemetry=telemetry,
+        run=run.id,
+        seconds=seconds,
+        energy=args.energy,
+        only=args.variants,
+        without=args.without,
+        compiling=plan.compiled_quickly() if args.quick else None,
+        keep=keep,
+        begin=_begin,
     )
     found: list[Result] = []
     theirs: list[Result] = []
