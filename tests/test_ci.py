@@ -21,17 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("setup", "demo", "test", "check", "gpu", "wheels")
 
 
-def test_provenance_needs_neither_git_nor_a_driver(
-    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("FUSEDMM_COMMIT", "abc1234")
-    found = gpu.provenance()
-    assert (found["commit"], found["gpu"]) == ("abc1234", "")
-    monkeypatch.delenv("FUSEDMM_COMMIT")
-    assert gpu.provenance()["commit"] == "unknown"
-
-
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("ci_gpu", ROOT / "ci" / "gpu.py")
@@ -42,6 +31,17 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     return module
+
+
+def test_provenance_needs_neither_git_nor_a_driver(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("FUSEDMM_COMMIT", "abc1234")
+    found = gpu.provenance()
+    assert (found["commit"], found["gpu"]) == ("abc1234", "")
+    monkeypatch.delenv("FUSEDMM_COMMIT")
+    assert gpu.provenance()["commit"] == "unknown"
 
 
 def run(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, budget: str, *codes: str) -> tuple[int, str]:

@@ -20,7 +20,7 @@ from benchmarks.results import latest
 CPU = torch.device("cpu")
 GOAL = 1.10
 NOISE = 1.25  # of a committed ratio, measured on another machine
-RUN_NOISE = 1.05  # of one run against another: jagged-market-day forward, 1.07 committed, reads 1.03 to 1.12
+RUN_NOISE = 1.05  # of one run against another: jagged-market-day forward reads 1.03 to 1.12
 ROUNDS = 7  # at least
 SECONDS = 0.2  # at least: a median of few short calls is one of disturbances
 TRIES = 3

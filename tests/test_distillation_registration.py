@@ -1,6 +1,7 @@
 """The registered operators under PyTorch's own checks: opcheck, torch.compile, autocast; and what users get told."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,8 +15,6 @@ from fusedmm.ops.distillation_inputs import check_inputs
 from fusedmm.ops.distillation_op import problem_of
 
 OPERATORS = torch.ops.fusedmm
-
-
 CPU = torch.device("cpu")
 
 
@@ -55,6 +54,17 @@ def test_opcheck(is_top: bool, impl: str, requires_grad: bool, device: torch.dev
     library.opcheck(OPERATORS.distillation_backward.default, (*frozen, grad_rows, statistics, *needs))
 
 
+def assert_one_graph(step: Callable[..., Tensor], student: LinearHead, *others: Tensor) -> None:
+    """`step` of the student's hidden and weight and of others: the same compiled, its gradients too."""
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [student.hidden.clone().requires_grad_(), student.weight.clone().requires_grad_()]
+        loss = function(*leaves, *others)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("memory", ["fast", "lean"])
 def test_compiles_into_one_graph(memory: str) -> None:
     def step(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor) -> Tensor:
@@ -73,13 +83,7 @@ def test_compiles_into_one_graph(memory: str) -> None:
         return loss + scores.forward_kl.sum()
 
     student, teacher, labels = heads(bias=False)
-    results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaves = [student.hidden.clone().requires_grad_(), student.weight.clone().requires_grad_()]
-        loss = function(*leaves, teacher.hidden, teacher.weight, labels)
-        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    assert_one_graph(step, student, teacher.hidden, teacher.weight, labels)
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
@@ -92,13 +96,7 @@ def test_top_k_teachers_compile_into_one_graph(memory: str, impl: str, device: t
 
     student, _, _ = heads(bias=False, device=device)
     top = torch.log_softmax(torch.randn(6, 11, device=device), -1).topk(3)
-    results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaves = [student.hidden.clone().requires_grad_(), student.weight.clone().requires_grad_()]
-        loss = function(*leaves, top.indices, top.values)
-        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    assert_one_graph(step, student, top.indices, top.values)
 
 
 def test_autocast_takes_heads_in_its_dtype() -> None:
