@@ -192,16 +192,17 @@ def test_memory_of_a_large_vocabulary(
     labels = torch.empty(ROWS, dtype=torch.int64, device="meta")
     grad_rows = torch.empty(ROWS, device="meta")
     objective = Objective(Shard(CLASSES, 0, CLASSES), beta, 0.5, 2.0, 0.1, -100)
+    problem = distillation_op.Problem(student, teacher, labels, None, objective, "triton")
     needs = (True, True, True)
     inputs = [x for head in (student, other) for x in (head.hidden, head.weight, head.bias) if x is not None]
     with PeakAllocation([*inputs, *top, labels, grad_rows]) as peak:
         if path == "scores":
-            distillation_triton.scores(student, teacher, labels, None, objective, beta > 0.0)
+            distillation_triton.scores(problem, beta > 0.0)
         elif path == "fast":
-            distillation_triton.fast(student, teacher, labels, None, objective, grad_rows, needs)
+            distillation_triton.fast(problem, grad_rows, needs)
         else:
-            _, saved = distillation_triton.rows(student, teacher, labels, None, objective)
-            distillation_triton.backward(student, teacher, labels, None, objective, grad_rows, saved, needs)
+            _, saved = distillation_triton.rows(problem)
+            distillation_triton.backward(problem, grad_rows, saved, needs)
     assert student.bias is not None
     outputs = 2 * (student.hidden.numel() + student.weight.numel() + student.bias.numel()) if path != "scores" else 0
     assert limit / 8 < peak.bytes - outputs <= limit

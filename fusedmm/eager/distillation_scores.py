@@ -28,7 +28,8 @@ from fusedmm.eager.waves import (
 )
 from fusedmm.heads import Head, LinearHead, Teacher, TopKLogProbs
 
-PAIR_FIELDS = (
+SECOND_PASS_FIELDS = ("divergence", "total_variation")
+FIELDS = (
     "forward_kl",
     "reverse_kl",
     "hellinger",
@@ -38,10 +39,13 @@ PAIR_FIELDS = (
     "teacher_confidence",
     "agreement",
     "grad_norm",
+    "student_nll",
+    "teacher_nll",
+    "excess_loss",
+    "el2n",
+    "margin",
+    *SECOND_PASS_FIELDS,
 )
-LABEL_FIELDS = ("student_nll", "teacher_nll", "excess_loss", "el2n", "margin")
-SECOND_PASS_FIELDS = ("divergence", "total_variation")
-FIELDS = PAIR_FIELDS + LABEL_FIELDS + SECOND_PASS_FIELDS
 
 
 def scores(

@@ -134,7 +134,7 @@ def _scores(problem: Problem, second_pass: bool) -> dict[str, Tensor]:
     if problem.impl == "triton":
         from fusedmm.ops import distillation_triton
 
-        fields = distillation_triton.scores(*problem[:5], second_pass)
+        fields = distillation_triton.scores(problem, second_pass)
         return dict(zip(eager_scores.FIELDS, fields.unbind(0), strict=True))
     return eager_scores.scores(*problem[:5], second_pass)
 
@@ -143,7 +143,7 @@ def _rows(problem: Problem) -> tuple[Tensor, Tensor]:
     if problem.impl == "triton":
         from fusedmm.ops import distillation_triton
 
-        return distillation_triton.rows(*problem[:5])
+        return distillation_triton.rows(problem)
     losses, _ = eager.loss(*problem[:5])
     return losses, losses.new_empty((0, losses.shape[0]))
 
@@ -155,7 +155,7 @@ def _fast(
     if problem.impl == "triton":
         from fusedmm.ops import distillation_triton
 
-        losses, gradients = distillation_triton.fast(*problem[:5], grad_rows, needs)
+        losses, gradients = distillation_triton.fast(problem, grad_rows, needs)
     else:
         losses, gradients = eager.loss(*problem[:5], grad_rows, needs)
     return torch.dot(losses, grad_rows), *gradients
@@ -173,7 +173,7 @@ def _backward(
     if problem.impl == "triton":
         from fusedmm.ops import distillation_triton
 
-        return distillation_triton.backward(*problem[:5], grad_rows, statistics, needs)
+        return distillation_triton.backward(problem, grad_rows, statistics, needs)
     return eager.loss(*problem[:5], grad_rows.contiguous(), needs)[1]
 
 
