@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fusedmm.train.dataset import DatasetInfo, RawTokens
+from fusedmm.train.dataset import DatasetInfo
+from fusedmm.train.format import RawTokens
 from fusedmm.train.simulate import MarketConfig, simulate
 
 RECIPE = """
