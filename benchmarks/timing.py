@@ -22,6 +22,7 @@ T = TypeVar("T")
 L2_BYTES = 256 << 20  # more than any chip has
 MIN_ROUNDS = 9
 MAX_ROUNDS = 200
+CLOCKS_APART = 1.05  # how far two clocks may differ where a ratio of times is shown
 
 
 @dataclass
@@ -136,12 +137,12 @@ def captured(call: Callable[[], T]) -> Callable[[], T]:
     return replay
 
 
-def comparable(clocks: Sequence[float | None], tolerance: float = 0.05) -> bool:
-    """Whether a ratio of times may be shown: all clocks were read and agree within the tolerance, or none exist, as on
-    a CPU. 0 is that of a GPU that does not tell.
+def comparable(clocks: Sequence[float | None]) -> bool:
+    """Whether a ratio of times may be shown: all clocks were read and agree within 5 %, or none exist, as on a CPU. 0
+    is that of a GPU that does not tell.
     """
     read = [clock for clock in clocks if clock is not None]
-    return len(read) in (0, len(clocks)) and (not read or 0 < max(read) <= (1 + tolerance) * min(read))
+    return len(read) in (0, len(clocks)) and (not read or 0 < max(read) <= CLOCKS_APART * min(read))
 
 
 def time_once(call: Callable[[], object], device: torch.device, meanwhile: Callable[[], None] = lambda: None) -> float:

@@ -53,23 +53,19 @@ def draw_candles(open_: Bars, high: Bars, low: Bars, close: Bars, volume: Bars) 
     return image
 
 
-def cut_patches(images: Float32Array, patch: int = PATCH) -> Float32Array:
-    """Cut images into square patches, each with its place.
+def cut_patches(images: Float32Array) -> Float32Array:
+    """Cut images into square patches of `PATCH` pixels a side, each with its place.
 
     Args:
-        images: [N, H, W] float32, H and W multiples of ``patch``.
-        patch: side in pixels.
+        images: [N, H, W] float32, H and W multiples of `PATCH`.
 
     Returns:
-        [N, H * W / patch^2, patch^2 + 2] float32: pixels row by row, then the patch's row and column from 0 to 1.
+        [N, H * W / PATCH^2, PATCH^2 + 2] float32: pixels row by row, then the patch's row and column from 0 to 1.
     """
     count, height, width = images.shape
-    down, across = height // patch, width // patch
-    pixels = (
-        images.reshape(count, down, patch, across, patch)
-        .transpose(0, 1, 3, 2, 4)
-        .reshape(count, down * across, patch * patch)
-    )
+    down, across = height // PATCH, width // PATCH
+    tiles = images.reshape(count, down, PATCH, across, PATCH).transpose(0, 1, 3, 2, 4)
+    pixels = tiles.reshape(count, down * across, PATCH * PATCH)
     place = np.stack(np.meshgrid(np.linspace(0, 1, down), np.linspace(0, 1, across), indexing="ij"), axis=-1)
     places = np.broadcast_to(place.reshape(1, down * across, 2), (count, down * across, 2))
     return np.concatenate([pixels, places], axis=2).astype(np.float32)

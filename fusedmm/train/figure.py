@@ -153,9 +153,9 @@ def _draw_scores(axes: Any, report: "Report", networks: set[str], accuracy: bool
     axes.set(title="Test, with 95 % day-block intervals", xlabel=measure)
 
 
-def _smooth(values: Float64Array, decay: float = 0.95) -> Float64Array:
+def _smooth(values: Float64Array) -> Float64Array:
     """Exponential moving average, without the bias of its start."""
-    smoothed = np.empty_like(values)
+    smoothed, decay = np.empty_like(values), 0.95
     total = weight = 0.0
     for number, value in enumerate(values):
         total, weight = decay * total + (1 - decay) * value, decay * weight + 1 - decay

@@ -21,6 +21,8 @@ from sklearn.preprocessing import normalize
 Float32Array = npt.NDArray[np.float32]
 
 CHUNK_SENTENCES = 65_536
+MAX_TOKENS = 64  # that a model sees of a sentence
+BATCH_SENTENCES = 128
 
 
 class MissingPackage(ImportError):
@@ -120,24 +122,20 @@ class ModelEncoder:
         return reduced
 
 
-def model_embeddings(
-    sentences: Sequence[str], model: str, cache: Path | None, *, max_tokens: int = 64, batch_size: int = 128
-) -> Float32Array:
+def model_embeddings(sentences: Sequence[str], model: str, cache: Path | None) -> Float32Array:
     """Embed sentences by a sentence-transformers model (name or local path), cached as float16 parquet under what they
-    are.
+    are; those of more than `MAX_TOKENS` are cut.
 
     Args:
         sentences: [T] strings.
         model: a model's name, or the directory it lies in; the environment variable HF_HUB_OFFLINE=1 keeps it from the
             network.
         cache: directory of the cache; None embeds every time.
-        max_tokens: longer sentences are cut.
-        batch_size: sentences a forward pass.
 
     Returns:
         [T, E] float32. About 185 sentences a second on two cores for a six-layer model.
     """
-    digest = hashlib.sha256(f"{model}\n{max_tokens}\n".encode())
+    digest = hashlib.sha256(f"{model}\n{MAX_TOKENS}\n".encode())
     for sentence in sentences:
         digest.update(sentence.encode() + b"\0")
     path = cache / f"text-{digest.hexdigest()[:16]}.parquet" if cache is not None else None
@@ -146,7 +144,7 @@ def model_embeddings(
         return np.asarray(column.flatten().to_numpy(zero_copy_only=False), np.float32).reshape(
             len(column), column.type.list_size
         )
-    embeddings = _embed(sentences, model, max_tokens, batch_size)
+    embeddings = _embed(sentences, model)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         flat = pa.array(embeddings.astype(np.float16).reshape(-1))
@@ -158,7 +156,7 @@ def model_embeddings(
     return embeddings.astype(np.float16).astype(np.float32)
 
 
-def _embed(sentences: Sequence[str], model: str, max_tokens: int, batch_size: int) -> Float32Array:
+def _embed(sentences: Sequence[str], model: str) -> Float32Array:
     try:
         from sentence_transformers import SentenceTransformer
     except ModuleNotFoundError:
@@ -167,8 +165,8 @@ def _embed(sentences: Sequence[str], model: str, max_tokens: int, batch_size: in
             'Install fusedmm[text], or leave text_model="" for hashed words.'
         ) from None
     encoder: Any = SentenceTransformer(model)
-    encoder.max_seq_length = max_tokens
+    encoder.max_seq_length = MAX_TOKENS
     return np.asarray(
-        encoder.encode(list(sentences), batch_size=batch_size, show_progress_bar=True, convert_to_numpy=True),
+        encoder.encode(list(sentences), batch_size=BATCH_SENTENCES, show_progress_bar=True, convert_to_numpy=True),
         np.float32,
     )
