@@ -12,12 +12,16 @@ from typing import Any
 from fusedmm.kernels.distillation.config import Pass, has_descriptors, row_threads, tile_config
 from fusedmm.kernels.distillation.gradient import _gradient_kernel
 from fusedmm.kernels.distillation.mixture import _mixture_kernel
-from fusedmm.kernels.distillation.statistics import _merge_statistics_kernel, _statistics_kernel
+from fusedmm.kernels.distillation.statistics import (
+    MERGE_WARPS,
+    MERGED_ROWS,
+    _merge_statistics_kernel,
+    _statistics_kernel,
+)
 from fusedmm.kernels.distillation.top_gradient import _top_gradient_kernel
 from fusedmm.kernels.distillation.top_statistics import (
     BLOCK_K,
-    MERGE_WARPS,
-    MERGED_ROWS,
+    TOP_MERGE_WARPS,
     _top_merge_kernel,
     _top_sweep_kernel,
 )
@@ -43,29 +47,23 @@ OPTIONAL = (
 )
 LABELS = ("labels_ptr",)
 CLASSES = {"large": 128256, "small": 64}  # a vocabulary, and classes that fit one tile
-
-
-FLOATS = frozenset(
-    (
-        "student_softcap",
-        "teacher_softcap",
-        "inverse_temperature",
-        "beta",
-        "odds",
-        "alpha",
-        "label_smoothing",
-    )
+FLOATS = (
+    "student_softcap",
+    "teacher_softcap",
+    "inverse_temperature",
+    "beta",
+    "odds",
+    "alpha",
+    "label_smoothing",
 )
-STRIDES = frozenset(
-    (
-        "student_stride_n",
-        "student_weight_stride_v",
-        "student_size_d",
-        "teacher_stride_n",
-        "teacher_weight_stride_v",
-        "teacher_size_d",
-        "grad_stride_n",
-    )
+STRIDES = (
+    "student_stride_n",
+    "student_weight_stride_v",
+    "student_size_d",
+    "teacher_stride_n",
+    "teacher_weight_stride_v",
+    "teacher_size_d",
+    "grad_stride_n",
 )
 
 
@@ -158,17 +156,7 @@ def kernel_specs(arch: str) -> Iterator[KernelSpec]:
         for label, present in (("labels", LABELS), ("everything", OPTIONAL)):
             absent = frozenset((*OPTIONAL, *WEIGHTS)) - set(present)
             yield from _specs(f"logits,{size},{label}", columns, arch, "fp32", absent, traits, False)
-    for is_scores, unit in ((True, True), (True, False), (False, True), (False, False)):
-        yield _spec(
-            _merge_statistics_kernel,
-            f"distillation_merge_statistics[{'scores' if is_scores else 'loss'},{'unit' if unit else 'tempered'}]",
-            LaunchConfig({"BLOCK_N": 32}, num_warps=1, num_stages=2),
-            arch,
-            "fp32",
-            frozenset((*WEIGHTS, "row_temperature_ptr") if unit else WEIGHTS),
-            IS_SCORES=is_scores,
-            IS_UNIT=unit,
-        )
+    yield from _merge_specs(_merge_statistics_kernel, "merge_statistics", arch, MERGE_WARPS)
     yield from _top_specs(arch)
 
 
@@ -191,7 +179,6 @@ def _top_specs(arch: str) -> Iterator[KernelSpec]:
             "is_float32": element == "fp32",
             "is_aligned": not label.startswith("unaligned"),
         }
-
         spec = partial(_tile_spec, arch=arch, columns=CLASSES[classes], element=element, absent=absent, traits=traits)
         for kind in ("scores", "loss"):
             yield spec(
@@ -203,18 +190,22 @@ def _top_specs(arch: str) -> Iterator[KernelSpec]:
                 IS_UNIT="row_temperature_ptr" in absent,
             )
         yield spec(_top_gradient_kernel, f"top_gradient[{label}]", "top_gradient")
+    yield from _merge_specs(_top_merge_kernel, "top_merge", arch, TOP_MERGE_WARPS, HAS_REST=True, BLOCK_K=BLOCK_K)
+
+
+def _merge_specs(kernel: Any, name: str, arch: str, num_warps: int, **constexprs: Any) -> Iterator[KernelSpec]:
+    """A kernel that merges the splits of rows."""
     for is_scores, unit in ((True, True), (True, False), (False, True), (False, False)):
         yield _spec(
-            _top_merge_kernel,
-            f"distillation_top_merge[{'scores' if is_scores else 'loss'},{'unit' if unit else 'tempered'}]",
-            LaunchConfig({"BLOCK_N": MERGED_ROWS}, num_warps=MERGE_WARPS, num_stages=2),
+            kernel,
+            f"distillation_{name}[{'scores' if is_scores else 'loss'},{'unit' if unit else 'tempered'}]",
+            LaunchConfig({"BLOCK_N": MERGED_ROWS}, num_warps=num_warps, num_stages=2),
             arch,
             "fp32",
             frozenset((*WEIGHTS, "row_temperature_ptr") if unit else WEIGHTS),
             IS_SCORES=is_scores,
             IS_UNIT=unit,
-            HAS_REST=True,
-            BLOCK_K=BLOCK_K,
+            **constexprs,
         )
 
 
@@ -228,7 +219,6 @@ def _specs(
     is_shared: bool,
 ) -> Iterator[KernelSpec]:
     """The kernels over tiles of logits in one variant; `columns` and `traits` as `tile_config` takes them."""
-
     spec = partial(
         _tile_spec,
         arch=arch,

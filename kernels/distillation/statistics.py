@@ -36,6 +36,7 @@ SAVED = 16  # rows of saved statistics, see _save
 RATIOS, MEAN_RATIOS, GAP = slice(8, 10), slice(10, 12), 15  # of them u_k, mean log-ratio and c
 FIELDS = 16  # rows of scores
 LOSSES = 3  # forward KL, reverse KL, cross entropy
+MERGED_ROWS, MERGE_WARPS = 32, 1  # of a program that merges
 
 
 @triton.jit
@@ -276,8 +277,7 @@ def merge_statistics(
     fields = state.new_zeros((FIELDS if for_scores else LOSSES, num_rows))
     if num_rows == 0:
         return saved, fields
-    block_n = 32
-    _merge_statistics_kernel[(triton.cdiv(num_rows, block_n),)](
+    _merge_statistics_kernel[(triton.cdiv(num_rows, MERGED_ROWS),)](
         state_ptr=state,
         labels_ptr=problem.labels,
         row_temperature_ptr=problem.row_temperature,
@@ -291,8 +291,8 @@ def merge_statistics(
         ignore_index=problem.ignore_index,
         IS_SCORES=for_scores,
         IS_UNIT=problem.is_unit,
-        BLOCK_N=block_n,
-        num_warps=1,
+        BLOCK_N=MERGED_ROWS,
+        num_warps=MERGE_WARPS,
         **LAUNCH_OPTIONS,
     )
     return saved, fields

@@ -24,6 +24,7 @@ from fusedmm.kernels.distillation.config import row_threads, vocabulary_splits
 from fusedmm.kernels.distillation.heads import HeadTensors, launch_heads
 from fusedmm.kernels.distillation.rows import load_state, row_inputs, state_pointers, store_state
 from fusedmm.kernels.distillation.state import NO_CLASS, NOTHING, label_scores
+from fusedmm.kernels.distillation.statistics import MERGED_ROWS
 from fusedmm.kernels.distillation.tiles import ABSENT, LOWEST, head_slabs, program_tile
 from fusedmm.kernels.distillation.top_state import (
     TOP_SIZE_LOSS,
@@ -51,7 +52,7 @@ STUDENT_SCORES = (
     "rest_squares",
 )
 BLOCK_K = 16
-MERGED_ROWS, MERGE_WARPS = 32, 4
+TOP_MERGE_WARPS = 4
 
 
 @triton.jit
@@ -299,8 +300,7 @@ def merge_top_statistics(
     numbers = state.new_empty((len(STUDENT_SCORES) if for_scores else STUDENT_SAVED + 1, num_rows))
     if num_rows == 0:
         return own, target, numbers
-    block_n = MERGED_ROWS
-    _top_merge_kernel[(triton.cdiv(num_rows, block_n),)](
+    _top_merge_kernel[(triton.cdiv(num_rows, MERGED_ROWS),)](
         state_ptr=state,
         classes_ptr=classes,
         top_ptr=top,
@@ -319,9 +319,9 @@ def merge_top_statistics(
         IS_SCORES=for_scores,
         IS_UNIT=problem.is_unit,
         HAS_REST=has_rest,
-        BLOCK_N=block_n,
+        BLOCK_N=MERGED_ROWS,
         BLOCK_K=BLOCK_K,
-        num_warps=MERGE_WARPS,
+        num_warps=TOP_MERGE_WARPS,
         **LAUNCH_OPTIONS,
     )
     return own, target, numbers
