@@ -58,9 +58,8 @@ def run(args: argparse.Namespace) -> int:
         if args.only in name and (args.all or is_tabled(arch, name))
     }
     fresh = [key for key, mark in wanted.items() if key in committed and committed[key].fingerprint == mark]
-    again = (
-        fresh if args.recompile else random.Random(0).sample(fresh, min(args.sample, len(fresh))) if args.check else []
-    )
+    sampled = min(args.sample, len(fresh)) if args.check else 0
+    again = fresh if args.recompile else random.Random(0).sample(fresh, sampled)
     stale = [key for key in wanted if key not in set(fresh)]
     later = stale[args.limit :] if args.limit is not None else []
     stale = stale[: len(stale) - len(later)]
