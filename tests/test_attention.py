@@ -315,6 +315,7 @@ class TestBadInput:
         ],
     )
     def test_one_clear_error(self, changes, error, message) -> None:
+        self.call()  # what passes is remembered: of this, and of nothing else
         with pytest.raises(error, match=f"^gated_multimodal_attention: .*{message}"):
             self.call(**changes)
 

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
-from torch.nn import Parameter
 
 from fusedmm.eager.products import compute_dtype
 from fusedmm.eager.shard import Shard
 from fusedmm.heads import Head, LinearHead, Logits, Teacher, TopKLogProbs
 from fusedmm.impl import resolve_impl
+from fusedmm.ops.signatures import Passed, signature
 from fusedmm.shapes import (
     FLOATS,
     ShapeError,
@@ -30,8 +30,7 @@ from fusedmm.shapes import (
 )
 
 ADVICE = "Wrap it: LinearHead(hidden, weight, bias), or Logits(logits)."
-MOST_PASSED = 256  # signatures that are remembered, before all are forgotten
-_PASSED: dict[Hashable, tuple[Shard, str]] = {}
+_PASSED: Passed[tuple[Shard, str]] = Passed()
 
 
 class Inputs(NamedTuple):
@@ -69,8 +68,8 @@ def check_inputs(
         ValueError: a value out of range.
         NotImplementedError: a combination that this implementation has not.
     """
-    signature = _signature(student, teacher, labels, temperature, impl)
-    passed = None if signature is None else _PASSED.get(signature)
+    call = _signature(student, teacher, labels, temperature, impl)
+    passed = _PASSED.get(call)
     if passed is not None:
         return Inputs(student, teacher, labels, float(temperature), None, *passed)
     if not isinstance(student, LinearHead | Logits):
@@ -100,10 +99,8 @@ def check_inputs(
     shard = _shard(op, student, teacher, sizes, all_classes)
     source = student.source
     resolved = resolve_impl(op, impl, source.device, unsupported=_triton_gaps(student, teacher))
-    if signature is not None and (resolved != "triton" or source.is_cuda):
-        if len(_PASSED) >= MOST_PASSED:
-            _PASSED.clear()
-        _PASSED[signature] = shard, resolved
+    if resolved != "triton" or source.is_cuda:
+        _PASSED.remember(call, (shard, resolved))
     if row_temperature is not None:
         row_temperature = row_temperature.to(compute_dtype(source))
     return Inputs(
@@ -120,12 +117,8 @@ def check_inputs(
 def _signature(
     student: Head, teacher: Teacher, labels: Tensor | None, temperature: float | Tensor, impl: str
 ) -> Hashable | None:
-    """All that the checks look at, of plain heads; None where there is more to do than to check, or where the compiler
-    traces.
-    """
-    if type(temperature) not in (float, int) or torch.compiler.is_compiling():
-        return None
-    found: list[object] = [temperature, impl]
+    """All that the checks look at, of plain heads; None where there is more to do than to check."""
+    numbers: list[Hashable] = [temperature, impl]
     tensors: list[Tensor | None] = [labels]
     for head in (student, teacher):
         if type(head) is LinearHead and head.group is None and head.hidden is not None:
@@ -134,16 +127,8 @@ def _signature(
             tensors.append(head.values)
         else:
             return None
-        found += (type(head), head.num_classes, head.softcap)
-    for tensor in tensors:
-        if tensor is None:
-            found.append(None)
-        elif type(tensor) is Tensor or type(tensor) is Parameter:
-            found += (tensor.shape, tensor.dtype, tensor.device)
-        else:
-            return None
-    device = student.source.device.type
-    return None if torch.is_autocast_enabled(device) else tuple(found)
+        numbers += (type(head) is LinearHead, head.num_classes, head.softcap)
+    return signature(tensors, numbers)
 
 
 def check_fraction(op: str, argument: str, value: float) -> float:
