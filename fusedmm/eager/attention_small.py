@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from fusedmm.eager.attention_groups import Group
-from fusedmm.eager.attention_inputs import LEAST, LOG2_E, Inputs, is_held, row_exponent, shares
+from fusedmm.eager.attention_inputs import Inputs, is_held, row_exponent
 from fusedmm.eager.attention_rows import product
+from fusedmm.eager.products import LOG2_E
 
-KEPT = 1 << 18  # elements in all: 1 MiB of float32
+KEPT = 1 << 18  # elements of all matrices: 1 MiB of float32
 
 
 class Kept(NamedTuple):
@@ -26,8 +27,9 @@ class Kept(NamedTuple):
     query: Tensor  # [H * c, n, D]
     key: Tensor  # [H * c, k, D]
     value: Tensor  # [H * c, k, D]
-    probabilities: Tensor  # [H * c, n, k]
+    probabilities: Tensor  # [H, c, n, M, w]
     weights: Tensor  # [H * c, n, k] the same times the gate, where there is one
+    gate: Tensor | None  # [H, c, n, M]
 
 
 def fits(x: Inputs, softmax: str, groups: tuple[Group, ...]) -> bool:
@@ -50,108 +52,103 @@ def forward(x: Inputs, group: Group, *, keep: bool = False) -> tuple[tuple[Tenso
     """Output [total_q, H, D], mass and lse [total_q, H, M], and to ``keep`` `Kept` where it is small; None: scores
     are too far apart.
     """
-    query, key, value = (_matrices(t, group) for t in (x.query, x.key, x.value))
-    probabilities, columns = _exponentials(x, group, query, key)
-    sums = _packed(columns.sum(-1))
-    parts, share = sums, None
-    if x.log_prior is not None:
-        share = shares(x.log_prior * LOG2_E)
-        parts = sums * share
+    samples = len(group.samples)
+    query, key, value = (_matrices(t, samples) for t in (x.query, x.key, x.value))
+    start = None if x.log_prior is None else _heads_first(x.log_prior * LOG2_E, samples)
+    probabilities = _exponentials(x, samples, query, key, start)
+    sums = probabilities.sum(-1)
     if not is_held(sums):
         return None
-    total = parts.sum(-1, keepdim=True).clamp_min_(LEAST)  # beneath it only where every prior is -inf
-    factor = total.reciprocal() if share is None else share / total
+    total = sums.sum(-1, keepdim=True)
     keep = keep and query.numel() + key.numel() + value.numel() + 2 * probabilities.numel() <= KEPT
-    weights = probabilities
-    if x.gate is not None and keep:
-        columns.mul_(_factors(factor, group))
-        weights = _gated(columns, x.gate, group)
+    gate = None if x.gate is None else _heads_first(x.gate, samples)
+    if gate is None or keep:
+        probabilities.div_(total[..., None])
+        weights = probabilities if gate is None else probabilities * gate[..., None]
     else:
-        columns.mul_(_factors(factor if x.gate is None else factor * x.gate, group))
-    output = _packed(torch.bmm(weights, value).view(*columns.shape[:3], -1))
-    lse = sums.log()
-    if x.log_prior is not None:
-        lse.add_(x.log_prior)
-    kept = Kept(query, key, value, probabilities, weights) if keep else None
-    return (output, parts.div_(total), lse), kept
+        weights = probabilities.mul_((gate / total)[..., None])
+    weights = _joined(weights)
+    output = torch.bmm(weights, value).view(*sums.shape[:3], -1)
+    results = _packed(output).contiguous(), _packed(sums / total).contiguous(), _packed(sums.log()).contiguous()
+    return results, Kept(query, key, value, probabilities, weights, gate) if keep else None
 
 
 def backward(
-    x: Inputs,
-    group: Group,
-    grad_output: Tensor,
-    grad_mass: Tensor | None,
-    mass: Tensor,
-    lse: Tensor,
-    kept: Kept | None,
+    kept: Kept, scale: float, grad_output: Tensor, grad_mass: Tensor | None, mass: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, log_prior and gate, from those of the output and of mass."""
-    if kept is None:
-        query, key, value = (_matrices(t, group) for t in (x.query, x.key, x.value))
-        probabilities, columns = _exponentials(x, group, query, key, row_exponent(mass, lse, x.log_prior))
-        # a rounded lse leaves P no sum of 1, and what it lacks would not cancel below
-        sums = _packed(columns.sum(-1)).clamp_min_(torch.finfo(mass.dtype).tiny)
-        columns.div_(_factors(sums.div_(mass), group))  # a single probability is 1
-        weights = probabilities if x.gate is None else _gated(columns, x.gate, group)
-        kept = Kept(query, key, value, probabilities, weights)
-    gradient = _matrices(grad_output, group)
-    products = torch.bmm(gradient, kept.value.mT).mul_(kept.probabilities)
-    columns = _columns(x, group, products)
-    grad_gate = _packed(columns.sum(-1))
-    gated = grad_gate if x.gate is None else grad_gate * x.gate
-    offset = -gated.sum(-1, keepdim=True)
-    if grad_mass is not None:  # its own difference first: it is 0 where one modality has all the mass
-        offset = (grad_mass - (grad_mass * mass).sum(-1, keepdim=True)).add_(offset)
-    if x.gate is not None:
-        columns.mul_(_factors(x.gate, group))
-    columns.addcmul_(_columns(x, group, kept.probabilities), _factors(offset, group))
-    shape = *columns.shape[:2], -1, x.query.shape[2]
+    """Gradients of query, key, value, log_prior and gate, from those of the output and of mass: views of what lies
+    heads first.
+    """
+    heads, samples = kept.probabilities.shape[:2]
+    gradient, share = _matrices(grad_output, samples), _heads_first_view(mass, samples)
+    joined = torch.bmm(gradient, kept.value.mT)
+    products = joined.view(kept.probabilities.shape).mul_(kept.probabilities)
+    grad_gate = products.sum(-1)
+    gated = grad_gate if kept.gate is None else grad_gate * kept.gate
+    offset = gated.sum(-1, keepdim=True)
+    if grad_mass is None:
+        offset.neg_()
+    else:  # its own difference first: it is 0 where one modality has all the mass
+        given = _heads_first_view(grad_mass, samples)
+        mean = (given * share).sum(-1, keepdim=True)
+        offset = torch.sub(given, mean, out=torch.empty_like(gated)).sub_(offset)
+    if kept.gate is not None:
+        products.mul_(kept.gate[..., None])
+    products.addcmul_(kept.probabilities, offset[..., None])
+    shape = heads, samples, -1, kept.query.shape[-1]
     return (
-        _packed(product(products, kept.key, x.scale).view(shape)),
-        _packed(product(products.mT, kept.query, x.scale).view(shape)),
+        _packed(product(joined, kept.key, scale).view(shape)),
+        _packed(product(joined.mT, kept.query, scale).view(shape)),
         _packed(torch.bmm(kept.weights.mT, gradient).view(shape)),
-        torch.addcmul(gated, offset, mass),
-        grad_gate,
+        _packed(torch.addcmul(gated, offset, share)),
+        _packed(grad_gate),
     )
 
 
-def _exponentials(
-    x: Inputs, group: Group, query: Tensor, key: Tensor, start: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """exp2 of scores [H * c, n, k], to which ``start`` [c * n, H, M] is added, and their `_columns`."""
-    scores = query.new_empty((query.shape[0], query.shape[1], key.shape[1]))
-    columns = _columns(x, group, scores)
+def made_again(x: Inputs, group: Group, mass: Tensor, lse: Tensor) -> Kept:
+    """Of what both directions compute with, what the forward has not kept."""
+    samples = len(group.samples)
+    query, key, value = (_matrices(t, samples) for t in (x.query, x.key, x.value))
+    start = _heads_first(row_exponent(mass, lse, x.log_prior), samples)
+    probabilities = _exponentials(x, samples, query, key, start)
+    # a rounded lse leaves P no sum of 1, and what it lacks would not cancel in the gradient
+    sums = probabilities.sum(-1).clamp_min_(torch.finfo(mass.dtype).tiny)
+    probabilities.div_(sums.div_(_heads_first(mass, samples))[..., None])  # a single probability is 1
+    gate = None if x.gate is None else _heads_first(x.gate, samples)
+    weights = probabilities if gate is None else probabilities * gate[..., None]
+    return Kept(query, key, value, probabilities, _joined(weights), gate)
+
+
+def _exponentials(x: Inputs, samples: int, query: Tensor, key: Tensor, start: Tensor | None) -> Tensor:
+    """exp2 [H, c, n, M, w] of scores, to which ``start`` [H, c, n, M] is added."""
+    joined = query.new_empty((query.shape[0], query.shape[1], key.shape[1]))
+    scores = joined.view(-1, samples, query.shape[1], x.num_modalities, key.shape[1] // x.num_modalities)
     if start is not None:
-        columns.copy_(_factors(start, group))
-    scores.baddbmm_(query, key.mT, beta=int(start is not None), alpha=x.scale * LOG2_E).exp2_()
-    return scores, columns
+        scores.copy_(start[..., None])
+    joined.baddbmm_(query, key.mT, beta=int(start is not None), alpha=x.scale * LOG2_E).exp2_()
+    return scores
 
 
-def _gated(columns: Tensor, gate: Tensor, group: Group) -> Tensor:
-    """``gate * columns``, [H * c, n, k]."""
-    return (columns * _factors(gate, group)).flatten(3).flatten(0, 1)
+def _joined(by_modality: Tensor) -> Tensor:
+    """A view [H * c, n, k] of a contiguous [H, c, n, M, w]."""
+    return by_modality.flatten(3).flatten(0, 1)
 
 
-def _columns(x: Inputs, group: Group, scores: Tensor) -> Tensor:
-    """A view [H, c, n, M, w] of [H * c, n, k]."""
-    return scores.view(-1, len(group.samples), scores.shape[1], x.num_modalities, scores.shape[2] // x.num_modalities)
-
-
-def _blocked(packed: Tensor, group: Group) -> Tensor:
+def _heads_first_view(packed: Tensor, samples: int) -> Tensor:
     """A view [H, c, n, X] of [c * n, H, X]."""
-    return packed.view(len(group.samples), -1, *packed.shape[1:]).permute(2, 0, 1, 3)
+    return packed.view(samples, -1, *packed.shape[1:]).permute(2, 0, 1, 3)
 
 
-def _matrices(packed: Tensor, group: Group) -> Tensor:
+def _matrices(packed: Tensor, samples: int) -> Tensor:
     """[H * c, n, X] of [c * n, H, X]."""
-    return _blocked(packed, group).flatten(0, 1)
+    return _heads_first_view(packed, samples).flatten(0, 1)
 
 
-def _factors(packed: Tensor, group: Group) -> Tensor:
-    """[H, c, n, M, 1] of [c * n, H, M], contiguous: `_columns` meet a view in six times the time."""
-    return _blocked(packed, group).contiguous()[..., None]
+def _heads_first(packed: Tensor, samples: int) -> Tensor:
+    """[c * n, H, M] as a contiguous [H, c, n, M]: what is as large as the scores meets a view in six times the time."""
+    return _heads_first_view(packed, samples).contiguous()
 
 
-def _packed(blocked: Tensor) -> Tensor:
-    """[c * n, H, X] of [H, c, n, X]."""
-    return blocked.permute(1, 2, 0, 3).flatten(0, 1).contiguous()
+def _packed(heads_first: Tensor) -> Tensor:
+    """A view [c * n, H, X] of a contiguous [H, c, n, X]."""
+    return heads_first.permute(1, 2, 0, 3).flatten(0, 1)

@@ -111,7 +111,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Ou
             return cast(Outputs, transforms.Attention.apply(*arguments))  # type: ignore[no-untyped-call]
         return cast(Outputs, torch.ops.fusedmm.attention_forward.default(*arguments))
     if _needs_gradient(arguments):
-        return _differentiable(arguments)
+        return _differentiable(arguments, through_dispatcher=False)
     with torch._C._AutoDispatchBelowAutograd():
         return _forward_and_kept(query, key, value, problem, keep=False)[0]
 
@@ -172,8 +172,8 @@ def _backward(
     key: Tensor,
     value: Tensor,
     *arguments: Any,
-    kept: Kept | None = None,
 ) -> Gradients:
+    """Gradients, those of small problems views of what lies heads first."""
     problem = Problem(*arguments)
     if problem.impl == "triton":
         from fusedmm.kernels.attention.select import launchers
@@ -197,7 +197,12 @@ def _backward(
         return cast(Gradients, tuple(query.new_empty((0,)) if g is None else g for g in gradients))
     results = grad_output, grad_mass, grad_lse, output, mass, lse
     with without_autocast(query):
-        return _eager_backward(problem, *results, (needs_log_prior, needs_gate), query, key, value, kept)
+        return _eager_backward(problem, *results, (needs_log_prior, needs_gate), query, key, value)
+
+
+def _contiguous_backward(*arguments: Any) -> Gradients:
+    """As the fake says."""
+    return cast(Gradients, tuple(gradient.contiguous() for gradient in _backward(*arguments)))
 
 
 def _eager_backward(
@@ -212,7 +217,6 @@ def _eager_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    kept: Kept | None,
 ) -> Gradients:
     inputs = problem.eager_inputs(query, key, value)
     groups = inputs.groups()
@@ -221,7 +225,8 @@ def _eager_backward(
         None if g is None else g.masked_fill(torch.isneginf(lse), 0.0) for g in (grad_mass, grad_lse)
     )
     if problem.output_gate is None and eager_small.fits(inputs, problem.softmax, groups):
-        small = eager_small.backward(inputs, groups[0], grad_output, grad_mass, mass, lse, kept)
+        kept = eager_small.made_again(inputs, groups[0], mass, lse)
+        small = eager_small.backward(kept, problem.scale, grad_output, grad_mass, mass)
         return *small[:3], *_wanted(small[3:], mass, needs), query.new_empty((0,))
     grad = grad_output.to(inputs.compute_dtype)
     inner = grad * output.to(grad.dtype)  # the sigmoid moves from one factor to the other: also the ungated product
@@ -242,17 +247,19 @@ def _wanted(gradients: Sequence[Tensor], mass: Tensor, needs: tuple[bool, bool])
 
 
 class _Attention(torch.autograd.Function):
-    """Glue between the two operators: the six arguments that may have gradients, and the others as one."""
+    """Glue between the two operators: the six arguments that may have gradients, the others as one, and whether the
+    operators must show in the dispatcher.
+    """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Outputs:
-        *differentiable, ctx.others = arguments
+        *differentiable, ctx.others, through_dispatcher = arguments
         query, key, value, *modal = differentiable
         problem, kept = Problem(*modal, *ctx.others), None
-        arguments = query, key, value, *problem
+        ctx.scale = problem.scale
         with torch._C._AutoDispatchBelowAutograd():
-            if is_watched(arguments):
-                output, mass, lse = torch.ops.fusedmm.attention_forward.default(*arguments)
+            if through_dispatcher:
+                output, mass, lse = torch.ops.fusedmm.attention_forward.default(query, key, value, *problem)
             else:
                 (output, mass, lse), kept = _forward_and_kept(query, key, value, problem, keep=True)
         # active is saved for what saving notices: a change in place before the backward
@@ -276,9 +283,12 @@ class _Attention(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             if is_watched(arguments):
                 gradients = torch.ops.fusedmm.attention_backward.default(*arguments)
+            elif kept:
+                with without_autocast(output):
+                    gradients = *eager_small.backward(Kept(*kept), ctx.scale, grad_output, grad_mass, mass), None
             else:
-                gradients = _backward(*arguments, kept=Kept(*kept) if kept else None)
-        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None
+                gradients = _backward(*arguments)
+        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None
 
 
 def _needs_gradient(arguments: Sequence[Any]) -> bool:
@@ -290,13 +300,13 @@ def _needs_gradient(arguments: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:6])
 
 
-def _differentiable(arguments: Sequence[Any]) -> Outputs:
-    return cast(Outputs, _Attention.apply(*arguments[:6], arguments[6:]))  # type: ignore[no-untyped-call]
+def _differentiable(arguments: Sequence[Any], *, through_dispatcher: bool) -> Outputs:
+    return cast(Outputs, _Attention.apply(*arguments[:6], arguments[6:], through_dispatcher))  # type: ignore[no-untyped-call]
 
 
 def _autograd_forward(*arguments: Any) -> Outputs:
     if _needs_gradient(arguments):
-        return _differentiable(arguments)
+        return _differentiable(arguments, through_dispatcher=True)
     with torch._C._AutoDispatchBelowAutograd():
         return cast(Outputs, torch.ops.fusedmm.attention_forward.default(*arguments))
 
@@ -324,7 +334,7 @@ def _fake_backward(
 
 
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
-_library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("attention_backward", _contiguous_backward, "CompositeExplicitAutograd")
 _library.impl("attention_forward", _autograd_forward, "Autograd")
 for _operator in (torch.ops.fusedmm.attention_forward, torch.ops.fusedmm.attention_backward):
     library.register_vmap(_operator.default, transforms.sequential_vmap(_operator.default), lib=_library)
