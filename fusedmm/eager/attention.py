@@ -32,7 +32,6 @@ from fusedmm.eager.attention_groups import Block, Group
 from fusedmm.eager.attention_inputs import (
     LARGEST,
     LEAST,
-    LOG2_E,
     Inputs,
     block_scores,
     drop,
@@ -45,6 +44,7 @@ from fusedmm.eager.attention_inputs import (
 )
 from fusedmm.eager.attention_rows import add_key_product, add_keys, as_matrices, product
 from fusedmm.eager.attention_sums import RowTerms, certain_rows, correct, is_far, settle
+from fusedmm.eager.products import LN_2, LOG2_E
 
 
 def forward(
@@ -92,7 +92,7 @@ def _attend(
     mass = parts / total.clamp_min(LEAST)
     lse = sums.log()
     if start is not None:
-        lse.add_(start, alpha=1 / LOG2_E)
+        lse.add_(start, alpha=LN_2)
     if softmax == "partials":
         output = output.unflatten(-1, (-1, x.query.shape[2]))
     return (output, mass, lse), sums, None if share is None else total

@@ -115,17 +115,19 @@ class Group:
         parts = rows[..., None].split([run.modalities for run in self.runs], -2)
         return [part for part, run in zip(parts, self.runs, strict=True) if run.width]
 
-    def reduce(self, columns: list[Tensor], over: Callable[..., Tensor], nothing: float) -> Tensor:
+    def reduce(
+        self, columns: list[Tensor], over: Callable[..., Tensor], nothing: float, out: Tensor | None = None
+    ) -> Tensor:
         """`columns` to [..., M], one number a modality."""
         if len(self.runs) == 1:
-            return over(columns[0], -1)
+            return over(columns[0], -1, out=out)
         found = iter(columns)
         empty = columns[0].shape[:-2]
         parts = [
             over(next(found), -1) if run.width else columns[0].new_full((*empty, run.modalities), nothing)
             for run in self.runs
         ]
-        return torch.cat(parts, -1)
+        return torch.cat(parts, -1, out=out)
 
     @cached_property
     def keys(self) -> slice | Tensor:

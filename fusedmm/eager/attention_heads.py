@@ -15,15 +15,15 @@ takes 1.7 and 6.3, and the first call after other work 0.5 more.
 
 from collections.abc import Iterator
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedmm.eager.attention_groups import BLOCK_SCORES, Block, Group
-from fusedmm.eager.attention_inputs import LEAST, LOG2_E, Inputs, hidden_scores
-from fusedmm.eager.attention_rows import add_keys, as_matrices
-from fusedmm.eager.products import ONEDNN_FLOPS, has_onednn, linear
+from fusedmm.eager.attention_inputs import LEAST, Inputs, hidden_scores
+from fusedmm.eager.attention_rows import as_matrices, key_view
+from fusedmm.eager.products import LOG2_E, ONEDNN_FLOPS, has_onednn, linear
 
 LEAST_ROWS = 64  # of a block, for which each product lays out all keys anew; and fewest keys
 
@@ -50,6 +50,37 @@ def blocks(x: Inputs, group: Group) -> list[Block]:
     return group.cut(max(1, max(LEAST_ROWS, BLOCK_SCORES // group.size_k) // shared))
 
 
+class _Forward(NamedTuple):
+    """What the forward reads and writes: of all key heads [Hkv, ...], or of one."""
+
+    query: Tensor  # [G * n, D], scaled
+    key: Tensor  # [k, D]
+    value: Tensor  # [k, D]
+    hidden: Tensor | None  # [G or 1, n or 1, k]
+    factor: Tensor | None  # [G * n, M] of weights
+    output: Tensor  # [G * n, D] without its divisor
+    sums: Tensor  # [G * n, M] of exponentials
+
+
+class _Backward(NamedTuple):
+    """What the backward reads and writes; rows of M numbers lie beside each other, as in the transposed scores."""
+
+    query: Tensor  # [G * n, D]
+    key: Tensor  # [k, D]
+    value: Tensor  # [k, D]
+    gradient: Tensor  # [G * n, D] of the output
+    hidden: Tensor | None  # [G or 1, n or 1, k]
+    mass: Tensor  # [G * n, M]
+    exponent: Tensor  # [G * n, M]
+    offset: Tensor  # [G * n, M]
+    certain: Tensor | None  # [G * n, M] which rows see a single key
+    gate: Tensor | None  # [G * n, M]
+    grad_query: Tensor  # [G * n, D]
+    grad_key: Tensor  # [k, D]
+    grad_value: Tensor  # [k, D]
+    sums: Tensor | None  # [G * n, M] of P * R with a gate, else of dz
+
+
 def forward_block(
     x: Inputs,
     group: Group,
@@ -60,36 +91,36 @@ def forward_block(
 ) -> None:
     """Write a block's output and sums of exponentials to two buffers."""
     output, sums = buffers
-    keys, values = (t.contiguous() for t in tokens)
     query, share, gate = (None if t is None else x.rows(t, group, block) for t in (x.query, share, x.gate))
     assert query is not None
+    key, value = (t.contiguous() for t in tokens)
     rows = as_matrices(query)
-    queries = torch.mul(rows, x.scale * LOG2_E, out=rows.new_empty(rows.shape))
+    rows = torch.mul(rows, x.scale * LOG2_E, out=rows.new_empty(rows.shape))
     factor = share if gate is None else gate if share is None else share * gate
-    factors = None if factor is None else as_matrices(factor)
-    heads = _by_head(len(keys), queries, keys, values, _hidden_by_head(x, group, block), factors)
-    outputs, parts = zip(*(_forward_head(group, block, *head) for head in heads), strict=True)
-    block_sums = torch.stack(parts).view(*query.shape[:-1], -1)
-    total = (block_sums if share is None else block_sums * share).sum(-1, keepdim=True)
-    x.write(sums, group, block, block_sums)
-    x.write(output, group, block, torch.stack(outputs), total.clamp_min_(LEAST))
+    factor = None if factor is None else as_matrices(factor)
+    found = query.new_empty((*query.shape[:-1], x.num_modalities))
+    hidden = _hidden_by_head(x, group, block)
+    heads = _Forward(rows, key, value, hidden, factor, torch.empty_like(rows), as_matrices(found))
+    for head in _each(heads):
+        _forward_head(group, block, _Forward(*head))
+    total = (found if share is None else found * share).sum(-1, keepdim=True)
+    x.write(sums, group, block, found)
+    x.write(output, group, block, heads.output, total.clamp_min_(LEAST))
 
 
-def _forward_head(
-    group: Group, block: Block, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, factor: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Of a key head, the output [G * n, D] without its divisor and the sums of exponentials [G * n, M]. Its weights
-    are gone when the next head's come, which get their memory; so it is in the backward.
+def _forward_head(group: Group, block: Block, x: _Forward) -> None:
+    """Of a key head. Nothing that it makes is left, so that the next head's weights get the memory of these, which is
+    in cache; so it is in the backward.
     """
-    weights = linear(query, key)  # [G * n, k]
-    if hidden is not None:
-        _hide(weights, hidden, block)
+    weights = linear(x.query, x.key)  # [G * n, k]
+    if x.hidden is not None:
+        _hide(weights, x.hidden, block)
     columns = group.columns(weights.exp2_())
-    sums = group.reduce(columns, torch.sum, 0.0)
-    if factor is not None:
-        for part, each in zip(columns, group.factors(factor), strict=True):
+    group.reduce(columns, torch.sum, 0.0, out=x.sums)
+    if x.factor is not None:
+        for part, each in zip(columns, group.factors(x.factor), strict=True):
             part.mul_(each)
-    return linear(weights, value.mT), sums
+    x.output.copy_(linear(weights, x.value.mT))
 
 
 def backward_block(
@@ -106,70 +137,76 @@ def backward_block(
     Args:
         packed: gradient of the output, mass, exponent, offset and which rows see a single key, [total_q, Hq, D or M].
     """
-    (keys, values), (grad_key, grad_value, add) = tokens, token_sums
+    grad_key, grad_value, add = token_sums
     query = x.rows(x.query, group, block)
     gradient, *terms = (None if t is None else as_matrices(x.rows(t, group, block)) for t in (*packed, x.gate))
     assert gradient is not None
-    matrices = (t.contiguous() for t in (as_matrices(query), keys, values, gradient))
-    transposed = (None if t is None else t.mT.contiguous().mT for t in terms)  # rows lie together, as in the scores
-    heads = _by_head(len(keys), *matrices, _hidden_by_head(x, group, block), *transposed)
-    found = [_backward_head(x, group, block, *head) for head in heads]
-    grad_queries, grad_keys, grad_values, parts = zip(*found, strict=True)
-    add_keys(grad_key, group, torch.stack(grad_keys).mul_(x.scale), add)
-    add_keys(grad_value, group, torch.stack(grad_values), add)
-    grad_query = torch.stack(grad_queries).mul_(x.scale)
-    return grad_query, None if parts[0] is None else torch.stack(parts).view(*query.shape[:-1], -1)
+    rows, key, value, gradient = (t.contiguous() for t in (as_matrices(query), *tokens, gradient))
+    transposed: list[Any] = [None if t is None else t.mT.contiguous().mT for t in terms]
+    mass, exponent, offset, certain, gate = transposed
+    needs_sums = x.gate is not None or x.log_prior is not None
+    sums = query.new_empty((*query.shape[:-1], x.num_modalities)) if needs_sums else None
+    heads = _Backward(
+        query=rows,
+        key=key,
+        value=value,
+        gradient=gradient,
+        hidden=_hidden_by_head(x, group, block),
+        mass=mass,
+        exponent=exponent,
+        offset=offset,
+        certain=certain,
+        gate=gate,
+        grad_query=torch.empty_like(rows),
+        grad_key=key_view(grad_key, group),
+        grad_value=key_view(grad_value, group),
+        sums=None if sums is None else as_matrices(sums),
+    )
+    for head in _each(heads):
+        _backward_head(group, block, x.scale, _Backward(*head), add=add)
+    return heads.grad_query, sums
 
 
-def _backward_head(
-    x: Inputs,
-    group: Group,
-    block: Block,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gradient: Tensor,
-    hidden: Tensor | None,
-    mass: Tensor,
-    exponent: Tensor,
-    offset: Tensor,
-    certain: Tensor | None,
-    gate: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Of a key head, the gradients of query [G * n, D] and key [k, D] without their scale, of value [k, D], and the
-    sums [G * n, M] of `backward_block`.
-    """
-    probabilities = linear(key, query).mT  # [G * n, k]
+def _backward_head(group: Group, block: Block, scale: float, x: _Backward, *, add: bool) -> None:
+    """Of a key head; the gradients of keys and values are added where ``add`` says so."""
+    probabilities = linear(x.key, x.query).mT  # [G * n, k]
     shares = group.columns(probabilities)
-    for share, each in zip(shares, group.factors(exponent), strict=True):
-        torch.add(each, share, alpha=x.scale * LOG2_E, out=share)
-    if hidden is not None:
-        _hide(probabilities, hidden, block)
+    for share, each in zip(shares, group.factors(x.exponent), strict=True):
+        torch.add(each, share, alpha=scale * LOG2_E, out=share)
+    if x.hidden is not None:
+        _hide(probabilities, x.hidden, block)
     probabilities.exp2_()
     # Scores are not rounded as those of the forward, so that its lse leaves P no sum of 1.
-    held = mass / group.reduce(shares, _sum_transposed, 0.0).clamp_min_(torch.finfo(mass.dtype).tiny)
+    held = x.mass / group.reduce(shares, _sum_transposed, 0.0).clamp_min_(torch.finfo(x.mass.dtype).tiny)
     for share, each in zip(shares, group.factors(held), strict=True):
         share.mul_(each)
-    products = linear(value, gradient).mT
-    columns, offsets = group.columns(products), group.factors(offset)
-    if gate is None:
+    products = linear(x.value, x.gradient).mT
+    columns, offsets = group.columns(products), group.factors(x.offset)
+    if x.gate is None:
         for part, start in zip(columns, offsets, strict=True):
             part.add_(start)
     products.mul_(probabilities)
-    sums = None if gate is None and x.log_prior is None else group.reduce(columns, _sum_transposed, 0.0)
-    if gate is not None:
-        for part, share, scale, start in zip(columns, shares, group.factors(gate), offsets, strict=True):
-            part.mul_(scale).addcmul_(share, start)
-            share.mul_(scale)
-    if certain is not None:  # of all modalities alike
-        products.masked_fill_(certain[:, :1].bool(), 0.0)
-    grad_query, grad_key = linear(key.mT, products).mT, linear(products.mT, query.mT)
-    return grad_query, grad_key, linear(probabilities.mT, gradient.mT), sums
+    if x.sums is not None:
+        group.reduce(columns, _sum_transposed, 0.0, out=x.sums)
+    if x.gate is not None:
+        for part, share, gate, start in zip(columns, shares, group.factors(x.gate), offsets, strict=True):
+            part.mul_(gate).addcmul_(share, start)
+            share.mul_(gate)
+    if x.certain is not None:  # of all modalities alike
+        products.masked_fill_(x.certain[:, :1].bool(), 0.0)
+    torch.mul(linear(x.key.mT, products).mT, scale, out=x.grad_query)
+    if add:
+        x.grad_key.add_(linear(products.mT, x.query.mT), alpha=scale)
+        x.grad_value.add_(linear(probabilities.mT, x.gradient.mT))
+    else:
+        torch.mul(linear(products.mT, x.query.mT), scale, out=x.grad_key)
+        x.grad_value.copy_(linear(probabilities.mT, x.gradient.mT))
 
 
-def _by_head(count: int, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Slices of tensors [count, ...], None for one that is not there."""
-    return zip(*(repeat(None, count) if t is None else t for t in tensors), strict=False)
+def _each(heads: _Forward | _Backward) -> Iterator[tuple[Any, ...]]:
+    """What is there of every key head, of each head in turn; None stays."""
+    count = len(heads.key)
+    return zip(*(repeat(None, count) if t is None else t for t in heads), strict=True)
 
 
 def _hidden_by_head(x: Inputs, group: Group, block: Block) -> Tensor | None:
@@ -183,6 +220,7 @@ def _hide(scores: Tensor, hidden: Tensor, block: Block) -> None:
     scores.unflatten(0, (-1, block.size)).add_(hidden)
 
 
-def _sum_transposed(columns: Tensor, dim: int) -> Tensor:
+def _sum_transposed(columns: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
     """[n, M] of a view [n, M, w] of [M, w, n]: summed along the view, it takes ten times as long."""
-    return columns.movedim(0, -1).sum(dim - 1).mT
+    sums = columns.movedim(0, -1).sum(dim - 1).mT
+    return sums if out is None else out.copy_(sums)

@@ -1,6 +1,5 @@
 """What both directions of the eager attention read: its inputs, who sees what, and the scores of a block."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -8,10 +7,9 @@ from torch import Tensor
 
 from fusedmm.eager.attention_groups import Block, Group, find_groups
 from fusedmm.eager.attention_rows import read_keys, read_rows, write_rows
-from fusedmm.eager.products import compute_dtype
+from fusedmm.eager.products import LOG2_E, compute_dtype
 from fusedmm.philox import keep_mask
 
-LOG2_E = math.log2(math.e)
 # Sums of exponentials of a modality, and of a row, are within 2 ** +-LARGEST, or peaks are taken off. What of a share
 # underflows, below 2 ** -149, is then less than a rounding of the mass, and values up to 1e20 do not overflow.
 LARGEST = 60.0

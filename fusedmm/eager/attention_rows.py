@@ -14,11 +14,16 @@ from fusedmm.eager.attention_groups import Block, Group
 def read_keys(packed: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
     """[Hkv * c, k, D] of [total_k, Hkv, D], 0 for padding."""
     if group.is_view:
-        return _in_dtype(_taken(packed, group.keys).transpose(0, 1), dtype)
+        return _in_dtype(key_view(packed, group), dtype)
     padded = _in_dtype(_heads_first(packed, group.keys, len(group.samples)), dtype)  # [Hkv, c, k, D]
     if group.padding is not None:
         padded.flatten(1, 2).index_fill_(1, group.padding.flatten().nonzero().squeeze(1), 0.0)
     return padded.flatten(0, 1)
+
+
+def key_view(packed: Tensor, group: Group) -> Tensor:
+    """A view [Hkv, k, D] of [total_k, Hkv, D], for a group whose keys are one."""
+    return _taken(packed, group.keys).transpose(0, 1)
 
 
 def add_keys(buffer: Tensor, group: Group, rows: Tensor, add: bool) -> None:
@@ -39,7 +44,7 @@ def add_keys(buffer: Tensor, group: Group, rows: Tensor, add: bool) -> None:
 def add_key_product(buffer: Tensor, group: Group, left: Tensor, right: Tensor, add: bool, scale: float = 1.0) -> None:
     """The same with ``scale * left @ right``, in the buffer itself where a view of it will do."""
     if group.is_view:
-        _taken(buffer, group.keys).transpose(0, 1).baddbmm_(left, right, beta=int(add), alpha=scale)
+        key_view(buffer, group).baddbmm_(left, right, beta=int(add), alpha=scale)
     else:
         add_keys(buffer, group, product(left, right, scale), add)
 

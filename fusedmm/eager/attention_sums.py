@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fusedmm.eager.attention_groups import Block, Group
-from fusedmm.eager.attention_inputs import LOG2_E, Inputs, visible_counts
+from fusedmm.eager.attention_inputs import Inputs, visible_counts
+from fusedmm.eager.products import LOG2_E
 
 NEAR = 16.0  # exponents in base 2, of which P is off by 1e-6 at most
 
