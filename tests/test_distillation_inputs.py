@@ -151,7 +151,9 @@ def test_what_passed_once_is_not_remembered_of_anything_else() -> None:
     head, teacher = LinearHead(hidden, weight), LinearHead(torch.randn(4, 3), torch.randn(6, 3))
     loss = distillation_loss(head, teacher, labels)
     assert torch.equal(distillation_loss(head, teacher, labels), loss)
+    distillation_loss(LinearHead(hidden, weight, num_classes=6), teacher, labels)
     for wrong, error in (
+        (lambda: distillation_loss(LinearHead(hidden, weight, num_classes=6.0), teacher, labels), TypeError),
         (lambda: distillation_loss(LinearHead(hidden[:3], weight), teacher, labels), ShapeError),
         (lambda: distillation_loss(LinearHead(hidden, weight, num_classes=7), teacher, labels), ShapeError),
         (lambda: distillation_loss(LinearHead(hidden.bfloat16(), weight), teacher, labels), TypeError),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import library
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -216,6 +217,18 @@ def test_transforms_of_torch_func_give_the_same_gradients() -> None:
     torch.testing.assert_close(torch.func.grad(of_partials)(plain[0]), expected)
     with pytest.raises(RuntimeError, match="second derivatives of fusedmm's operators are not there"):
         torch.func.grad(lambda x: torch.func.grad(loss)(x, *plain[1:], layout).sum())(plain[0])
+
+
+def test_a_transform_is_traced_with_symbolic_sizes() -> None:
+    """Its tensors are plain ones whose sizes have no hash."""
+    layout = make_layout(3, 5)
+    query, *others = (x.detach() for x in leaves(layout))
+
+    def gradient(query: torch.Tensor) -> torch.Tensor:
+        return torch.func.grad(loss)(query, *others, layout)
+
+    traced = make_fx(gradient, tracing_mode="symbolic", _allow_non_fake_inputs=True)(query)
+    torch.testing.assert_close(traced(query), gradient(query))
 
 
 def test_second_derivatives_towards_an_input_are_refused_beside_other_paths() -> None:

@@ -1,12 +1,13 @@
 """Remembers which calls passed their checks: of a small problem these would cost as much as ten operators."""
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from types import NoneType
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+
+from fusedmm.ops.dispatch import is_watched
 
 T = TypeVar("T")
 NUMBERS = frozenset((NoneType, bool, int, float, str))
@@ -32,19 +33,19 @@ class Passed(Generic[T]):
         self._found[signature] = found
 
 
-def signature(tensors: Iterable[object], others: Sequence[Hashable]) -> Hashable | None:
-    """Shapes, dtypes and devices of tensors, or None for each that is not given, and the rest as it is. None where one
-    is no plain tensor, or one of the rest no plain number or string, autocast is on or the compiler traces: there
-    checks do more than look.
+def signature(tensors: Sequence[object], others: Sequence[Hashable]) -> Hashable | None:
+    """Shapes, dtypes and devices of tensors, or None for each that is not given, and the rest as it is, with its types:
+    5 equals 5.0. None where one is no plain tensor, or one of the rest no plain number or string, autocast is on or
+    someone is watching: there checks do more than look, and sizes may be no numbers.
     """
-    if torch.compiler.is_compiling() or not NUMBERS.issuperset(map(type, others)):
+    if is_watched(tensors) or not NUMBERS.issuperset(types := tuple(map(type, others))):
         return None
-    found: list[Hashable] = [*others]
+    found: list[Hashable] = [*others, types]
     device = None
     for tensor in tensors:
         if tensor is None:
             found.append(None)
-        elif type(tensor) is Tensor or type(tensor) is Parameter:
+        elif isinstance(tensor, Tensor):
             device = tensor.device
             found += (tensor.shape, tensor.dtype, device)
         else:
