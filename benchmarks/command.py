@@ -33,6 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _bench(words)
 
 
+def _result_file(text: str) -> Path:
+    """An argument that must name a file of results: what is wrong with another one, argparse says."""
+    file = Path(text)
+    if not file.is_file():
+        raise argparse.ArgumentTypeError(f"no such file: {file}")
+    try:
+        results.read(file)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return file
+
+
 def _bench(words: list[str]) -> int:
     described = (f"  {name:<12}{summary}" for name, (_, summary) in COMMANDS.items())
     parser = argparse.ArgumentParser(
@@ -55,12 +67,9 @@ def _static(words: list[str]) -> int:
 
 def _compare(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks compare", description=compare.__doc__)
-    parser.add_argument("before", type=Path)
-    parser.add_argument("after", type=Path)
+    parser.add_argument("before", type=_result_file)
+    parser.add_argument("after", type=_result_file)
     args = parser.parse_args(words)
-    for file in (args.before, args.after):
-        if not file.is_file():
-            parser.error(f"no such file: {file}")
     return compare.run(args.before, args.after)
 
 
@@ -72,11 +81,8 @@ def _plot(words: list[str]) -> int:
 
 def _keep(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks keep", description=results.keep.__doc__)
-    parser.add_argument("results", type=Path, help="a result file, such as ci/gpu leaves")
-    file = parser.parse_args(words).results
-    if not file.is_file():
-        parser.error(f"no such file: {file}")
-    for kept in results.keep(file):
+    parser.add_argument("results", type=_result_file, help="a result file, such as ci/gpu leaves")
+    for kept in results.keep(parser.parse_args(words).results):
         print(f"keep: appended to {kept}")
     return max(plot.run(ROOT / "docs" / "figures"), readme.run(check=False), targets.run(check=False))
 
@@ -95,7 +101,7 @@ def _targets(words: list[str]) -> int:
 
 def _paths(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks paths", description=paths.__doc__)
-    parser.add_argument("results", type=Path, help="a result file; its newest run of each case counts")
+    parser.add_argument("results", type=_result_file, help="a result file; its newest run of each case counts")
     return paths.run(parser.parse_args(words).results)
 
 

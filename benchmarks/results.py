@@ -217,7 +217,7 @@ def read(file: Path) -> tuple[dict[str, Run], list[Result]]:
     runs: dict[str, Run] = {}
     results: list[Result] = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
-        facts = json.loads(line)
+        facts = _facts(line)
         match facts.pop("kind_of_row", None):
             case "run":
                 row = Run(**{"power_limit_w": None, **facts})
@@ -227,6 +227,15 @@ def read(file: Path) -> tuple[dict[str, Run], list[Result]]:
             case other:
                 raise ValueError(f"benchmarks: {file}:{number} must be a run or a result, got {other!r}.")
     return runs, results
+
+
+def _facts(line: str) -> dict[str, Any]:
+    """What a line holds; of one that is no JSON object, or a part of one, its first words as the kind of row."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {"kind_of_row": line[:40]}
 
 
 def keep(file: Path) -> list[Path]:
