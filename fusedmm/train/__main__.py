@@ -23,17 +23,16 @@ On two processes:                               torchrun --nproc-per-node 2 -m f
 
 With --data, a recipe named after the data set and lying beside RECIPE is used instead of RECIPE.
 
+Exit status: 0 done; 1 refused or failed; 2 done, but a check against the truth of simulated data failed, as in few
+steps (torchrun then prints a ChildFailedError below the report); 143 stopped by a signal, with a checkpoint written.
+
 Keys of a recipe, with their defaults:
 
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a recipe and return the exit status.
-
-    0: done. 1: refused or failed. 2: done, but a check against the known truth failed. 143: stopped by a signal, with a
-    checkpoint written.
-    """
+    """Run a recipe and return the exit status, as `EPILOG` says."""
     parser = argparse.ArgumentParser(
         prog="python -m fusedmm.train",
         description="Train and compare multimodal forecasters; writes report.md, report.json and report.png.",
@@ -44,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="prepared data, or MAEC or StockNet, which is prepared"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the recipe")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="replaces a key of the recipe"
+    )
     options = parser.parse_intermixed_args(arguments)
     try:
         data, recipe = prepared(options.data, options.recipe)

@@ -52,16 +52,17 @@ class StoredModel:
         partial.rename(run / FILE)
 
     @classmethod
-    def load(cls, run: Path) -> "StoredModel":
+    def load(cls, run: Path | str) -> "StoredModel":
         """Read a run's ``model.pt``.
 
         Raises:
             RecipeError: where there is none, or one of another version.
         """
-        path = run / FILE
+        path = Path(run) / FILE
         if not path.is_file():
             raise RecipeError(
-                f"train: {run} must be the folder of a finished run, got no {FILE} there. Train it first."
+                f"train: {run} must be the folder of a finished run, got no {FILE} there. Train it first; the folder "
+                "of a run is <run.out>/runs/<variant>-seed<n>."
             )
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format"] != FORMAT_VERSION:
