@@ -118,15 +118,15 @@ class PairRows:
     def _mixture(self, saved: Tensor) -> tuple[Tensor, Tensor]:
         """Divergence against the mixture [N], and the sums of the second pass; the mean log-ratios go into `saved`."""
         from fusedmm.kernels.distillation.mixture import mixture_sums
-        from fusedmm.kernels.distillation.statistics import GAP, MEAN_RATIOS, RATIOS
+        from fusedmm.kernels.distillation.saved import GAP, STUDENT_RATIO, TEACHER_RATIO, mean_ratios
 
         beta, odds = self.objective.beta, self.objective.beta / (1 - self.objective.beta)
         problem = launch_problem(self.labels, self.temperature, self.objective)
         sums = self.objective.shard.sum(mixture_sums(self.student, self.teacher, saved, problem))
-        (student_ratio, teacher_ratio), gap = saved[RATIOS], saved[GAP]
+        student_ratio, teacher_ratio, gap = (saved[row.value] for row in (STUDENT_RATIO, TEACHER_RATIO, GAP))
         student_top = -math.log1p(-beta) - torch.log1p(odds * torch.exp2((student_ratio - gap).clamp(max=86.0)))
         teacher_top = -math.log(beta) - torch.log1p(torch.exp2((gap - teacher_ratio).clamp(max=86.0)) / odds)
-        torch.neg(sums[:2], out=saved[MEAN_RATIOS])
+        torch.neg(sums[:2], out=mean_ratios(saved))
         return (1 - beta) * (student_top + sums[0]) + beta * (teacher_top + sums[1]), sums
 
 

@@ -24,6 +24,20 @@ from fusedmm.kernels.distillation.arguments import DistillationProblem
 from fusedmm.kernels.distillation.config import Pass
 from fusedmm.kernels.distillation.heads import HeadTensors, launch_heads
 from fusedmm.kernels.distillation.mixture import mixture_ratio
+from fusedmm.kernels.distillation.saved import (
+    GAP,
+    STUDENT_ARG,
+    STUDENT_LOG_SUM,
+    STUDENT_MEAN_RATIO,
+    STUDENT_OTHERS,
+    STUDENT_RATIO,
+    STUDENT_SHIFT,
+    TEACHER_ARG,
+    TEACHER_LOG_SUM,
+    TEACHER_OTHERS,
+    TEACHER_SHIFT,
+    UNIT,
+)
 from fusedmm.kernels.distillation.tiles import ALLOWED, logit_slabs, program_tile
 from fusedmm.kernels.launch import device_arch
 from fusedmm.kernels.softmax import LN_2
@@ -95,7 +109,7 @@ def _gradient_kernel(
     if labels_ptr is not None:
         labels = tl.load(labels_ptr + offs_n)
         grad_rows = tl.where(labels == ignore_index, 0.0, grad_rows)
-    student_arg = tl.load(saved_ptrs + 4 * row_stride).to(tl.int32)
+    student_arg = tl.load(saved_ptrs + STUDENT_ARG * row_stride).to(tl.int32)
     width: tl.constexpr = BLOCK_V // SLABS
     for i in tl.static_range(SLABS):
         columns = first_tile + i * width + tl.arange(0, width)
@@ -112,7 +126,7 @@ def _gradient_kernel(
         )
         if labels_ptr is not None:
             g += (1.0 - alpha) * cross_entropy_gradient(
-                x, is_top, classes == labels[:, None], saved_ptrs + 12 * row_stride, row_stride,
+                x, is_top, classes == labels[:, None], saved_ptrs + UNIT * row_stride, row_stride,
                 label_smoothing, total_classes,
             )  # fmt: skip
         store_gradient(
@@ -151,20 +165,22 @@ def store_gradient(grad_ptrs, g, x, grad_rows, softcap, mask):
 @triton.jit
 def _divergence_gradient(s, t, is_top, classes, saved_ptrs, row_stride, beta, KIND: tl.constexpr):
     """Gradient of the divergence in the tempered logits s and t (base 2), natural, [BLOCK_N, width]."""
-    p = tl.exp2((s - tl.load(saved_ptrs)[:, None]) - tl.load(saved_ptrs + 2 * row_stride)[:, None])
+    shift = tl.load(saved_ptrs + STUDENT_SHIFT * row_stride)
+    p = tl.exp2((s - shift[:, None]) - tl.load(saved_ptrs + STUDENT_LOG_SUM * row_stride)[:, None])
     if KIND == 0:
-        q = tl.exp2((t - tl.load(saved_ptrs + row_stride)[:, None]) - tl.load(saved_ptrs + 3 * row_stride)[:, None])
-        both_top = is_top & (classes == tl.load(saved_ptrs + 5 * row_stride).to(tl.int32)[:, None])
-        return tl.where(
-            both_top, (tl.load(saved_ptrs + 7 * row_stride) - tl.load(saved_ptrs + 6 * row_stride))[:, None], p - q
-        )
+        shift = tl.load(saved_ptrs + TEACHER_SHIFT * row_stride)
+        q = tl.exp2((t - shift[:, None]) - tl.load(saved_ptrs + TEACHER_LOG_SUM * row_stride)[:, None])
+        both_top = is_top & (classes == tl.load(saved_ptrs + TEACHER_ARG * row_stride).to(tl.int32)[:, None])
+        teacher_others = tl.load(saved_ptrs + TEACHER_OTHERS * row_stride)
+        return tl.where(both_top, (teacher_others - tl.load(saved_ptrs + STUDENT_OTHERS * row_stride))[:, None], p - q)
     elif KIND == 1:
-        ratio = tl.load(saved_ptrs + 8 * row_stride)[:, None] - (t - s)
-        return p * (ratio + tl.load(saved_ptrs + 10 * row_stride)[:, None]) * LN_2
+        ratio = tl.load(saved_ptrs + STUDENT_RATIO * row_stride)[:, None] - (t - s)
+        return p * (ratio + tl.load(saved_ptrs + STUDENT_MEAN_RATIO * row_stride)[:, None]) * LN_2
     else:
-        gap = tl.load(saved_ptrs + 15 * row_stride)
-        ratio = mixture_ratio((t - s) - gap[:, None], tl.load(saved_ptrs + 8 * row_stride) - gap, beta / (1.0 - beta))
-        return (1.0 - beta) * p * (ratio + tl.load(saved_ptrs + 10 * row_stride)[:, None])
+        gap = tl.load(saved_ptrs + GAP * row_stride)
+        ratio_top = tl.load(saved_ptrs + STUDENT_RATIO * row_stride) - gap
+        ratio = mixture_ratio((t - s) - gap[:, None], ratio_top, beta / (1.0 - beta))
+        return (1.0 - beta) * p * (ratio + tl.load(saved_ptrs + STUDENT_MEAN_RATIO * row_stride)[:, None])
 
 
 def gradient_logits(

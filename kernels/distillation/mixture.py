@@ -17,8 +17,18 @@ import triton.language as tl
 from fusedmm.kernels.distillation.arguments import DistillationProblem
 from fusedmm.kernels.distillation.config import vocabulary_splits
 from fusedmm.kernels.distillation.heads import HeadTensors, launch_heads
+from fusedmm.kernels.distillation.saved import (
+    GAP,
+    STUDENT_LOG_SUM,
+    STUDENT_RATIO,
+    STUDENT_SHIFT,
+    TEACHER_LOG_SUM,
+    TEACHER_RATIO,
+    TEACHER_SHIFT,
+)
 from fusedmm.kernels.distillation.tiles import logit_slabs, program_tile
 from fusedmm.kernels.launch import device_arch
+from fusedmm.kernels.softmax import LN_2
 
 SUMS = 3  # mean log-ratio of the student, of the teacher, total variation
 RATIO_LIMIT = tl.constexpr(86.0)  # in base 2, as EXP_LIMIT of the eager path in base e
@@ -46,7 +56,7 @@ def mixture_ratio(ratio, ratio_top, odds):
     """
     q = odds * tl.exp2(tl.minimum(ratio, RATIO_LIMIT))
     q_top = odds * tl.exp2(tl.minimum(ratio_top, RATIO_LIMIT))[:, None]
-    distance = (ratio - ratio_top[:, None]) * 0.6931471805599453
+    distance = (ratio - ratio_top[:, None]) * LN_2
     is_near = tl.abs(distance) < 1.0
     near = log1p(-q_top * expm1(tl.where(is_near, distance, 0.0)) / (1.0 + q))
     return tl.where(is_near, near, log1p(q_top) - log1p(q))
@@ -94,13 +104,13 @@ def _mixture_kernel(
         inverse = 1.0 / tl.load(row_temperature_ptr + offs_n)
     row_stride = tl.full([], 1, tl.int64) * num_rows
     saved_ptrs = saved_ptr + offs_n
-    student_shift = tl.load(saved_ptrs)
-    teacher_shift = tl.load(saved_ptrs + row_stride)
-    student_log = tl.load(saved_ptrs + 2 * row_stride)
-    teacher_log = tl.load(saved_ptrs + 3 * row_stride)
-    gap = tl.load(saved_ptrs + 15 * row_stride)
-    student_top = tl.load(saved_ptrs + 8 * row_stride) - gap
-    teacher_top = gap - tl.load(saved_ptrs + 9 * row_stride)
+    student_shift = tl.load(saved_ptrs + STUDENT_SHIFT * row_stride)
+    teacher_shift = tl.load(saved_ptrs + TEACHER_SHIFT * row_stride)
+    student_log = tl.load(saved_ptrs + STUDENT_LOG_SUM * row_stride)
+    teacher_log = tl.load(saved_ptrs + TEACHER_LOG_SUM * row_stride)
+    gap = tl.load(saved_ptrs + GAP * row_stride)
+    student_top = tl.load(saved_ptrs + STUDENT_RATIO * row_stride) - gap
+    teacher_top = gap - tl.load(saved_ptrs + TEACHER_RATIO * row_stride)
     first = split * tiles_per_split * BLOCK_V
     student_mean = tl.zeros([BLOCK_N], tl.float32)
     teacher_mean = tl.zeros([BLOCK_N], tl.float32)

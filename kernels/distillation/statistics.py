@@ -19,6 +19,7 @@ from fusedmm.kernels.distillation.arguments import DistillationProblem
 from fusedmm.kernels.distillation.config import row_threads, vocabulary_splits
 from fusedmm.kernels.distillation.heads import HeadTensors, launch_heads
 from fusedmm.kernels.distillation.rows import load_state, row_inputs, state_pointers, store_state
+from fusedmm.kernels.distillation.saved import SAVED
 from fusedmm.kernels.distillation.state import (
     SIZE_LOSS,
     SIZE_SCORES,
@@ -32,8 +33,6 @@ from fusedmm.kernels.distillation.tiles import logit_slabs, program_tile
 from fusedmm.kernels.launch import LAUNCH_OPTIONS, device_arch
 from fusedmm.kernels.softmax import LN_2
 
-SAVED = 16  # rows of saved statistics, see _save
-RATIOS, MEAN_RATIOS, GAP = slice(8, 10), slice(10, 12), 15  # of them u_k, mean log-ratio and c
 FIELDS = 16  # rows of scores
 LOSSES = 3  # forward KL, reverse KL, cross entropy
 MERGED_ROWS, MERGE_WARPS = 32, 1  # of a program that merges
@@ -209,9 +208,7 @@ def _save(
     row_stride,
     mask_n,
 ):
-    """What gradients need, in pairs of student and teacher (base 2): shift, log of the sum, arg, 1 - p_k, u_k, mean
-    log-ratio at k minus that of all; then peak and others at T = 1, c.
-    """
+    """What gradients need, in the order of `fusedmm.kernels.distillation.saved`."""
     saved = (
         student_shift, teacher_shift, tl.log2(student_sum), tl.log2(teacher_sum), state[1], state[6],
         state[2] / student_sum, state[7] / teacher_sum, state[4], state[9], student_slope, -teacher_slope,

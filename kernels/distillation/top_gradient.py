@@ -20,7 +20,7 @@ from fusedmm.kernels.distillation.gradient import cross_entropy_gradient, store_
 from fusedmm.kernels.distillation.heads import HeadTensors, launch_heads
 from fusedmm.kernels.distillation.tiles import head_slabs, program_tile
 from fusedmm.kernels.distillation.top_state import class_at, count_below
-from fusedmm.kernels.distillation.top_statistics import STUDENT_SAVED
+from fusedmm.kernels.distillation.top_statistics import REST_LOG_SUM, REST_SHIFT, STUDENT_ARG, STUDENT_SAVED, UNIT
 from fusedmm.kernels.launch import device_arch
 
 FIRST_BUCKET = tl.constexpr(STUDENT_SAVED)
@@ -88,14 +88,15 @@ def _top_gradient_kernel(
     class_ptrs = classes_ptr + offs_n * size_k
     start = count_below(class_ptrs, size_k, first_class + first_v)
     most = tl.max(count_below(class_ptrs, size_k, first_class + first_v + BLOCK_V) - start, 0)
-    student_arg = tl.load(saved_ptrs + 5 * row_stride).to(tl.int32) - first_class
+    student_arg = tl.load(saved_ptrs + STUDENT_ARG * row_stride).to(tl.int32) - first_class
     width: tl.constexpr = BLOCK_V // SLABS
     for i in tl.static_range(SLABS):
         columns = first_tile + i * width + tl.arange(0, width)
         offs_v = first_column + columns
         classes = offs_v[None, :]  # of this rank: numbers over all ranks would take 10 registers more
         x = students[i]
-        log_share = (x * inverse[:, None] - tl.load(saved_ptrs)[:, None]) - tl.load(saved_ptrs + row_stride)[:, None]
+        shift = tl.load(saved_ptrs + REST_SHIFT * row_stride)
+        log_share = (x * inverse[:, None] - shift[:, None]) - tl.load(saved_ptrs + REST_LOG_SUM * row_stride)[:, None]
         share = tl.exp2(tl.minimum(log_share, 0.0))  # above 0 only where a class is one of the top-k
         g = share * tl.load(bucket_ptrs + size_k * row_stride)[:, None]
         for passed in range(most):
@@ -107,7 +108,7 @@ def _top_gradient_kernel(
         if labels_ptr is not None:
             is_top = classes == student_arg[:, None]
             g += (1.0 - alpha) * cross_entropy_gradient(
-                x, is_top, classes == labels[:, None], saved_ptrs + 2 * row_stride, row_stride,
+                x, is_top, classes == labels[:, None], saved_ptrs + UNIT * row_stride, row_stride,
                 label_smoothing, total_classes,
             )  # fmt: skip
         store_gradient(

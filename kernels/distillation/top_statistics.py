@@ -40,7 +40,10 @@ from fusedmm.kernels.launch import LAUNCH_OPTIONS, device_arch
 from fusedmm.kernels.softmax import LN_2
 
 # Numbers of the student alone, as `_top_merge_kernel` writes them.
-STUDENT_SAVED = 6  # that a gradient needs beside the buckets'; cross entropy follows them
+# Rows that a gradient needs beside the buckets', of the student alone; cross entropy follows them.
+REST_SHIFT, REST_LOG_SUM = tl.constexpr(0), tl.constexpr(1)  # of its share of the rest
+UNIT, STUDENT_ARG = tl.constexpr(2), tl.constexpr(5)  # three rows as in `saved`, and the most likely class
+STUDENT_SAVED = 6
 STUDENT_SCORES = (
     "student_entropy",
     "student_confidence",

@@ -62,7 +62,6 @@ def _forward_producer(
     key_ring,
     value_ring,
     work,  # pointer, number of tiles, of items, of programs
-    QUERY_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     MODALITIES: gl.constexpr,
     WORK_HEADS: gl.constexpr,
@@ -359,7 +358,7 @@ def _attention_forward_hopper_kernel(
                 (
                     _forward_producer,
                     (descriptors, buffers, rings[0], rings[1], rings[2], work,
-                     QUERY_HEADS, GROUP, MODALITIES, WORK_HEADS, STAGES),
+                     GROUP, MODALITIES, WORK_HEADS, STAGES),
                 ),
             ],
             [4, 1],
@@ -381,7 +380,7 @@ def _attention_forward_hopper_kernel(
                 (
                     _forward_producer,
                     (descriptors, buffers, rings[0], rings[1], rings[2], work,
-                     QUERY_HEADS, GROUP, MODALITIES, WORK_HEADS, STAGES),
+                     GROUP, MODALITIES, WORK_HEADS, STAGES),
                 ),
             ],
             [4, 1],
