@@ -101,7 +101,7 @@ def _targets(words: list[str]) -> int:
 
 def _paths(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks paths", description=paths.__doc__)
-    parser.add_argument("results", type=_result_file, help="a result file; its newest run of each case counts")
+    parser.add_argument("results", type=Path, help="a result file; its newest run of each case counts")
     return paths.run(parser.parse_args(words).results)
 
 
