@@ -75,6 +75,19 @@ def test_few_samples_of_one_shape_are_one_block(
     assert [result is None for result in found] == [True, False]
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("k_lengths", [[[4, 4]] * 2, [[4, 4], [3, 0]]])
+def test_results_may_be_changed_in_place(k_lengths: list[list[int]], heads: int) -> None:
+    """Autograd refuses it of a view that a function returns."""
+    layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([3, 3]), torch.tensor(k_lengths))
+    query, key, value = (torch.randn(n, heads, 16, requires_grad=True) for n in (6, layout.total_k, layout.total_k))
+    partials = fusedmm.modality_partials(query, key, value, layout, impl="eager")
+    for result in (*attend(query, key, value, layout), *attend(query, key, value, layout, softmax="per_modality")):
+        result.mul_(2)
+    for result in partials:
+        result.mul_(2)
+
+
 def test_a_row_hidden_by_its_priors_is_nothing_in_one_block_too() -> None:
     layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([3, 3]), torch.tensor([[4, 4]] * 2))
     query, key, value = (torch.randn(n, 2, 16, requires_grad=True) for n in (6, 16, 16))

@@ -93,31 +93,30 @@ def _attend(
     lse = sums.log()
     if start is not None:
         lse.add_(start, alpha=LN_2)
-    if softmax == "partials":
-        output = output.unflatten(-1, (-1, x.query.shape[2]))
     return (output, mass, lse), sums, None if share is None else total
 
 
 def _sweep(
     x: Inputs, softmax: str, groups: tuple[Group, ...], shift: Tensor | None, share: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Output, [total_q, Hq, D or M * D], and by modality the sums of exponentials [total_q, Hq, M] of scores to which
-    ``shift`` [total_q, Hq, M] is added.
+    """Output, [total_q, Hq, D] or [total_q, Hq, M, D], and by modality the sums of exponentials [total_q, Hq, M] of
+    scores to which ``shift`` [total_q, Hq, M] is added.
     """
     total_q, heads, dim = x.query.shape
     modalities = x.num_modalities
     has_all_rows = sum(group.count_q for group in groups) == total_q
-    shape = total_q, heads, modalities * dim if softmax == "partials" else dim
+    shape = (total_q, heads, modalities, dim) if softmax == "partials" else (total_q, heads, dim)
     output = _buffer(x, shape, has_all_rows)
     sums = _buffer(x, (total_q, heads, modalities), has_all_rows)
+    buffers = output.flatten(2), sums
     for group in groups:
         tokens = x.keys(group)
         if shift is None and attention_heads.fits(x, softmax, group):
             for block in attention_heads.blocks(x, group):
-                attention_heads.forward_block(x, group, block, tokens, share, (output, sums))
+                attention_heads.forward_block(x, group, block, tokens, share, buffers)
             continue
         for block in group.blocks:
-            _forward_block(x, softmax, group, block, tokens, shift, share, (output, sums))
+            _forward_block(x, softmax, group, block, tokens, shift, share, buffers)
     return output, sums
 
 

@@ -69,7 +69,7 @@ def forward(x: Inputs, group: Group, *, keep: bool = False) -> tuple[tuple[Tenso
         weights = probabilities.mul_((gate / total)[..., None])
     weights = _joined(weights)
     output = torch.bmm(weights, value).view(*sums.shape[:3], -1)
-    results = _packed(output).contiguous(), _packed(sums / total).contiguous(), _packed(sums.log()).contiguous()
+    results = _written(output), _written(sums / total), _written(sums.log())
     return results, Kept(query, key, value, probabilities, weights, gate) if keep else None
 
 
@@ -152,3 +152,8 @@ def _heads_first(packed: Tensor, samples: int) -> Tensor:
 def _packed(heads_first: Tensor) -> Tensor:
     """A view [c * n, H, X] of a contiguous [H, c, n, X]."""
     return heads_first.permute(1, 2, 0, 3).flatten(0, 1)
+
+
+def _written(heads_first: Tensor) -> Tensor:
+    """[c * n, H, X] of a contiguous [H, c, n, X]; of one head too no view, which nobody may change in place."""
+    return _packed(heads_first).clone(memory_format=torch.contiguous_format)
