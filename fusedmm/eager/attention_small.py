@@ -1,7 +1,7 @@
 """Joint attention of a few samples of one shape that are a single block, in as few operators as there can be.
 
 A call for 4 samples of 16 queries and 64 keys takes 0.17 ms, 0.06 of them in products, where the operators that
-`fusedmm.eager.attention` needs to fit every problem make it 0.21; with all gradients 0.5 and 0.7 (one thread of an AMD
+`fusedmm.eager.attention` needs to fit every problem make it 0.22; with all gradients 0.5 and 0.8 (one thread of an AMD
 EPYC). The formulas are the same. Of a problem within `KEPT` the backward is handed what the forward has made: a quarter
 of its time would go into making it again.
 

@@ -4,7 +4,7 @@
 implementations. `impl` ("triton" or "eager") is an argument, so that a call means the same on every device. Registered
 with fakes for `torch.compile` and export, and with a hand-written autograd function that is bypassed where nothing
 needs a gradient. The dispatcher is left out where nobody is watching (`fusedmm.ops.dispatch`): 64
-queries and their gradients then take 0.74 ms instead of 0.90 on one thread of an AMD EPYC. The transforms of
+queries and their gradients then take 0.5 ms instead of 0.75 on one thread of an AMD EPYC. The transforms of
 `torch.func` take the operators by way of `fusedmm.ops.attention_transforms`.
 """
 
