@@ -18,7 +18,7 @@ from fusedmm.eager.attention_inputs import Inputs, is_held, row_exponent
 from fusedmm.eager.attention_rows import product
 from fusedmm.eager.products import LOG2_E
 
-KEPT = 1 << 18  # elements of all matrices: 1 MiB of float32
+KEPT = 1 << 20  # bytes of all that is kept
 
 
 class Kept(NamedTuple):
@@ -60,7 +60,7 @@ def forward(x: Inputs, group: Group, *, keep: bool = False) -> tuple[tuple[Tenso
     if not is_held(sums):
         return None
     total = sums.sum(-1, keepdim=True)
-    keep = keep and query.numel() + key.numel() + value.numel() + 2 * probabilities.numel() <= KEPT
+    keep = keep and query.nbytes + key.nbytes + value.nbytes + 2 * probabilities.nbytes + sums.nbytes <= KEPT
     gate = None if x.gate is None else _heads_first(x.gate, samples)
     if gate is None or keep:
         probabilities.div_(total[..., None])
