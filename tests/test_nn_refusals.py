@@ -59,6 +59,7 @@ def test_bad_batches(changes, error, message, batch) -> None:
         ((64, 4, ["a", "a"]), "modalities must have different names"),
         ((64, 4, ["a.b"]), "a modality name must be non-empty"),
         ((64, 4, ["keys"]), "no attribute of ModuleDict, got 'keys'"),
+        ((64, 4, ["training"]), "no attribute of ModuleDict, got 'training'"),
         ((64, 0, ["a"]), "num_heads must divide embed_dim"),
         ((64.0, 4, ["a"]), "embed_dim must be an int, got float"),
         ((64, 4, {"a": 1.5}), "modalities must be names with whole token widths, got 'a': 1.5"),

@@ -224,7 +224,7 @@ def test_write_refuses_other_modalities(tmp_path: Path) -> None:
         ("sound", {"values": np.zeros((3, 1))}, "a sample and a time for each of its 3 tokens, got 2 and 2"),
         ("log", {"text": ["a", 3]}, "text must be strings, got another type among them"),
         ("a.b", {"text": ["a", "b"]}, "must name modalities by letters, digits, _ and -, .* got 'a.b'"),
-        ("keys", {"text": ["a", "b"]}, "not as a method of torch.nn.ModuleDict, got 'keys'"),
+        ("keys", {"text": ["a", "b"]}, "not as an attribute of torch.nn.ModuleDict, got 'keys'"),
     ],
 )
 def test_write_refuses_what_are_no_tokens(tmp_path: Path, name: str, content: dict[str, Any], message: str) -> None:

@@ -342,7 +342,7 @@ def _modality_widths(modalities: Modalities, embed_dim: int) -> dict[str, int]:
         )
     if len(widths) != len(modalities):
         raise ValueError(f"GatedMultimodalAttention: modalities must have different names, got {list(modalities)}.")
-    unusable = [name for name in widths if not name or "." in name or hasattr(nn.ModuleDict, name)]
+    unusable = [name for name in widths if not name or "." in name or hasattr(nn.ModuleDict(), name)]
     if unusable:
         raise ValueError(
             'GatedMultimodalAttention: a modality name must be non-empty, without "." and no attribute of ModuleDict, '

@@ -115,10 +115,10 @@ def _token_columns(name: str, tokens: RawTokens) -> pa.Table:
 
 def _check_name(name: str, where: str) -> None:
     """Raise `DataFormatError` for what cannot name a file and a submodule, as modalities do."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
         raise DataFormatError(
-            f"{where} must name modalities by letters, digits, _ and -, not as a method of torch.nn.ModuleDict, got "
-            f"{name!r}. Rename it."
+            f"{where} must name modalities by letters, digits, _ and -, not as an attribute of torch.nn.ModuleDict, "
+            f"got {name!r}. Rename it."
         )
 
 
