@@ -185,3 +185,26 @@ def test_gradients_have_the_strides_that_their_fakes_promise() -> None:
     assert output.is_contiguous()
     gradients = torch.autograd.grad(output, [*inputs, opening], torch.ones_like(opening))
     assert all(gradient.is_contiguous() for gradient in gradients)
+
+
+@pytest.mark.parametrize("softmax", ["joint", "per_modality"])
+@pytest.mark.parametrize("hidden", ["time", "active"])
+@pytest.mark.parametrize("impl", ["eager", "reference"])
+def test_a_query_of_nan_that_sees_nothing_is_nothing(impl: str, hidden: str, softmax: str) -> None:
+    """Nor do keys and values hear of it; of the reference they do, as of a product with 0."""
+    layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([2, 2]), torch.tensor([[3, 2]] * 2))
+    query, key, value = leaves(layout)
+    with torch.no_grad():
+        query[0] = torch.nan
+    options = {"active": torch.tensor([[False, True], [True, True]])[:, None].repeat(1, 2, 1)}
+    if hidden == "time":
+        options = {"query_time": torch.tensor([0, 5, 5, 5]), "key_time": torch.ones(10, dtype=torch.int64)}
+    else:  # by head, and head 1 sees some
+        options["active"][0, 0] = False
+    results = fusedmm.gated_multimodal_attention(query, key, value, layout, softmax=softmax, impl=impl, **options)
+    for result, nothing in zip(results, (0.0, 0.0, -torch.inf), strict=True):
+        assert (result[0, 0] == nothing).all()
+    if hidden == "time" and impl == "eager":
+        gradients = torch.autograd.grad(results.output.sum() + (results.mass**2).sum(), (query, key, value))
+        assert all(g.isfinite().all() for g in gradients)
+        assert (gradients[0][0] == 0).all()

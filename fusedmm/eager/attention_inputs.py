@@ -70,8 +70,9 @@ def ungrouped(x: Inputs) -> Inputs:
 
 
 def without_unseen(x: Inputs) -> Inputs:
-    """Keys and values that no query sees, by time or because their head is switched off, set to 0: NaN there goes
-    nowhere. Where all heads agree, `active` has done all it does: groups leave out what is switched off.
+    """Keys and values that no query sees, by time or because their head is switched off, and queries that see nothing,
+    set to 0: NaN there goes nowhere. Where all heads agree, `active` has done all it does: groups leave out what is
+    switched off.
     """
     read = None
     active = x.active
@@ -90,7 +91,8 @@ def without_unseen(x: Inputs) -> Inputs:
     if read is None:
         return x if active is x.active else x._replace(active=active)
     key, value = (torch.where(read[..., None], t, 0) for t in (x.key, x.value))
-    return x._replace(key=key, value=value, active=active)
+    query = torch.where((visible_counts(x) == 0).all(-1)[..., None], 0, x.query)
+    return x._replace(query=query, key=key, value=value, active=active)
 
 
 def visible_counts(x: Inputs) -> Tensor:
