@@ -97,9 +97,9 @@ def without_unseen(x: Inputs) -> Inputs:
 
 def visible_counts(x: Inputs) -> Tensor:
     """[total_q, Hq, M] keys that each query sees of each modality."""
-    sample = torch.searchsorted(
-        x.cu_seqlens_q[1:].long(), torch.arange(x.query.shape[0], device=x.query.device), right=True
-    )
+    if x.visible is None or x.active is not None:
+        rows = torch.arange(x.query.shape[0], device=x.query.device)
+        sample = torch.searchsorted(x.cu_seqlens_q[1:].long(), rows, right=True)
     if x.visible is not None:
         counts = (x.visible[..., 1] - x.visible[..., 0]).clamp_min(0).long()  # [total_q, M]
     else:
