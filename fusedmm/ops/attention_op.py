@@ -3,9 +3,10 @@
 ``fusedmm::attention_forward`` and ``fusedmm::attention_backward``: one schema serves every softmax and both
 implementations. `impl` ("triton" or "eager") is an argument, so that a call means the same on every device. Registered
 with fakes for `torch.compile` and export, and with a hand-written autograd function that is bypassed where nothing
-needs a gradient. The dispatcher is left out where nobody is watching (`fusedmm.ops.dispatch`): 64
-queries and their gradients then take 0.5 ms instead of 0.75 on one thread of an AMD EPYC. The transforms of
-`torch.func` take the operators by way of `fusedmm.ops.attention_transforms`.
+needs a gradient. The dispatcher is left out where nobody is watching (`fusedmm.ops.dispatch`): 64 queries and their
+gradients, called again and again, then take 0.5 ms instead of 0.75 on one thread of an AMD EPYC, a part of it since
+small problems keep more. The transforms of `torch.func` take the operators by way of
+`fusedmm.ops.attention_transforms`.
 """
 
 from collections.abc import Sequence
