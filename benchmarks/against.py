@@ -92,6 +92,7 @@ def over_rounds(rows: Sequence[Result]) -> Result:
         p20_ms=min(lows[middle], medians[0]),
         p80_ms=max(highs[middle], medians[-1]),
         repeats=sum(row.repeats for row in rows),
+        own_core=None if rows[0].own_core is None else all(row.own_core for row in rows),
     )
 
 

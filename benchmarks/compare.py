@@ -52,6 +52,8 @@ def _compare(key: tuple[str, str, str], was: Result, now: Result) -> list[Change
     if not comparable([was.clock_mhz, now.clock_mhz]):
         clocks = f"clocks {was.clock_mhz} and {now.clock_mhz} MHz"
         return [Change(key, "not comparable", f"{clocks} differ by more than 5 %")]
+    if was.own_core != now.own_core:
+        return [Change(key, "not comparable", "someone else was on the core in one of them")]
     if was.sizes != now.sizes:
         changed = [f"{name} {was.sizes.get(name)} -> {x}" for name, x in now.sizes.items() if was.sizes.get(name) != x]
         return [Change(key, "not comparable", f"sizes differ: {', '.join(changed)}")]

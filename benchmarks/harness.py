@@ -151,6 +151,8 @@ class Harness:
                 else:
                     rows.append(untimed(replace(blank, variant=name), error))
         self.begin(case.name, "")
+        if not calls:
+            return rows, again
         try:
             with quiet():
                 times = interleave(calls, self.device, self.seconds, self.telemetry)
@@ -252,7 +254,11 @@ def untimed(blank: Result, error: Exception) -> Result:
 
 
 def ratio(ours: Result, other: Result) -> float | None:
-    """How many times as long the other takes; None where either has no time or their clocks differ by more than 5 %."""
-    if ours.median_ms is None or other.median_ms is None or not comparable([ours.clock_mhz, other.clock_mhz]):
+    """How many times as long the other takes; None where either has no time, their clocks differ by more than 5 %, or
+    only one of them had a CPU's core to itself.
+    """
+    if ours.median_ms is None or other.median_ms is None or ours.own_core != other.own_core:
+        return None
+    if not comparable([ours.clock_mhz, other.clock_mhz]):
         return None
     return other.median_ms / ours.median_ms

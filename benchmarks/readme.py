@@ -6,6 +6,7 @@ with the command that will measure it. The README holds the GPU's table and one 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from benchmarks.cases import builders, scaling
 from benchmarks.harness import ratio
@@ -75,6 +76,8 @@ LEGEND = """\
 - **case**: its inputs, FLOPs, bytes and competitors are in benchmarks/cases; everyone computes the same outputs and
   gradients, and who fails the correctness gate has no number.
 - **mode**: forward; both: forward and backward; -graph: replayed as a CUDA graph.
+- **shared core**: someone else computed on the same core nearly all the time; other rows are of calls during which
+  nobody did.
 - **fastest other**: of everyone else in the same run. Above 1.00 its time is longer than fusedmm's, or its peak
   memory larger.
 - **of ceiling**: share of the copy bandwidth or matrix rate measured in the same run, whichever bounds the case.
@@ -89,6 +92,7 @@ def details() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+NEAR = 1 / 1.1  # within 10 %
 OPERATORS, MODULES = ("attention/", "distillation/"), "modules/"  # the line counts the first, and names the second
 
 
@@ -101,12 +105,29 @@ def cpu_line(found: Latest) -> str:
     modules = {row: times for row, times in every.items() if row[0].startswith(MODULES)}
     if not ratios:
         return cpu_part({})
-    good, near = (sum(times >= least for times in ratios.values()) for least in (1.0, 1 / 1.1))
+    good, near = (_count(ratios, least) for least in (1.0, NEAR))
     return (
         f"**CPU, the eager path ({_machine(found)}):** of {len(ratios)} rows of operators {good} are at least as fast "
         f"as the fastest of PyTorch's compositions and {near} within 10 %; the slowest takes {_worst(ratios)}"
-        + (f", of modules {_worst(modules)}." if modules else ".")
+        + (f", of modules {_worst(modules)}" if modules else "")
+        + f".{_shared_core(found)}"
     )
+
+
+def _shared_core(found: Latest) -> str:
+    """What the same rows read while someone else was on the core."""
+    shared = {key: (run, replace(row, median_ms=row.shared_ms)) for key, (run, row) in found.items() if row.shared_ms}
+    ratios = {row: times for row, times in _cpu_ratios(shared).items() if row[0].startswith(OPERATORS)}
+    if not ratios:
+        return ""
+    return (
+        f" While another guest of the machine computes on the same core, which is read but not counted above, "
+        f"{_count(ratios, NEAR)} of {len(ratios)} are within 10 %; the slowest takes {_worst(ratios)}."
+    )
+
+
+def _count(ratios: Mapping[tuple[str, str], float], least: float) -> int:
+    return sum(times >= least for times in ratios.values())
 
 
 def _worst(ratios: Mapping[tuple[str, str], float]) -> str:
@@ -217,6 +238,7 @@ def _row(name: str, mode: str, found: Latest, *, with_rate: bool) -> str:
     compared = "-" if best is None else "no ratio: clocks differ" if times is None else f"{times:.2f}"
     rival = "-" if best is None else best.variant
     if not with_rate:
+        compared += ", shared core" if ours.own_core is False else ""
         memory = "-" if best is None or not ours.peak_mib else f"{(best.peak_mib or 0) / ours.peak_mib:.1f}"
         return f"| {name} | {mode} | {rival} | {compared} | {memory} |"
     if ours.status != TIMED or ours.share is None:

@@ -23,7 +23,7 @@ import torch
 from benchmarks.peers import versions
 from benchmarks.roofline import Ceilings
 from benchmarks.telemetry import Telemetry
-from benchmarks.timing import Times
+from benchmarks.timing import MIN_ROUNDS, Times, ranked
 from fusedmm.kernels.launch import device_arch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +87,9 @@ class Result:
         worst_error: largest relative error, in norm, of any result of the small twin that the gate computes.
         clock_mhz, power_w, energy_mj, throttled: of the GPU while this variant ran; None where they cannot be read, but
             for the clock, which then is 0: without it a GPU's times have no ratio.
+        own_core: whether the times are of calls during which nobody else was on the core; False where such calls were
+            too few, None on a GPU and in rows of before 2026-11-22 (`benchmarks.core`).
+        shared_ms: median of the calls during which someone was, where there are enough of them beside the others.
         kernel: name in the static table of the kernel that does the work, for the model's error.
     """
 
@@ -110,6 +113,8 @@ class Result:
     power_w: float | None = None
     energy_mj: float | None = None
     throttled: str | None = None
+    own_core: bool | None = None
+    shared_ms: float | None = None
     kernel: str | None = None
 
     @property
@@ -131,6 +136,8 @@ def timed(blank: Result, times: Times) -> Result:
         power_w=times.power_w,
         energy_mj=times.energy_mj,
         throttled=times.throttled,
+        own_core=times.own_core,
+        shared_ms=round(ranked(times.shared_ms, 0.5), 5) if len(times.shared_ms) >= MIN_ROUNDS else None,
     )
 
 

@@ -7,10 +7,12 @@ from statistics import median
 
 import torch
 
-from benchmarks.timing import time_once
+from benchmarks.telemetry import Telemetry
+from benchmarks.timing import interleave, time_once
 
 REPEATS = 10
 WARM_S = 0.2
+CPU_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,12 @@ def name_of(dtype: torch.dtype) -> str:
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
     """Median time of a call, device included, after a warm-up: an idle GPU takes a while to raise its clock."""
-    deadline = time.monotonic() + (WARM_S if device.type == "cuda" else 0.0)
-    warmed = 0
-    while warmed < 2 or time.monotonic() < deadline:
+    if device.type != "cuda":
+        call()
+        return interleave({"": call}, device, CPU_S, Telemetry(device))[""].quantile(0.5) / 1e3
+    deadline = time.monotonic() + WARM_S
+    while time.monotonic() < deadline:
         time_once(call, device)
-        warmed += 1
     return median(time_once(call, device) for _ in range(REPEATS)) / 1e3
 
 

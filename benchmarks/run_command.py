@@ -268,8 +268,8 @@ def table(name: str, rows: Sequence[Result]) -> str:
 
 
 def _state(row: Result) -> str:
-    """What was read of the GPU while a variant ran."""
-    parts = []
+    """What was read of the device while a variant ran."""
+    parts = ["shared core"] if row.own_core is False else []
     if row.clock_mhz:
         parts.append(f"{row.clock_mhz:.0f} MHz")
     if row.power_w is not None and row.energy_mj is not None:

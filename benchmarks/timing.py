@@ -2,13 +2,14 @@
 order of its own, so that none always comes after the same one and finds the caches as that one left them.
 
 On a GPU a call lies between two events, and the L2 cache is flushed before it; the clock is read as it runs.
-Launch-bound calls are timed a second time as replays of a CUDA graph. On a CPU it is wall time. Quantiles are over
-rounds.
+Launch-bound calls are timed a second time as replays of a CUDA graph. On a CPU it is wall time, and the core's pace is
+read before and after it: calls during which someone else was on the core (`benchmarks.core`) are kept apart. Quantiles
+are over rounds.
 """
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -16,28 +17,45 @@ from typing import TypeVar
 import torch
 
 from benchmarks.case import Unavailable
+from benchmarks.core import Core, core
 from benchmarks.telemetry import ENERGY_SECONDS, Telemetry
 
 T = TypeVar("T")
+Calls = Mapping[str, Callable[[], object]]
+CPU = torch.device("cpu")
 L2_BYTES = 256 << 20  # more than any chip has
 MIN_ROUNDS = 9
 MAX_ROUNDS = 200
+OWN_ROUNDS = 25  # in which a CPU's core is nobody else's: so many are waited for,
+PATIENCE = 4.0  # at most as many times as long as was asked for
 CLOCKS_APART = 1.05  # how far two clocks may differ where a ratio of times is shown
 
 
 @dataclass
 class Times:
-    """What was read of one variant: a time in milliseconds and a clock in MHz for each round."""
+    """What was read of one variant: a time in milliseconds and, on a GPU, a clock in MHz for each round.
+
+    Attributes:
+        ms: on a CPU of the rounds in which the core was nobody else's, if those are enough.
+        shared_ms: of the other rounds then.
+        own_core: whether those were enough; None on a GPU.
+    """
 
     ms: list[float] = field(default_factory=list)
+    shared_ms: list[float] = field(default_factory=list)
+    own_core: bool | None = None
     clocks: list[float] = field(default_factory=list)
     power_w: float | None = None
     energy_mj: float | None = None
     throttled: str | None = None
 
+    def add(self, ms: float, *, alone: bool) -> None:
+        """Take a time on a core that was this process's own, or not."""
+        (self.ms if alone else self.shared_ms).append(ms)
+
     def quantile(self, share: float) -> float:
-        """A quantile of the times, by rank."""
-        return sorted(self.ms)[min(len(self.ms) - 1, int(share * len(self.ms)))]
+        """A quantile of `ms`."""
+        return ranked(self.ms, share)
 
     @property
     def clock_mhz(self) -> float | None:
@@ -45,29 +63,52 @@ class Times:
         return sorted(self.clocks)[len(self.clocks) // 2] if self.clocks else None
 
 
-def interleave(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, budget_s: float, telemetry: Telemetry
-) -> dict[str, Times]:
+def interleave(calls: Calls, device: torch.device, budget_s: float, telemetry: Telemetry) -> dict[str, Times]:
     """Time calls in interleaved rounds until the budget is spent.
 
     Args:
-        calls: by variant; already run once, so that nothing compiles here.
+        calls: by variant, at least one; already run once, so that nothing compiles here.
         device: where they run.
         budget_s: for all of them together; at least `MIN_ROUNDS` rounds are made.
         telemetry: of the device.
     """
+    if device.type != "cuda":
+        return _interleave_on_core(calls, budget_s, core())
     found = {name: Times() for name in calls}
-    order = random.Random(len(calls))
-    flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+    flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device)
     deadline = time.monotonic() + budget_s
-    rounds = 0
-    while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.monotonic() < deadline):
-        for name, call in order.sample(list(calls.items()), len(calls)):
-            if flush is not None:
-                flush.zero_()
+    for number, turns in enumerate(_rounds(calls)):
+        if number >= MIN_ROUNDS and (number >= MAX_ROUNDS or time.monotonic() >= deadline):
+            break
+        for name, call in turns:
+            flush.zero_()
             found[name].ms.append(time_once(call, device, partial(watch, found[name], telemetry)))
-        rounds += 1
     return found
+
+
+def _interleave_on_core(calls: Calls, budget_s: float, own: Core) -> dict[str, Times]:
+    """The same on a CPU; longer, while someone else is on the core."""
+    found = {name: Times(own_core=True) for name in calls}
+    began = time.monotonic()
+    for number, turns in enumerate(_rounds(calls)):
+        spent = time.monotonic() - began
+        waits = spent < PATIENCE * budget_s and min(len(times.ms) for times in found.values()) < OWN_ROUNDS
+        if number >= MIN_ROUNDS and (number >= MAX_ROUNDS or spent >= budget_s) and not waits:
+            break
+        for name, call in turns:
+            before = own.pace()
+            took = time_once(call, CPU)
+            found[name].add(took, alone=own.is_own(max(before, own.pace())))
+    if any(len(times.ms) < MIN_ROUNDS for times in found.values()):
+        return {name: Times(times.ms + times.shared_ms, own_core=False) for name, times in found.items()}
+    return found
+
+
+def _rounds(calls: Calls) -> Iterator[list[tuple[str, Callable[[], object]]]]:
+    """Every call by name, each time in another order."""
+    order = random.Random(len(calls))
+    while True:
+        yield order.sample(list(calls.items()), len(calls))
 
 
 def watch(times: Times, telemetry: Telemetry) -> None:
@@ -78,7 +119,7 @@ def watch(times: Times, telemetry: Telemetry) -> None:
     times.throttled = throttles(times.throttled, reading.throttled)
 
 
-def add_energy(calls: Mapping[str, Callable[[], object]], found: Mapping[str, Times], telemetry: Telemetry) -> None:
+def add_energy(calls: Calls, found: Mapping[str, Times], telemetry: Telemetry) -> None:
     """Energy of one call and power under load, from a loop of `ENERGY_SECONDS` for each variant."""
     if telemetry.missing is not None:
         return
@@ -135,6 +176,11 @@ def captured(call: Callable[[], T]) -> Callable[[], T]:
         return results  # holding them keeps their memory the graph's
 
     return replay
+
+
+def ranked(ms: Sequence[float], share: float) -> float:
+    """A quantile, by rank."""
+    return sorted(ms)[min(len(ms) - 1, int(share * len(ms)))]
 
 
 def comparable(clocks: Sequence[float | None]) -> bool:

@@ -5,9 +5,6 @@ the committed results (benchmarks/results, shown in the README) say how far they
 that. Memory is bounded: a chunk of scores or logits.
 """
 
-import random
-import time
-
 import pytest
 import torch
 
@@ -16,13 +13,14 @@ from benchmarks.cases import attention, attention_peers, builders, distillation,
 from benchmarks.harness import call_of
 from benchmarks.memory import peak_bytes
 from benchmarks.results import latest
+from benchmarks.telemetry import Telemetry
+from benchmarks.timing import interleave
 
 CPU = torch.device("cpu")
 GOAL = 1.10
 NOISE = 1.25  # of a committed ratio, measured on another machine
 RUN_NOISE = 1.05  # of one run against another: jagged-market-day forward reads 1.03 to 1.12
-ROUNDS = 7  # at least
-SECONDS = 0.2  # at least: a median of few short calls is one of disturbances
+SECONDS = 0.2  # of all variants together: a median of few short calls is one of disturbances
 TRIES = 3
 HELD = (
     "attention/dense-gated",
@@ -68,17 +66,10 @@ def prepared(case: Case) -> dict[str, Prepared]:
 def ratios(case: Case, mode: str) -> float:
     """How many times as long as the fastest composition this project takes: medians of interleaved rounds."""
     calls = {name: call_of(bound, mode) for name, bound in prepared(case).items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order = random.Random(ROUNDS)
     for call in (*calls.values(), *calls.values()):
         call()
-    deadline = time.perf_counter() + SECONDS
-    while len(times["fusedmm"]) < ROUNDS or time.perf_counter() < deadline:
-        for name, call in order.sample(list(calls.items()), len(calls)):  # none always follows the same one
-            began = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - began)
-    medians = {name: sorted(each)[len(each) // 2] for name, each in times.items()}
+    times = interleave(calls, CPU, SECONDS, Telemetry(CPU))
+    medians = {name: each.quantile(0.5) for name, each in times.items()}
     return medians.pop("fusedmm") / min(medians.values())
 
 

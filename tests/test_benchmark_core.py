@@ -1,0 +1,101 @@
+"""Calls during which someone else was on a CPU's core are told from the others, kept apart, and compared with nothing
+but their like.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import compare, core, readme, timing
+from benchmarks.core import Core
+from benchmarks.harness import ratio
+from benchmarks.results import timed
+from benchmarks.run_command import table
+from benchmarks.telemetry import Telemetry
+from benchmarks.timing import MIN_ROUNDS, OWN_ROUNDS, Times, interleave
+from tests.benchmark_rows import RESULT, RUN
+
+CPU = torch.device("cpu")
+ALONE, SHARED = 1e-5, 1.8e-5  # seconds of the loop
+
+
+def of_paces(paces: Iterator[float], monkeypatch: pytest.MonkeyPatch) -> Core:
+    """A core whose loop takes such times, all of them known from the start."""
+    monkeypatch.setattr(core, "SEARCH_S", 0.0)
+    monkeypatch.setattr(core, "_loop", lambda: next(paces))
+    found = Core()
+    found.fastest = ALONE
+    return found
+
+
+def test_a_pace_is_the_faster_of_two_loops_and_judged_by_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = of_paces(iter([9.0, 1.2e-5, 1.2e-5, 0.9e-5]), monkeypatch)
+    assert found.is_own(pace := found.pace())
+    assert pace == 1.2e-5
+    assert found.pace() == found.fastest == 0.9e-5
+    assert not found.is_own(pace)
+
+
+def test_a_loop_takes_about_ten_microseconds() -> None:
+    assert 1e-6 < Core().fastest < 1e-3
+
+
+def interleaved(paces: list[list[float]], budget_s: float, monkeypatch: pytest.MonkeyPatch) -> Times:
+    """Times of a call that finds the core at these paces before and after it, again and again."""
+    read = (pace for call in itertools.cycle(paces) for pace in call for _ in range(core.LOOPS))
+    own = of_paces(read, monkeypatch)
+    monkeypatch.setattr(timing, "core", lambda: own)
+    return interleave({"call": lambda: None}, CPU, budget_s, Telemetry(CPU))["call"]
+
+
+def test_calls_with_someone_on_the_core_before_or_after_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And waited for, until there are enough of the others."""
+    times = interleaved([[ALONE, ALONE], [SHARED, ALONE], [ALONE, SHARED]], 1.0, monkeypatch)
+    assert times.own_core
+    assert len(times.ms) >= OWN_ROUNDS
+    assert len(times.shared_ms) in (2 * len(times.ms), 2 * len(times.ms) - 1, 2 * len(times.ms) - 2)
+
+
+def test_too_few_calls_alone_are_not_told_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = interleaved([[SHARED, SHARED]], 0.001, monkeypatch)
+    assert (times.own_core, times.shared_ms) == (False, [])
+    assert len(times.ms) >= MIN_ROUNDS
+
+
+def test_rows_hold_what_was_timed_alone_and_the_median_of_the_rest() -> None:
+    times = Times([1.0] * MIN_ROUNDS, [3.0] * MIN_ROUNDS, own_core=True)
+    row = timed(RESULT, times)
+    assert (row.median_ms, row.shared_ms, row.repeats, row.own_core) == (1.0, 3.0, MIN_ROUNDS, True)
+    assert timed(RESULT, replace(times, shared_ms=[3.0])).shared_ms is None
+
+
+def test_a_time_on_a_shared_core_is_compared_with_nothing_else() -> None:
+    own, shared = (
+        replace(RESULT, own_core=True),
+        replace(RESULT, own_core=False, p20_ms=9.0, median_ms=9.5, p80_ms=10.0),
+    )
+    assert ratio(own, shared) is None
+    assert ratio(shared, shared) == 1.0
+    assert [change.verdict for change in compare.changes([own], [shared])] == ["not comparable"]
+    assert [change.verdict for change in compare.changes([shared], [own])] == ["not comparable"]
+
+
+def test_the_readme_counts_rows_on_a_shared_core_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone ours is the fastest, beside a neighbour it is not."""
+    ours = replace(RESULT, case="attention/tiny", own_core=True, shared_ms=4.0, tflops=1.0, share=0.5, worst_error=0.0)
+    other = replace(ours, variant="sdpa", median_ms=1.5, shared_ms=2.0)
+    run = replace(RUN, kind="cpu", device="CPU", threads=1)
+    found = {row.key: (run, row) for row in (ours, other)}
+    line = readme.cpu_line(found)
+    assert "of 1 rows of operators 1 are at least as fast" in line
+    assert "not counted above, 0 of 1 are within 10 %; the slowest takes 2.00 times as long" in line
+    assert "not counted above" not in readme.cpu_line(
+        {row.key: (run, replace(row, shared_ms=None)) for row in (ours, other)}
+    )
+    never = {row.key: (run, replace(row, own_core=False, shared_ms=None)) for row in (ours, other)}
+    assert "| sdpa | 1.50, shared core |" in readme.cpu_part(never)
+    assert "shared core" not in readme.cpu_part(found)
+    assert "shared core" in table("attention/tiny", [row for _, row in never.values()])
