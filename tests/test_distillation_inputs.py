@@ -131,6 +131,9 @@ def test_what_a_newcomer_gets_wrong_is_named() -> None:
     for hidden in (None, [1.0], student.hidden.numpy()):
         with pytest.raises(TypeError, match=r"student.hidden must be a tensor, got \w+. Use torch.as_tensor"):
             distillation_loss(LinearHead(hidden, student.weight), teacher)
+    for is_on in (False, True):
+        with torch.autocast("cpu", enabled=is_on), pytest.raises(TypeError, match=r"student.bias must be a tensor"):
+            distillation_loss(LinearHead(student.hidden, student.weight, [1.0]), teacher)
     with pytest.raises(TypeError, match=r"teacher.indices must be a tensor, got NoneType"):
         distillation_loss(student, TopKLogProbs(None, top[0]))
     for argument in ("temperature", "beta", "alpha", "label_smoothing", "normalizer"):

@@ -14,6 +14,7 @@ from fusedmm.eager.products import compute_dtype
 from fusedmm.impl import resolve_impl
 from fusedmm.layout import ModalityLayout
 from fusedmm.ops.attention_op import Problem, attention
+from fusedmm.ops.autocast import autocast
 from fusedmm.ops.signatures import Passed, signature
 from fusedmm.reference import attention as reference
 from fusedmm.shapes import (
@@ -24,7 +25,6 @@ from fusedmm.shapes import (
     check_device,
     check_dtype,
     check_shapes,
-    check_tensor,
     check_type,
 )
 from fusedmm.visibility import Visibility, find_visible
@@ -342,15 +342,3 @@ def _per_modality_rows(
         return None
     check_dtype(OP, argument, tensor, FLOATS, f". Use {argument}.to(torch.float32).")
     return check_broadcast(OP, argument, tensor, shape, ("query", "head", "modality")).to(compute_dtype(query))
-
-
-def autocast(op: str, **tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the autocast dtype where autocast is on; float64 stays, as in PyTorch's own operators."""
-    for argument, tensor in tensors.items():
-        check_tensor(op, argument, tensor)
-    given = tuple(tensors.values())
-    device = given[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return given
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in given)

@@ -22,7 +22,8 @@ from fusedmm.eager.attention_inputs import Inputs
 from fusedmm.eager.attention_small import Kept
 from fusedmm.eager.products import compute_dtype
 from fusedmm.ops import attention_transforms as transforms
-from fusedmm.ops.dispatch import is_transformed, is_watched, without_autocast
+from fusedmm.ops.autocast import without_autocast
+from fusedmm.ops.dispatch import is_transformed, is_watched
 from fusedmm.ops.first_order import first_order
 
 if TYPE_CHECKING:

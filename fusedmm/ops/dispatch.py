@@ -3,7 +3,6 @@ takes as long as a small problem, and is taken only where someone is watching.
 """
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from types import NoneType
 from typing import Any
 
@@ -31,9 +30,3 @@ def is_watched(arguments: Iterable[Any]) -> bool:
         or torch._C._get_tracing_state() is not None
         or not PLAIN.issuperset(map(type, arguments))
     )
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Autocast off, where it is on: entering costs as much as ten operators."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

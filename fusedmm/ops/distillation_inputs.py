@@ -17,6 +17,7 @@ from fusedmm.eager.products import compute_dtype
 from fusedmm.eager.shard import Shard
 from fusedmm.heads import Head, LinearHead, Logits, Teacher, TopKLogProbs
 from fusedmm.impl import resolve_impl
+from fusedmm.ops.autocast import autocast
 from fusedmm.ops.signatures import Passed, signature
 from fusedmm.shapes import (
     FLOATS,
@@ -176,18 +177,11 @@ def _localize(op: str, role: str, head: Head) -> tuple[Head, int | None]:
         if head.group is not None:
             classes = weight.shape[0]
         weight, bias = _local(weight, head.group is None), bias if bias is None else _local(bias, head.group is None)
-    device = hidden.device.type
-    if hidden is head.hidden and weight is head.weight and not torch.is_autocast_enabled(device):
-        return head, classes
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = _autocast(hidden, dtype), _autocast(weight, dtype)
-        bias = bias if bias is None else _autocast(bias, dtype)
-    return replace(head, hidden=hidden, weight=weight, bias=bias), classes
-
-
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+    hidden, weight = autocast(op, **{f"{role}.hidden": hidden, f"{role}.weight": weight})
+    if bias is not None:
+        (bias,) = autocast(op, **{f"{role}.bias": bias})
+    is_same = hidden is head.hidden and weight is head.weight and bias is head.bias
+    return head if is_same else replace(head, hidden=hidden, weight=weight, bias=bias), classes
 
 
 def _local(parameter: Tensor, gather: bool) -> Tensor:

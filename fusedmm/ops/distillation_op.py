@@ -19,7 +19,8 @@ from fusedmm.eager import distillation_scores as eager_scores
 from fusedmm.eager.products import compute_dtype
 from fusedmm.eager.shard import Shard
 from fusedmm.heads import Head, LinearHead, Logits, Teacher, TopKLogProbs
-from fusedmm.ops.dispatch import is_watched, without_autocast
+from fusedmm.ops.autocast import without_autocast
+from fusedmm.ops.dispatch import is_watched
 from fusedmm.ops.distillation_inputs import Inputs
 
 Triple = tuple[Tensor, Tensor, Tensor]

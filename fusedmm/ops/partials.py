@@ -12,7 +12,6 @@ from fusedmm.impl import resolve_impl
 from fusedmm.layout import ModalityLayout
 from fusedmm.ops.attention import (
     AttentionOutput,
-    autocast,
     check_active,
     check_packed,
     check_softmax,
@@ -22,6 +21,7 @@ from fusedmm.ops.attention import (
     triton_gaps,
 )
 from fusedmm.ops.attention_op import Problem, attention
+from fusedmm.ops.autocast import autocast
 from fusedmm.reference import attention as reference
 from fusedmm.shapes import as_number, check_broadcast, check_shapes, check_type
 

@@ -1,0 +1,30 @@
+"""What autocast means for the operators: their inputs are cast before them, and nothing inside rounds again."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from fusedmm.shapes import check_tensor
+
+
+def autocast(op: str, **tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the autocast dtype where autocast is on; float64 stays, as in PyTorch's own operators.
+
+    Raises:
+        TypeError: for what is no tensor, by its name.
+    """
+    for argument, tensor in tensors.items():
+        check_tensor(op, argument, tensor)
+    given = tuple(tensors.values())
+    device = given[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return given
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in given)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Autocast off, where it is on: entering costs as much as ten operators."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
