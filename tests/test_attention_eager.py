@@ -8,7 +8,7 @@ import torch
 
 import fusedmm
 from fusedmm.eager import attention as eager_attention
-from fusedmm.eager import attention_heads, attention_small
+from fusedmm.eager import attention_heads, attention_inputs, attention_small
 from fusedmm.eager.attention_groups import find_groups
 from fusedmm.eager.products import has_onednn
 from fusedmm.testing import (
@@ -50,6 +50,19 @@ def test_peaks_are_taken_off_where_exponentials_would_not_hold_them(
     example = attention_example(8, [40, 0, 7], [[30, 0, 30], [5, 5, 5], [1, 60, 9]], softmax=softmax, features=features)
     assert forward_complaints(scaled_scores(example, size)) == []
     assert bool(calls) == is_far
+
+
+@pytest.mark.parametrize("features", [("times",), ("active",), ("active", "times"), ()])
+def test_what_each_query_sees_is_counted_once_a_direction(
+    features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For queries that see nothing, sums that are far, and rows of a single key; not at all where nothing is hidden."""
+    calls = []
+    count = attention_inputs._visible_counts
+    monkeypatch.setattr(attention_inputs, "_visible_counts", lambda x: calls.append(x) or count(x))
+    example = attention_example(8, [40, 0, 7], [[30, 0, 30], [5, 5, 5], [1, 60, 9]], features=features)
+    assert check_attention(scaled_scores(example, 60.0 if features else 1.0), attend) == []
+    assert len(calls) == (2 if features else 0)
 
 
 @pytest.mark.parametrize("features", [(), ("log_prior",), ("gate",), ("log_prior", "gate")])

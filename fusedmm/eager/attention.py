@@ -32,6 +32,7 @@ from fusedmm.eager.attention_groups import Block, Group
 from fusedmm.eager.attention_inputs import (
     LARGEST,
     LEAST,
+    Counts,
     Inputs,
     block_scores,
     drop,
@@ -59,13 +60,14 @@ def forward(
         small = attention_small.forward(x, groups[0], keep=keep)
         if small is not None:
             return small
-    x = without_unseen(given)
+    counts = visible_counts(given)
+    x = without_unseen(given, counts)
     results, sums, total = _attend(x, softmax, groups, None)
     is_finite = softmax != "joint" or math.isfinite(results[0].sum())  # values overflow in products with exponentials
-    is_near = not groups or is_held(sums) or _count_far(sums, total) == _count_blind(given, x, groups, total)
+    is_near = not groups or is_held(sums) or _count_far(sums, total) == _count_blind(x, groups, total, counts)
     if is_finite and is_near:
         return results, None
-    beyond = _rows_beyond(results[0], sums, total, visible_counts(given) == 0)
+    beyond = _rows_beyond(results[0], sums, total, counts() == 0)
     again, _, _ = _attend(x, softmax, groups, _peaks(x, groups))
     output, mass, lse = (
         torch.where(beyond.view(*beyond.shape, *[1] * (old.ndim - 2)), new, old)
@@ -193,16 +195,16 @@ def _rows_beyond(output: Tensor, sums: Tensor, total: Tensor | None, is_blind: T
     return beyond if total is None else beyond | (~(total >= LEAST)[..., 0] & ~is_blind.all(-1))
 
 
-def _count_blind(given: Inputs, x: Inputs, groups: tuple[Group, ...], total: Tensor | None) -> tuple[int, int]:
-    """How many of [total_q, Hq, M], and of [total_q, Hq] where totals are counted, see no key; ``x`` is
-    `without_unseen` of what was ``given``.
+def _count_blind(x: Inputs, groups: tuple[Group, ...], total: Tensor | None, counts: Counts) -> tuple[int, int]:
+    """How many of [total_q, Hq, M], and of [total_q, Hq] where totals are counted, see no key, by ``counts`` of the
+    inputs before `without_unseen`.
     """
     if x.visible is None and x.active is None:
         total_q, heads = x.query.shape[:2]
         segments = heads * (total_q * x.num_modalities - sum(group.count_segments for group in groups))
         rows = heads * (total_q - sum(group.count_q for group in groups))
     else:
-        is_blind = visible_counts(given) == 0
+        is_blind = counts() == 0
         segments, rows = int(is_blind.sum()), int(is_blind.all(-1).sum())
     return segments, 0 if total is None else rows
 
@@ -233,10 +235,11 @@ def backward(
         grad_key, grad_value = (t.unflatten(1, (x.key.shape[1], -1)).sum(2) for t in gradients[1:3])
         return gradients[0], grad_key, grad_value, gradients[3], gradients[4]
     groups = x.groups()
-    certain = certain_rows(x, softmax, groups)
+    counts = visible_counts(x)
+    certain = certain_rows(x, softmax, groups, counts)
     exponent, offset = _exponent_and_offset(softmax, x.log_prior, grad_mass, grad_lse, inner, mass, lse)
     terms = RowTerms(exponent, offset, certain, grad_lse, mass if is_far(exponent, lse, mass) else None)
-    x = without_unseen(x)
+    x = without_unseen(x, counts)
     has_all_rows = sum(group.count_q for group in groups) == x.query.shape[0]
     has_all_keys = sum(group.count_k for group in groups) == x.key.shape[0]
     grad_query, sums = (_buffer(x, t.shape, has_all_rows) for t in (x.query, mass))

@@ -1,5 +1,7 @@
 """What both directions of the eager attention read: its inputs, who sees what, and the scores of a block."""
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,8 @@ LARGEST = 60.0
 LEAST = 2.0**-LARGEST
 MODEST = 1e18  # products of two numbers below it, and sums of a few hundred, are finite
 NOTHING = -1e30  # stands for the lse of a modality without visible keys: log of its mass stays -inf beside it
+
+Counts = Callable[[], Tensor]
 
 
 class Inputs(NamedTuple):
@@ -69,10 +73,14 @@ def ungrouped(x: Inputs) -> Inputs:
     return x._replace(key=key, value=value)
 
 
-def without_unseen(x: Inputs) -> Inputs:
+def without_unseen(x: Inputs, counts: Counts) -> Inputs:
     """Keys and values that no query sees, by time or because their head is switched off, and queries that see nothing,
     set to 0: NaN there goes nowhere. Where all heads agree, `active` has done all it does: groups leave out what is
     switched off.
+
+    Args:
+        x: the inputs.
+        counts: `visible_counts` of them.
     """
     read = None
     active = x.active
@@ -91,12 +99,16 @@ def without_unseen(x: Inputs) -> Inputs:
     if read is None:
         return x if active is x.active else x._replace(active=active)
     key, value = (torch.where(read[..., None], t, 0) for t in (x.key, x.value))
-    query = torch.where((visible_counts(x) == 0).all(-1)[..., None], 0, x.query)
+    query = torch.where((counts() == 0).all(-1)[..., None], 0, x.query)
     return x._replace(query=query, key=key, value=value, active=active)
 
 
-def visible_counts(x: Inputs) -> Tensor:
-    """[total_q, Hq, M] keys that each query sees of each modality."""
+def visible_counts(x: Inputs) -> Counts:
+    """Gives [total_q, Hq, M], the keys that each query sees of each modality: found when first asked for, then kept."""
+    return cache(partial(_visible_counts, x))
+
+
+def _visible_counts(x: Inputs) -> Tensor:
     if x.visible is None or x.active is not None:
         rows = torch.arange(x.query.shape[0], device=x.query.device)
         sample = torch.searchsorted(x.cu_seqlens_q[1:].long(), rows, right=True)

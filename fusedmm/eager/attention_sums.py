@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedmm.eager.attention_groups import Block, Group
-from fusedmm.eager.attention_inputs import Inputs, visible_counts
+from fusedmm.eager.attention_inputs import Counts, Inputs
 from fusedmm.eager.products import LOG2_E
 
 NEAR = 16.0  # exponents in base 2, of which P is off by 1e-6 at most
@@ -71,15 +71,16 @@ def correct(
         part.copy_(torch.where(each, share * exact, part))
 
 
-def certain_rows(x: Inputs, softmax: str, groups: tuple[Group, ...]) -> Tensor | None:
+def certain_rows(x: Inputs, softmax: str, groups: tuple[Group, ...], counts: Counts) -> Tensor | None:
     """[total_q, Hq, M] True where a query sees a single key, of a modality unless they share a softmax: it is constant,
-    and dz is the gradient of lse alone, not the rounding error of delta; None where there is no such row.
+    and dz is the gradient of lse alone, not the rounding error of delta; None where there is no such row. ``counts``
+    gives what `visible_counts` does.
     """
     is_joint = softmax == "joint"
     if x.visible is None and x.active is None and not any(group.has_single_key(is_joint) for group in groups):
         return None
-    counts = visible_counts(x)
+    seen = counts()
     if is_joint:
-        counts = counts.sum(-1, keepdim=True).expand_as(counts)
-    certain = counts == 1
+        seen = seen.sum(-1, keepdim=True).expand_as(seen)
+    certain = seen == 1
     return certain if bool(certain.any()) else None
