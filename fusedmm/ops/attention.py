@@ -85,6 +85,11 @@ def gated_multimodal_attention(
     log_prior and gate to float32. Deterministic: two runs agree bit for bit. Differentiable once: the backward of a
     gradient is refused.
 
+    NaN stays in its sample, and what is not active is never read. But what times hide from some queries and not from
+    others is multiplied by 0, and 0 * NaN is NaN: a key or value of NaN or inf may reach queries, and gradients, that
+    do not see it. Triton's kernels multiply by 0 also keys that no query sees between those that are seen, and, in
+    gradients of keys, queries that see nothing. Leave such tokens out, or fill them.
+
     Triton's backward makes P again from a float32 lse, whose rounding shows in float32 gradients of sharp softmaxes;
     half precision rounds its inputs by far more. Where scores have a standard deviation of 100, the value's errs by
     2e-5 of its norm (plain PyTorch's by 2e-6), those of query and key as plain PyTorch's, under per_modality 10 times

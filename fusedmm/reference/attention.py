@@ -95,7 +95,8 @@ def _sample_probabilities(
     modality = _key_modalities(layout, sample)
     visible = _visible(layout, sample, query.shape[1], active)  # [q, h, k]
     readable = visible.any(0).T[..., None]  # what no query of the sample sees is never read, NaN or not: [k, h, 1]
-    queries = query[rows].to(compute)
+    sees = visible.any(-1)[..., None]  # nor is a query of it that sees nothing: [q, h, 1]
+    queries = torch.where(sees, query[rows].to(compute), 0.0)
     keys_by_head = torch.where(readable, key[keys].to(compute).repeat_interleave(group, 1), 0.0)
     values_by_head = torch.where(readable, value[keys].to(compute).repeat_interleave(group, 1), 0.0)
     scores = torch.einsum("qhd,khd->qhk", queries, keys_by_head) * scale
