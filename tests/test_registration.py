@@ -219,6 +219,29 @@ def test_transforms_of_torch_func_give_the_same_gradients() -> None:
         torch.func.grad(lambda x: torch.func.grad(loss)(x, *plain[1:], layout).sum())(plain[0])
 
 
+def test_gradients_of_many_upstreams_at_once_are_those_of_each() -> None:
+    layout = make_layout(3, 5)
+    query, key, value, prior = leaves(layout)
+    small = fusedmm.ModalityLayout.from_lengths(*(torch.full(shape, 2) for shape in ((2,), (2, 2))))
+    few = [torch.randn(count, 2, 16, requires_grad=True) for count in (4, 8, 8)]
+    student = fusedmm.LinearHead(query[:, 0], key[:, 0])
+    teacher = fusedmm.Logits(torch.zeros(layout.total_q, layout.total_k))
+    attended = fusedmm.gated_multimodal_attention(query, key, value, layout, log_prior=prior, output_gate=query)
+    for results, inputs in (
+        (attended[:2], (query, key, value, prior)),
+        (attended[1:2], (query, key, prior)),
+        (fusedmm.gated_multimodal_attention(*few, small)[:1], few),  # keeps what its backward needs
+        (fusedmm.modality_partials(query, key, value, layout)[:1], (query, key, value)),
+        ([fusedmm.distillation_loss(student, teacher, memory="fast")], (query, key)),
+        ([fusedmm.distillation_loss(student, teacher, memory="lean")], (query, key)),
+    ):
+        upstream = [torch.randn(2, *result.shape) for result in results]
+        found = torch.autograd.grad(results, inputs, upstream, is_grads_batched=True, retain_graph=True)
+        for number, each in enumerate(zip(*upstream, strict=True)):
+            alone = torch.autograd.grad(results, inputs, each, retain_graph=True)
+            torch.testing.assert_close([gradients[number] for gradients in found], list(alone))
+
+
 def test_a_transform_is_traced_with_symbolic_sizes() -> None:
     """Its tensors are plain ones whose sizes have no hash."""
     layout = make_layout(3, 5)

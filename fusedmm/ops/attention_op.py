@@ -23,7 +23,7 @@ from fusedmm.eager.attention_small import Kept
 from fusedmm.eager.products import compute_dtype
 from fusedmm.ops import attention_transforms as transforms
 from fusedmm.ops.autocast import without_autocast
-from fusedmm.ops.dispatch import is_transformed, is_watched
+from fusedmm.ops.dispatch import is_batched, is_transformed, is_watched
 from fusedmm.ops.first_order import first_order
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ class _Attention(torch.autograd.Function):
         results = grad_output, grad_mass, grad_lse, output, mass, lse
         arguments = *results, needs[3], needs[4], *differentiable, *ctx.others
         with torch._C._AutoDispatchBelowAutograd():
-            if is_watched(arguments):
+            if is_watched(arguments) or is_batched(results[:3]):
                 gradients = torch.ops.fusedmm.attention_backward.default(*arguments)
             elif kept:
                 with without_autocast(output):

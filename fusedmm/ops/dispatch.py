@@ -30,3 +30,10 @@ def is_watched(arguments: Iterable[Any]) -> bool:
         or torch._C._get_tracing_state() is not None
         or not PLAIN.issuperset(map(type, arguments))
     )
+
+
+def is_batched(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether gradients from upstream are many at once, by ``torch.autograd.grad(..., is_grads_batched=True)``: the
+    dispatcher hands them to an operator one by one.
+    """
+    return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)

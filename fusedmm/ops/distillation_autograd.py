@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedmm.eager.distillation_scores import FIELDS
-from fusedmm.ops.dispatch import is_watched
+from fusedmm.ops.dispatch import is_batched, is_watched
 from fusedmm.ops.distillation_op import TENSORS, Problem, below_autograd, fragment, implement
 from fusedmm.ops.first_order import first_order
 
@@ -46,7 +46,8 @@ class _Fast(torch.autograd.Function):
             return (None,) * 5
         # On a CPU a number is read for nothing, and the upstream of a loss is mostly 1: that saves a pass over the
         # largest tensors. Whoever changes such a gradient in place cannot run this backward again; autograd says so.
-        is_one = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
+        is_plain = type(grad_loss) is Tensor and not is_batched((grad_loss,))
+        is_one = is_plain and grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
         gradients = [
             None if not needed else gradient if is_one else gradient * grad_loss
             for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
@@ -88,7 +89,7 @@ def _gradients(
     problem: tuple[Any, ...], grad_rows: Tensor, statistics: Tensor, needs: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """Of the problem's student; None where not needed."""
-    computed = below_autograd("distillation_backward", (*problem, grad_rows, statistics, *needs))
+    computed = below_autograd("distillation_backward", (*problem, grad_rows, statistics, *needs), (grad_rows,))
     return [gradient if needed else None for gradient, needed in zip(computed, needs, strict=True)]
 
 

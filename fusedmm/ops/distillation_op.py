@@ -20,7 +20,7 @@ from fusedmm.eager.products import compute_dtype
 from fusedmm.eager.shard import Shard
 from fusedmm.heads import Head, LinearHead, Logits, Teacher, TopKLogProbs
 from fusedmm.ops.autocast import without_autocast
-from fusedmm.ops.dispatch import is_watched
+from fusedmm.ops.dispatch import is_batched, is_watched
 from fusedmm.ops.distillation_inputs import Inputs
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -237,12 +237,12 @@ def implement(name: str, problem: Problem, *extra: Any) -> Any:
         return _IMPLEMENTATIONS[name](problem, *extra)
 
 
-def below_autograd(name: str, arguments: tuple[Any, ...]) -> Any:
+def below_autograd(name: str, arguments: tuple[Any, ...], upstream: tuple[Tensor, ...] = ()) -> Any:
     """The registered operator, below autograd; past the dispatcher where nothing traces, records or transforms the
-    call, as that takes as long as a small problem.
+    call, nor batches the gradients from ``upstream``, as that takes as long as a small problem.
     """
     with torch._C._AutoDispatchBelowAutograd():
-        if is_watched(arguments[:TENSORS]):
+        if is_watched(arguments[:TENSORS]) or is_batched(upstream):
             return getattr(torch.ops.fusedmm, name)(*arguments)
         return registered(name)(*arguments)
 
