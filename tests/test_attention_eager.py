@@ -88,6 +88,20 @@ def test_few_samples_of_one_shape_are_one_block(
     assert [result is None for result in found] == [True, False]
 
 
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_a_gate_may_be_as_large_as_a_number_beside_scores_far_from_0(needs_grad: bool) -> None:
+    """With or without what the backward keeps; a quotient of gate and sum would be inf, and inf * 0 NaN."""
+    layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([3]), torch.tensor([[4, 4]]))
+    query, key, value = (torch.randn(count, 1, 16) for count in (3, 8, 8))
+    query[..., 0], key[..., 0] = 12.0, -12.0
+    gate = torch.tensor([2e38, -3e30])
+    tensors = [x.requires_grad_(needs_grad) for x in (query, key, value)]
+    output = attend(*tensors, layout, gate=gate).output
+    exact = [x.detach().double() for x in tensors]
+    truth = fusedmm.gated_multimodal_attention(*exact, layout, gate=gate.double(), impl="reference").output
+    torch.testing.assert_close(output.double() / 1e38, truth / 1e38, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("k_lengths", [[[4, 4]] * 2, [[4, 4], [3, 0]]])
 def test_results_may_be_changed_in_place(k_lengths: list[list[int]], heads: int) -> None:

@@ -9,6 +9,7 @@ of its time would go into making it again.
 What exponentials without a peak taken off do not hold, and every other problem, is left to `fusedmm.eager.attention`.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ def fits(x: Inputs, softmax: str, groups: tuple[Group, ...]) -> bool:
 
 def forward(x: Inputs, group: Group, *, keep: bool = False) -> tuple[tuple[Tensor, Tensor, Tensor], Kept | None] | None:
     """Output [total_q, H, D], mass and lse [total_q, H, M], and to ``keep`` `Kept` where it is small; None: scores
-    are too far apart.
+    are too far apart, or gates too large beside them.
     """
     samples = len(group.samples)
     query, key, value = (_matrices(t, samples) for t in (x.query, x.key, x.value))
@@ -67,7 +68,10 @@ def forward(x: Inputs, group: Group, *, keep: bool = False) -> tuple[tuple[Tenso
         probabilities.div_(total[..., None])
         weights = probabilities if gate is None else probabilities * gate[..., None]
     else:
-        weights = probabilities.mul_((gate / total)[..., None])
+        factor = gate / total
+        if not math.isfinite(factor.sum()):  # beside exponentials a gate beyond 3e20 may overflow
+            return None
+        weights = probabilities.mul_(factor[..., None])
     weights = _joined(weights)
     output = torch.bmm(weights, value).view(*sums.shape[:3], -1)
     results = _written(output), _written(sums / total), _written(sums.log())
