@@ -4,7 +4,7 @@ A case asks every variant for the same outputs and gradients; who computes less 
 definition serves `python -m benchmarks`, `pytest benchmarks` and the correctness gate.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,3 +115,7 @@ class Case:
     def modes(self) -> tuple[str, ...]:
         """Modes that the case has."""
         return tuple(mode for mode in MODES if mode in self.flops)
+
+    def may_take(self, variant: Variant, compiling: Collection[tuple[str, str]] | None) -> bool:
+        """Whether a variant runs where only ``compiling``, by case and variant, may compile for long; None: all may."""
+        return not variant.compiles or compiling is None or (self.name, variant.name) in compiling

@@ -95,7 +95,7 @@ class Harness:
     def _prepare(
         self, case: Case, variant: Variant, gate: Gate, problem: object
     ) -> tuple[str, str, Prepared | None, float]:
-        if variant.compiles and not self._may_compile(case.name, variant.name):
+        if not case.may_take(variant, self.compiling) and variant.name not in self.only:
             return "skipped", "it compiles for long: left out by --quick", None, 0.0
         try:
             with quiet():
@@ -107,9 +107,6 @@ class Harness:
             if not usable(self.device):
                 raise  # or everyone after it would seem to fail
             return *why(error), None, 0.0
-
-    def _may_compile(self, case: str, variant: str) -> bool:
-        return self.compiling is None or (case, variant) in self.compiling or variant in self.only
 
     def _mode(
         self,

@@ -86,9 +86,14 @@ def report(results: Iterable[Result]) -> str:
 
 
 def run(file: Path) -> int:
-    """Print the report on a result file."""
+    """Print the report on a result file; 2 where it is none."""
     if not file.exists():
         print(f"paths: no results in {file}. Run python -m benchmarks --json {file} first.")
         return 2
-    print(report(read(file)[1]))
+    try:
+        rows = read(file)[1]
+    except ValueError as error:
+        print(f"paths: {error}")
+        return 2
+    print(report(rows))
     return 0

@@ -7,7 +7,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -104,9 +104,23 @@ def run(parser: argparse.ArgumentParser, words: list[str]) -> int:
         return 0
     if is_missing(kind, f"{len(chosen)} GPU cases skipped"):
         return 2
+    if isolate.PROGRESS not in os.environ and (unknown := _unknown(args.variants, chosen)):
+        parser.error(f"--variants: {unknown}")
     if args.isolate:
         return _isolated(args, words, list(chosen))
     return _measure(args, kind, chosen, seconds)
+
+
+def _unknown(variants: Sequence[str], chosen: Mapping[str, Builder]) -> str:
+    """Which of these no case has, and what there is; empty where each is somewhere."""
+    left, known = set(variants), set[str]()
+    for build in chosen.values():
+        if not left:
+            return ""
+        with suppress(ImportError):
+            known |= {variant.name for variant in build().variants}
+            left -= known
+    return f"no case has {', '.join(sorted(left))}; there are {', '.join(sorted(known))}" if left else ""
 
 
 def _budget() -> float:

@@ -46,17 +46,19 @@ def run(args: argparse.Namespace) -> int:
     cases = {}
     for name, build in chosen.items():
         with suppress(ImportError):
-            cases[name] = build()
+            case = build()
+            if case.quick or not args.quick:
+                cases[name] = case
     if args.jobs > 1:
         cost = {name: plan.estimate_s(case, 0.0, quick=args.quick, energy=False) for name, case in cases.items()}
-        cost = {name: seconds for name, seconds in cost.items() if seconds}  # --quick leaves out the others
         options = ["--device", kind, "--jobs", "1", *["--quick"] * args.quick]
         without = ["--without", *args.without] if args.without else []
         command = [sys.executable, "-m", "benchmarks", "warm", *options, *without, "--"]
         return side_by_side(cost, command, args.jobs)
     compiling = plan.compiled_quickly() if args.quick else None
-    for case in cases.values():
-        once(case, torch.device(kind), args.without, compiling)
+    for name, case in cases.items():
+        failed = once(case, torch.device(kind), args.without, compiling)
+        print(f"{name}: ready" + f", but for {', '.join(failed)}: a run says why" * bool(failed), flush=True)
     return 0
 
 
@@ -87,8 +89,8 @@ def divided(cost: Mapping[str, float], jobs: int) -> list[list[str]]:
 
 def once(
     case: Case, device: torch.device, without: Collection[str], compiling: Collection[tuple[str, str]] | None
-) -> None:
-    """Pass every variant of a case through the gate and call it once in each mode.
+) -> list[str]:
+    """Pass every variant of a case through the gate and call it once in each mode; names of those that failed.
 
     Args:
         case: to make ready.
@@ -100,18 +102,21 @@ def once(
         Exception: whatever a variant raises that leaves the device unusable to this process.
     """
     gate, problem = Gate(case, device), case.problem(device)
+    failed = []
     with functorch.patch(donated_buffer=False), quiet():  # as where it is timed: the caches tell the two apart
         for variant in case.variants:
-            is_chosen = compiling is None or not variant.compiles or (case.name, variant.name) in compiling
-            if variant.name not in without and is_chosen:
-                _call(case, variant, gate, problem)
+            if variant.name not in without and case.may_take(variant, compiling):
+                if not _call(case, variant, gate, problem):
+                    failed.append(variant.name)
                 gc.collect()
         torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    return failed
 
 
-def _call(case: Case, variant: Variant, gate: Gate, problem: object) -> None:
+def _call(case: Case, variant: Variant, gate: Gate, problem: object) -> bool:
+    """Whether it could be called."""
     try:
         gate.check(variant)
         prepared = variant.prepare(problem)
@@ -121,3 +126,5 @@ def _call(case: Case, variant: Variant, gate: Gate, problem: object) -> None:
     except Exception:
         if not usable(gate.device):
             raise
+        return False
+    return True

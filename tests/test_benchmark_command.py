@@ -26,6 +26,23 @@ def test_help_names_every_command_and_a_missing_file_is_one_line(
     with pytest.raises(SystemExit, match="2"):
         main(["keep", str(tmp_path / "a.jsonl")])
     assert "a.jsonl:1 must be a run or a result, got 'not of a run'" in capsys.readouterr().err
+    assert main(["paths", str(tmp_path / "a.jsonl")]) == 2
+    assert "a.jsonl:1 must be a run or a result, got 'not of a run'" in capsys.readouterr().out
+
+
+def test_an_unknown_variant_is_refused_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.roofline.measure", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["attention/tiny", "--device", "cpu", "--variants", "fusedmm", "foo"])
+    assert "--variants: no case has foo; there are compile, eager, fusedmm" in capsys.readouterr().err
+
+
+def test_warming_up_says_what_is_ready(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["warm", "attention/tiny", "--device", "cpu", "--jobs", "1"]
+    assert main([*words, "--without", "compile", "reference-attention", "sdpa", "eager"]) == 0
+    assert capsys.readouterr().out == "attention/tiny: ready\n"
 
 
 def test_a_gpu_case_says_why_it_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,7 +151,8 @@ def test_warming_up_calls_what_will_be_timed_and_times_nothing(monkeypatch: pyte
 
     found = [variant("fusedmm"), variant("left-out"), variant("slow", compiles=True), variant("wanted", compiles=True)]
     monkeypatch.setattr("benchmarks.timing.time_once", None)
-    warm.once(toy(*found, Variant("broken", broken)), CPU, {"left-out"}, {("toy", "wanted")})
+    failed = warm.once(toy(*found, Variant("broken", broken)), CPU, {"left-out"}, {("toy", "wanted")})
+    assert failed == ["broken"]
     assert called == ["fusedmm", "fusedmm", "wanted", "wanted"]  # the gate's twin, and the problem
 
 
