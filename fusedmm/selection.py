@@ -16,7 +16,8 @@ def select_rows(score: Tensor, keep: float, *, group: dist.ProcessGroup | None =
     rows that equal it those of lower ranks, then of lower indices, are taken.
 
     Args:
-        score: [N] floating point; N may differ by rank. A NaN is below everything.
+        score: [N] floating point; N may differ by rank. A NaN is below everything,
+            and kept only where other rows are fewer than the rows to keep.
         keep: fraction of all rows, 0 to 1.
         group: process group whose ranks choose together; every rank must call. None: this rank on its own.
 

@@ -25,6 +25,7 @@ def test_selection_is_that_of_a_stable_sort(keep: float, dtype: torch.dtype) -> 
         torch.randint(-2, 3, (257,)).to(dtype),  # ties
         torch.zeros(40, dtype=dtype),
         torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-30, -1e-30, 3.0], dtype=dtype),
+        torch.full((7,), torch.nan, dtype=dtype),
         torch.zeros(0, dtype=dtype),
     ]
     for score in scores:
