@@ -4,11 +4,13 @@ Queries of all samples stand one after another, and so do keys: sample-major, mo
 ``(b, m)`` is the contiguous run of modality ``m`` in sample ``b``; a segment of length 0 is a missing modality.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import cast
+from typing import Any, TypeVar, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,14 +23,17 @@ TILE = 128  # rows of a tile of the work lists; kernels with smaller blocks shar
 UNKNOWN = -1  # a total that is still to be read from the offsets
 INTEGERS = (torch.int32, torch.int64)
 
+Counts = npt.NDArray[np.int64]
+F = TypeVar("F", bound=Callable[..., Any])
+
 
 @dataclass(frozen=True, eq=False)
 class ModalityLayout(TensorTree, static=("num_modalities", "names")):
     """Offsets of samples and segments in packed queries and keys.
 
-    Build it with `from_lengths` or `from_masks`, once a batch; either waits once for the GPU, to learn the totals.
-    Built on the CPU, in a worker of a DataLoader for example, and moved by ``to(device, non_blocking=True)``, it never
-    waits.
+    Build it with `from_lengths` or `from_masks`, once a batch; either waits once for the GPU, to learn the lengths: all
+    tables are then made on the host, where they are a few microseconds, and copied. Of lengths on the CPU, or built
+    there, in a worker of a DataLoader for example, and moved by ``to(device, non_blocking=True)``, it never waits.
 
     Attributes:
         cu_seqlens_q: [B+1] int32, queries of sample b are ``cu_seqlens_q[b] : cu_seqlens_q[b+1]``.
@@ -86,29 +91,27 @@ class ModalityLayout(TensorTree, static=("num_modalities", "names")):
                 f"got {list(self.cu_seqlens_k.shape)} "
                 f"beside cu_seqlens_q {list(self.cu_seqlens_q.shape)}."
             )
-        if self.total_q == UNKNOWN:
-            segments = self.cu_seqlens_k.diff().view(-1, modalities)
-            total_q, total_k, *max_segments_k = torch.cat(
-                (self.cu_seqlens_q[-1:], self.cu_seqlens_k[-1:], _largest(segments))
-            ).tolist()
-            object.__setattr__(self, "total_q", total_q)
-            object.__setattr__(self, "total_k", total_k)
-            object.__setattr__(self, "max_segments_k", tuple(max_segments_k))
-        if cast(Tensor | None, self.query_tiles) is None:
-            query_counts = self.cu_seqlens_q.diff().long()
-            sample_keys = self.cu_seqlens_k[::modalities].diff().long()
-            object.__setattr__(self, "query_tiles", _work_list(self.cu_seqlens_q, self.total_q, sample_keys))
-            partners = query_counts.repeat_interleave(modalities)
-            object.__setattr__(self, "key_tiles", _work_list(self.cu_seqlens_k, self.total_k, partners))
+        if cast(Tensor | None, self.query_tiles) is None:  # of offsets alone, which a GPU has to give first
+            lengths = self.cu_seqlens_q.diff(), self.cu_seqlens_k.diff().view(-1, modalities)
+            tables = _uncompiled(_tables)("ModalityLayout", *lengths, self.cu_seqlens_q.device)
+            for name in ("total_q", "total_k", "max_segments_k", "query_tiles", "key_tiles"):
+                object.__setattr__(self, name, tables[name])
 
     @classmethod
-    def from_lengths(cls, q_lengths: Tensor, k_lengths: Tensor, names: Sequence[str] | None = None) -> "ModalityLayout":
+    def from_lengths(
+        cls,
+        q_lengths: Tensor,
+        k_lengths: Tensor,
+        names: Sequence[str] | None = None,
+        device: torch.device | str | None = None,
+    ) -> "ModalityLayout":
         """Build the layout from counts.
 
         Args:
             q_lengths: [B] int32 or int64, queries of each sample; 0 is allowed.
             k_lengths: [B, M] int32 or int64, keys of each segment; 0 is a missing modality.
             names: names of the M modalities.
+            device: of the layout; None: of the lengths.
 
         Raises:
             ShapeError: where the two disagree.
@@ -122,31 +125,11 @@ class ModalityLayout(TensorTree, static=("num_modalities", "names")):
         check_device(op, {"q_lengths": q_lengths, "k_lengths": k_lengths})
         for argument, lengths in (("q_lengths", q_lengths), ("k_lengths", k_lengths)):
             check_dtype(op, argument, lengths, INTEGERS, ". Lengths are whole numbers; use .to(torch.int64).")
-        q_lengths, k_lengths = q_lengths.long(), k_lengths.long()
-        zero = q_lengths.new_zeros(1)
-        sample_keys = k_lengths.sum(1)
-        facts = [torch.cat((lengths.flatten(), zero)) for lengths in (q_lengths, k_lengths, sample_keys)]
-        scalars = torch.stack(
-            [facts[0].min(), facts[1].min(), facts[0].max(), facts[2].max(), facts[0].sum(), facts[1].sum()]
-        )
-        smallest_q, smallest_k, max_q, max_k, total_q, total_k, *max_segments_k = torch.cat(
-            (scalars, _largest(k_lengths))
-        ).tolist()
-        for argument, smallest, total in (("q_lengths", smallest_q, total_q), ("k_lengths", smallest_k, total_k)):
-            if smallest < 0:
-                raise ValueError(f"{op}: {argument} must not be negative, got {smallest}.")
-            if total >= 2**31:
-                raise ValueError(f"{op}: {argument} must sum to less than 2**31, got {total}. Split the batch.")
+        place = q_lengths.device if device is None else torch.device(device)
         return cls(
-            cu_seqlens_q=torch.cat((zero, q_lengths.cumsum(0))).to(torch.int32),
-            cu_seqlens_k=torch.cat((zero, k_lengths.flatten().cumsum(0))).to(torch.int32),
             num_modalities=sizes["modality"],
-            max_seqlen_q=max_q,
-            max_seqlen_k=max_k,
             names=None if names is None else _as_names(names),
-            total_q=total_q,
-            total_k=total_k,
-            max_segments_k=tuple(max_segments_k),
+            **_uncompiled(_tables)(op, q_lengths, k_lengths, place),
         )
 
     @classmethod
@@ -319,19 +302,46 @@ def _as_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _largest(segments: Tensor) -> Tensor:
-    """[B, M] to [M], 0 where there is no sample."""
-    return torch.cat((segments, segments.new_zeros(1, segments.shape[1]))).amax(0)
+def _tables(op: str, q_lengths: Tensor, k_lengths: Tensor, device: torch.device) -> dict[str, Any]:
+    """All that a layout holds of lengths [B] and [B, M], made on the host."""
+    both: Counts = torch.cat((q_lengths.long(), k_lengths.long().flatten())).cpu().numpy()
+    queries, keys = both[: len(q_lengths)], both[len(q_lengths) :]
+    for argument, counts in (("q_lengths", queries), ("k_lengths", keys)):
+        if (smallest := counts.min(initial=0)) < 0:
+            raise ValueError(f"{op}: {argument} must not be negative, got {smallest}.")
+        if (total := counts.sum()) >= 2**31:
+            raise ValueError(f"{op}: {argument} must sum to less than 2**31, got {total}. Split the batch.")
+    bounds_q, bounds_k = (np.concatenate(([0], counts.cumsum())) for counts in (queries, keys))
+    segments = keys.reshape(k_lengths.shape)
+    sample_keys = segments.sum(1)
+    tables = {
+        "cu_seqlens_q": bounds_q,
+        "cu_seqlens_k": bounds_k,
+        "query_tiles": _work_list(bounds_q, sample_keys),
+        "key_tiles": _work_list(bounds_k, queries.repeat(segments.shape[1])),
+    }
+    return {
+        "total_q": int(bounds_q[-1]),
+        "total_k": int(bounds_k[-1]),
+        "max_seqlen_q": int(queries.max(initial=0)),
+        "max_seqlen_k": int(sample_keys.max(initial=0)),
+        "max_segments_k": tuple(segments.max(0, initial=0).tolist()),
+    } | {name: torch.from_numpy(table.astype(np.int32)).to(device, non_blocking=True) for name, table in tables.items()}
 
 
-def occupied(mask: Tensor, total: int | None) -> Tensor:
+def _uncompiled(function: F) -> F:
+    """The function, which a compiler runs as it is: of NumPy's calls it would make graphs."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+
+
+def occupied(mask: Tensor, total: int) -> Tensor:
     """Flat positions of the True entries, in order, of whose ``total`` the host knows: so nothing waits."""
-    return torch.argsort(~mask.flatten(), stable=True)[:total]
+    return torch.nonzero_static(mask.flatten(), size=total)[:, 0]
 
 
 def starts_of(lengths: Sequence[int], device: torch.device) -> Tensor:
     """[M] int64, where each of M runs starts that lie one after another; copied to the device without a wait."""
-    return torch.tensor([0, *accumulate(lengths[:-1])]).to(device, non_blocking=True)
+    return torch.tensor([0, *accumulate(lengths[:-1])], device="cpu").to(device, non_blocking=True)
 
 
 def _owners(cu_seqlens: Tensor, total: int) -> Tensor:
@@ -339,30 +349,25 @@ def _owners(cu_seqlens: Tensor, total: int) -> Tensor:
     return torch.repeat_interleave(cu_seqlens.diff().long(), output_size=total)
 
 
-def _work_list(cu_seqlens: Tensor, total: int, partner_counts: Tensor) -> Tensor:
-    """Tiles of up to 128 rows of one run, the most expensive first, made on the device without a wait.
+def _work_list(bounds: Counts, partners: Counts) -> Counts:
+    """Tiles of up to 128 rows of one run, the most expensive first.
 
-    Run r owns the tile ids from ``cu_seqlens[r] // 128 + r`` on; that leaves a few ids unused, but needs no scan over
-    counts of tiles, and kernels can find a row's tile from it.
+    Run r owns the tile ids from ``bounds[r] // 128 + r`` on; that leaves a few ids unused, but kernels can find a row's
+    tile from it.
 
     Args:
-        cu_seqlens: [R+1] int32, bounds of the runs.
-        total: rows in all.
-        partner_counts: [R] int64, rows of the other side that each row meets.
+        bounds: [R+1], of the runs.
+        partners: [R], rows of the other side that each row meets.
 
     Returns:
-        [total // 128 + R, 2] int32: (run, first row), unused ones (-1, 0) at the end.
+        [total // 128 + R, 2]: (run, first row), unused ones (-1, 0) at the end.
     """
-    runs = cu_seqlens.numel() - 1
-    capacity = total // TILE + runs
-    first_tile = torch.div(cu_seqlens[:-1].long(), TILE, rounding_mode="floor") + torch.arange(
-        runs, device=cu_seqlens.device
-    )
-    tile = torch.arange(capacity, device=cu_seqlens.device)
-    run = torch.searchsorted(first_tile, tile, right=True) - 1
-    start = cu_seqlens[run].long() + (tile - first_tile[run]) * TILE
-    rows = (cu_seqlens[run + 1].long() - start).clamp(0, TILE)
-    cost = torch.where(rows > 0, rows * partner_counts[run], -1)
-    used = rows > 0
-    tiles = torch.stack((torch.where(used, run, -1), torch.where(used, start, 0)), 1).to(torch.int32)
-    return tiles[torch.argsort(cost, descending=True, stable=True)]
+    runs = len(bounds) - 1
+    first_tile = bounds[:-1] // TILE + np.arange(runs)
+    tile = np.arange(bounds[-1] // TILE + runs)
+    run = first_tile.searchsorted(tile, side="right") - 1
+    start = bounds[run] + (tile - first_tile[run]) * TILE
+    rows = np.minimum(bounds[run + 1] - start, TILE)
+    cost = np.where(rows > 0, rows * partners[run], -1)
+    tiles = np.where(rows > 0, (run, start), ((-1,), (0,))).T
+    return tiles[(-cost).argsort(kind="stable")]

@@ -48,6 +48,18 @@ def test_work_lists_cover_every_row_once_with_the_longest_first() -> None:
         assert costs == sorted(costs, reverse=True)
 
 
+def test_lengths_on_the_host_make_a_layout_anywhere() -> None:
+    """Meta tensors have no values: whatever read one on the device would fail, as it would wait for a GPU."""
+    built = ModalityLayout.from_lengths(Q_LENGTHS, K_LENGTHS)
+    found = ModalityLayout.from_lengths(Q_LENGTHS, K_LENGTHS, device="meta")
+    tables = ("cu_seqlens_q", "cu_seqlens_k", "query_tiles", "key_tiles")
+    for table, expected in ((getattr(found, name), getattr(built, name)) for name in tables):
+        assert table.is_meta
+        assert (table.shape, table.dtype) == (expected.shape, torch.int32)
+    sizes = ("total_q", "total_k", "max_seqlen_q", "max_seqlen_k", "max_segments_k", "num_modalities")
+    assert all(getattr(found, name) == getattr(built, name) for name in sizes)
+
+
 def test_masks_with_holes_pack_and_unpack() -> None:
     q_mask = torch.tensor([[True, False, True], [False, False, False]])
     masks = {"text": torch.tensor([[False, True], [True, True]]), "audio": torch.zeros(2, 0, dtype=torch.bool)}

@@ -19,20 +19,31 @@ def batch():
         ({"tokens": {"prise": torch.zeros(3, 1, 5)}}, ValueError, "unknown modality, got 'prise'"),
         ({"times": None}, ValueError, r"times must be given for every modality .* got none for price, text"),
         ({"query_time": None}, ValueError, r"times must be given for every modality .* got none for query_time"),
-        ({"masks": {"text": torch.ones(3, 5).bool()}}, fusedmm.ShapeError, r"mask of tokens\['text'\] must have shape"),
-        ({"masks": {"text": torch.ones(3, 6)}}, TypeError, r"mask of tokens\['text'\] must be bool, got float32"),
+        ({"masks": {"text": torch.ones(3, 5).bool()}}, fusedmm.ShapeError, r"masks\['text'\] must have shape"),
+        ({"masks": {"text": torch.ones(3, 6)}}, TypeError, r"masks\['text'\] must be bool, got float32"),
         (
             {"tokens": {"price": torch.zeros(3, 10, 5), "text": torch.zeros(3, 6, 32).long()}},
             TypeError,
             r"tokens\['text'\] must be float16 .* got int64",
         ),
-        ({"query_time": torch.zeros(3, 4)}, TypeError, "time of query must be int64, got float32"),
+        ({"query_time": torch.zeros(3, 4)}, TypeError, "query_time must be int64, got float32"),
+        (
+            {"times": {"price": torch.zeros(3, 9).long(), "text": torch.zeros(3, 6).long()}},
+            fusedmm.ShapeError,
+            r"times\['price'\] must have shape \[3, 10\], got \[3, 9\]",
+        ),
+        (
+            {"times": {"price": torch.zeros(3, 10), "text": torch.zeros(3, 6).long()}},
+            TypeError,
+            r"times\['price'\] must be int64, got float32",
+        ),
+        ({"query_mask": torch.ones(3, 5).bool()}, fusedmm.ShapeError, "query_mask must have shape"),
         ({"lookback": {"prise": 1}}, ValueError, "lookback names an unknown modality, got 'prise'"),
         ({"lookback": {"price": 1.5}}, TypeError, r"lookback\['price'\] must be an Integral, got float"),
         ({"lookback": {"price": -1}}, ValueError, r"lookback\['price'\] must be a whole number .* got -1"),
         ({"tokens": {"price": [[1.0]]}}, TypeError, r"tokens\['price'\] must be a tensor, got list"),
         ({"masks": torch.ones(3, 6).bool()}, TypeError, "masks must be a Mapping, got Tensor. Give {name: tensor}"),
-        ({"query_mask": [True]}, TypeError, "mask of query must be a tensor, got list"),
+        ({"query_mask": [True]}, TypeError, "query_mask must be a tensor, got list"),
         ({"query_time": [1]}, TypeError, "query_time must be a tensor, got list"),
         ({"active": [True]}, TypeError, "active must be a tensor, got list"),
         ({"active": torch.ones(3, 2).bool()}, fusedmm.ShapeError, r"active must be .* modality=3, got shape \[3, 2\]"),
@@ -93,7 +104,7 @@ def test_what_a_newcomer_gets_wrong_is_named(batch) -> None:
         layer(query[..., :63], tokens)
     with pytest.raises(TypeError, match=r"tokens\['audio'\] must be a tensor, got None. Leave a missing modality out"):
         layer(query, {**tokens, "audio": None})
-    with pytest.raises(fusedmm.ShapeError, match=r"time of query must have .* Use query_time\[:, None\].expand"):
+    with pytest.raises(fusedmm.ShapeError, match=r"query_time must have .* Use query_time\[:, None\].expand"):
         layer(query, tokens, times=batch["times"], query_time=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(TypeError, match="mask"):
         layer(query, tokens, mask=batch["masks"])

@@ -126,6 +126,14 @@ def test_copies_are_the_batch() -> None:
     assert all(x.is_meta for x in tensors)
 
 
+def test_full_tokens_are_packed_without_a_look_at_the_device() -> None:
+    """Meta tensors have no values: whatever read one would fail, as it would wait for a GPU."""
+    query, tokens = torch.zeros(3, 4, 64, device="meta"), {"a": torch.zeros(3, 5, 8, device="meta")}
+    batch = MultimodalBatch.build(query, tokens, {"a": 8, "b": 3})
+    assert (batch.layout.total_q, batch.layout.total_k, batch.layout.max_segments_k) == (12, 15, (5, 0))
+    assert all(x.is_meta for x in (batch.key_source, batch.layout.cu_seqlens_k, batch.layout.key_tiles))
+
+
 def collate(lengths: list[list[int]]) -> ModalityLayout:
     k_lengths = torch.tensor(lengths)
     return ModalityLayout.from_lengths(torch.ones(len(lengths), dtype=torch.int64), k_lengths, names=["a", "b"])

@@ -1,6 +1,6 @@
 """What a fusion module reads: the tokens of every modality packed once, for all layers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TypedDict, Unpack
@@ -89,7 +89,7 @@ class MultimodalBatch(TensorTree):
         lookback: int | Mapping[str, int] | None = None,
         active: Tensor | None = None,
     ) -> "MultimodalBatch":
-        """Pack a batch. Waits for the GPU once, and once more each for masks and for times.
+        """Pack a batch. Waits for the GPU once where there are masks or nested tensors, and once more for times.
 
         For the layers of one step, which then pack nothing themselves::
 
@@ -116,21 +116,22 @@ class MultimodalBatch(TensorTree):
         _check_given(query, tokens, modalities, masks, times, query_time, lookback)
         _check_active(active, query.shape[0], len(modalities))
         batch, device = query.shape[0], query.device
-        queries = _Ragged.of("query", query, query_mask, batch, None)
+        queries = _Ragged.of("query", query, "query_mask", query_mask, batch, None)
         given = {
-            name: _Ragged.of(f"tokens[{name!r}]", tokens[name], masks.get(name), batch, modalities[name])
+            name: _Ragged.of(
+                f"tokens[{name!r}]", tokens[name], f"masks[{name!r}]", masks.get(name), batch, modalities[name]
+            )
             for name in modalities
             if name in tokens
         }
-        nothing = torch.zeros(batch, dtype=torch.int64, device=device)
-        lengths = torch.stack([given[name].lengths if name in given else nothing for name in modalities], 1)
-        layout = ModalityLayout.from_lengths(queries.lengths, lengths, names=list(modalities))
-        totals = lengths.sum(0).tolist() if any(ragged.mask is not None for ragged in given.values()) else None
-        slots = {
-            name: given[name].slots(None if totals is None else totals[index])
-            for index, name in enumerate(modalities)
-            if name in given
-        }
+        nothing = torch.zeros(batch, dtype=torch.int64, device="cpu")
+        q_lengths, *k_lengths = _on_host(
+            [queries.lengths, *(given[name].lengths if name in given else nothing for name in modalities)]
+        )
+        lengths = torch.stack(k_lengths, 1)
+        layout = ModalityLayout.from_lengths(q_lengths, lengths, list(modalities), device)
+        totals = dict(zip(modalities, lengths.sum(0).tolist(), strict=True))
+        slots = {name: ragged.slots(totals[name]) for name, ragged in given.items()}
         packed = {
             name: _take(given[name].values, slots[name]) if name in given else queries.values.new_zeros((0, width))
             for name, width in modalities.items()
@@ -138,9 +139,11 @@ class MultimodalBatch(TensorTree):
         key_source = _key_source(layout, lengths, [x.shape[0] for x in packed.values()])
         query_slots = queries.slots(layout.total_q)
         if query_time is not None and tokens:
-            key_time = torch.cat([_take(_flat_time(name, times[name], tokens[name]), slots[name]) for name in given])
+            key_time = torch.cat(
+                [_take(_flat_time(f"times[{name!r}]", times[name], tokens[name]), slots[name]) for name in given]
+            )
             layout = layout.at_times(
-                _take(_flat_time("query", query_time, query), query_slots),
+                _take(_flat_time("query_time", query_time, query), query_slots),
                 key_time[key_source],
                 _lookback(lookback, modalities),
             )
@@ -248,8 +251,8 @@ def _check_active(active: Tensor | None, batch: int, modalities: int) -> None:
 
 @dataclass(frozen=True)
 class _Ragged:
-    """Rows of one padded or nested tensor: flat values [rows, width], lengths [B], and the mask that picks the rows
-    that count.
+    """Rows of one padded or nested tensor: flat values [rows, width], lengths [B], which are on the CPU where every
+    sample is full, and the mask that picks the rows that count.
     """
 
     values: Tensor
@@ -257,11 +260,15 @@ class _Ragged:
     mask: Tensor | None
 
     @classmethod
-    def of(cls, argument: str, x: Tensor, mask: Tensor | None, batch: int, width: int | None) -> "_Ragged":
+    def of(
+        cls, argument: str, x: Tensor, mask_argument: str, mask: Tensor | None, batch: int, width: int | None
+    ) -> "_Ragged":
         check_dtype(OP, argument, x, FLOATS, ". Use .float(); ids go through torch.nn.Embedding first.")
         if x.is_nested:
             if mask is not None:
-                raise ValueError(f"{OP}: {argument} is nested and has its own lengths, got a mask too. Drop the mask.")
+                raise ValueError(
+                    f"{OP}: {argument} is nested and has its own lengths, got {mask_argument} too. Drop the mask."
+                )
             rows = _nested_rows(argument, x)
             ragged = cls(rows, _offsets(x).diff(), None)
         else:
@@ -271,18 +278,12 @@ class _Ragged:
                     f"{list(x.shape)}."
                 )
             if mask is not None:
-                check_dtype(
-                    OP, f"mask of {argument}", mask, (torch.bool,), ". True where there is a token; use .bool()."
-                )
+                check_dtype(OP, mask_argument, mask, (torch.bool,), ". True where there is a token; use .bool().")
                 if mask.shape != x.shape[:2]:
                     raise ShapeError(
-                        f"{OP}: mask of {argument} must have shape {list(x.shape[:2])}, got {list(mask.shape)}."
+                        f"{OP}: {mask_argument} must have shape {list(x.shape[:2])}, got {list(mask.shape)}."
                     )
-            lengths = (
-                torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
-                if mask is None
-                else mask.sum(1)
-            )
+            lengths = torch.full((x.shape[0],), x.shape[1], device="cpu") if mask is None else mask.sum(1)
             ragged = cls(x.flatten(0, 1), lengths, mask)
         if ragged.lengths.shape[0] != batch:
             raise ShapeError(f"{OP}: {argument} has batch={ragged.lengths.shape[0]}, but query has batch={batch}.")
@@ -290,9 +291,16 @@ class _Ragged:
             raise ShapeError(f"{OP}: {argument} must have width {width}, got {ragged.values.shape[-1]}.")
         return ragged
 
-    def slots(self, total: int | None) -> Tensor | None:
+    def slots(self, total: int) -> Tensor | None:
         """Rows that count, in order; None: all of them."""
         return None if self.mask is None else occupied(self.mask, total)
+
+
+def _on_host(lengths: list[Tensor]) -> Iterable[Tensor]:
+    """The same on the CPU: all that lie on a GPU come in one copy."""
+    away = [x for x in lengths if not x.is_cpu]
+    came = iter(torch.stack(away).cpu()) if away else iter(())
+    return [x if x.is_cpu else next(came) for x in lengths]
 
 
 def _nested_rows(argument: str, nested: Tensor) -> Tensor:
@@ -319,13 +327,11 @@ def _take(rows: Tensor, slots: Tensor | None) -> Tensor:
 
 def _flat_time(argument: str, time: Tensor, like: Tensor) -> Tensor:
     if not time.is_nested and tuple(time.shape) != tuple(like.shape[:2]):
-        advice = " Use query_time[:, None].expand(-1, Lq)." if argument == "query" and time.ndim == 1 else ""
-        raise ShapeError(
-            f"{OP}: time of {argument} must have shape {list(like.shape[:2])}, got {list(time.shape)}.{advice}"
-        )
+        advice = " Use query_time[:, None].expand(-1, Lq)." if argument == "query_time" and time.ndim == 1 else ""
+        raise ShapeError(f"{OP}: {argument} must have shape {list(like.shape[:2])}, got {list(time.shape)}.{advice}")
     flat = time.values() if time.is_nested else time.flatten()
     advice = " (it cannot hold epoch times exactly)" if flat.is_floating_point() else ""
-    check_dtype(OP, f"time of {argument}", flat, (torch.int64,), f"{advice}. Use .to(torch.int64).")
+    check_dtype(OP, argument, flat, (torch.int64,), f"{advice}. Use .to(torch.int64).")
     return flat
 
 
@@ -346,8 +352,11 @@ def _lookback(lookback: int | Mapping[str, int] | None, modalities: Mapping[str,
 
 def _key_source(layout: ModalityLayout, lengths: Tensor, totals: list[int]) -> Tensor:
     """Row of each packed key in the concatenation of all modalities' tokens, modality after modality."""
+    device = layout.cu_seqlens_k.device
     before = lengths.cumsum(0) - lengths  # [B, M] tokens of the modality in earlier samples
-    starts = starts_of(totals, lengths.device)
-    segment = layout.key_segments()
-    position = torch.arange(layout.total_k, device=lengths.device) - layout.cu_seqlens_k[segment]
-    return (before + starts).flatten()[segment] + position
+    source = (before + starts_of(totals, lengths.device)).flatten()
+    shift = source - lengths.flatten().cumsum(0) + lengths.flatten()  # the same for all keys of a segment
+    shifts = shift.to(device, non_blocking=True).repeat_interleave(
+        layout.cu_seqlens_k.diff(), output_size=layout.total_k
+    )
+    return shifts + torch.arange(layout.total_k, device=device)
