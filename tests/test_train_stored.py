@@ -175,6 +175,15 @@ def test_forecasts_need_no_targets_and_are_the_report_s(first: Path, tmp_path: P
     np.testing.assert_allclose(test[masses], stored["mass"], atol=1e-5)
 
 
+def test_a_forecast_has_the_target_s_name_whatever_is_in_it(first: Path, tmp_path: Path) -> None:
+    stored = StoredModel.load(first / "out" / RUN)
+    names = ("target_near, and soon", "target_far")
+    dataclasses.replace(stored, needs={**stored.needs, "target_ columns": names}).save(tmp_path)
+    path = tmp_path / "f.parquet"
+    assert predict.main([str(tmp_path), "--data", str(first / "data"), "--out", str(path)]) == 0
+    assert list(pd.read_parquet(path))[2:4] == ["forecast_near, and soon", "forecast_far"]
+
+
 def test_classes_are_forecast_as_probabilities(first: Path, tmp_path: Path) -> None:
     info, samples, tokens = market_of_classes()
     write_dataset(tmp_path / "data", info, samples, tokens)

@@ -42,10 +42,9 @@ def forecast_dataset(stored: StoredModel, dataset: Dataset, world: World) -> pd.
     model.load_state_dict(stored.weights)
     found = predict(model.to(world.device), rows, world)
     values = found.prediction.softmax(dim=1) if features.classes else found.prediction
-    targets = stored.needs["target_ columns"].split(", ")
     columns = [f"probability_{number}" for number in range(outputs)]
     if not features.classes:
-        columns = [f"forecast_{name.removeprefix('target_')}" for name in targets]
+        columns = [f"forecast_{name}" for name in stored.targets]
     table = {"sample": features.sample, "time": features.time}
     table |= dict(zip(columns, values.numpy().T, strict=True))
     return pd.DataFrame(table | {f"mass_{name}": mass for name, mass in zip(names, found.mass.numpy().T, strict=True)})

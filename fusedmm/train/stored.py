@@ -19,7 +19,8 @@ from fusedmm.train.logs import run_directory
 from fusedmm.train.text import HashingEncoder, ModelEncoder
 
 FILE = "model.pt"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+TARGETS = "target_ columns"
 FREE = ("dropout", "skip")
 """Keys of [model] that may differ from the run's: neither is a size, and the run's own skip is among its weights."""
 
@@ -38,9 +39,14 @@ class StoredModel:
     data: DataConfig
     model: ModelConfig
     variant: VariantConfig
-    needs: dict[str, str]
+    needs: dict[str, tuple[str, ...]]
     featurizer: Featurizer
     weights: dict[str, Tensor]
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of what it forecasts, in the order of its outputs; of classes that of their column."""
+        return [name.removeprefix("target_") for name in self.needs[TARGETS]]
 
     def save(self, run: Path) -> None:
         """Write ``model.pt`` into a run's folder, all of it or nothing."""
@@ -89,18 +95,18 @@ def load_start(recipe: Recipe, variant: VariantConfig, seed: int) -> StoredModel
     return replace(stored, featurizer=replace(stored.featurizer, config=config))
 
 
-def data_needs(dataset: Dataset) -> dict[str, str]:
+def data_needs(dataset: Dataset) -> dict[str, tuple[str, ...]]:
     """What weights and featurizer take for granted about data, in words that can be compared and shown."""
-    needs = {"modalities": ", ".join(dataset.info.modalities)}
+    needs = {"modalities": tuple(dataset.info.modalities)}
     for name, modality in dataset.info.modalities.items():
         values = dataset.tokens[name].values
         width = "" if values is None else f" of width {values.shape[1]}"
         units = f" in {', '.join(modality.units)}" if modality.units else ""
-        needs[f"modality {name}"] = f"{modality.kind}{width}{units}"
-    needs["past_ columns"] = ", ".join(dataset.columns("past_")) or "none"
+        needs[f"modality {name}"] = (f"{modality.kind}{width}{units}",)
+    needs["past_ columns"] = tuple(dataset.columns("past_"))
     classes = f" of {dataset.info.classes} classes" if dataset.info.classes else ""
-    needs["task"] = f"{dataset.info.task}{classes}"
-    needs["target_ columns"] = ", ".join(dataset.columns("target_")) or "none"
+    needs["task"] = (f"{dataset.info.task}{classes}",)
+    needs[TARGETS] = tuple(dataset.columns("target_"))
     return needs
 
 
@@ -108,10 +114,11 @@ def check_data(stored: StoredModel, dataset: Dataset, *, need_targets: bool = Tr
     """Raise `RecipeError` for the first thing in which the data is not as the run's was."""
     found = data_needs(dataset)
     for what, needed in stored.needs.items():
-        if found.get(what) != needed and (need_targets or what != "target_ columns"):
+        if found.get(what) != needed and (need_targets or what != TARGETS):
+            wanted, got = (", ".join(words) or "none" for words in (needed, found.get(what, ())))
             raise RecipeError(
-                f"train: {what} of data {dataset.info.name!r} must be {needed!r}, as in the run it is given to, got "
-                f"{found.get(what, 'none')!r}. Write the data in the run's form, or train anew."
+                f"train: {what} of data {dataset.info.name!r} must be {wanted!r}, as in the run it is given to, got "
+                f"{got!r}. Write the data in the run's form, or train anew."
             )
 
 

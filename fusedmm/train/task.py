@@ -42,7 +42,7 @@ class Task:
     """Root of the targets' mean train variance (1 for classes): predictions and losses are in its units."""
 
     @property
-    def needs(self) -> dict[str, str]:
+    def needs(self) -> dict[str, tuple[str, ...]]:
         """What a model that has learned this must find in other data."""
         return data_needs(self.dataset)
 
