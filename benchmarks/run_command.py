@@ -104,23 +104,27 @@ def run(parser: argparse.ArgumentParser, words: list[str]) -> int:
         return 0
     if is_missing(kind, f"{len(chosen)} GPU cases skipped"):
         return 2
-    if isolate.PROGRESS not in os.environ and (unknown := _unknown(args.variants, chosen)):
-        parser.error(f"--variants: {unknown}")
+    if isolate.PROGRESS not in os.environ:
+        unknown, known = _unknown(args.variants, chosen)
+        if unknown and len(unknown) == len(set(args.variants)):
+            parser.error(f"--variants: no case has {', '.join(unknown)}; there are {', '.join(known)}")
+        if unknown:
+            print(f"benchmarks: no case has {', '.join(unknown)}", file=sys.stderr)
     if args.isolate:
         return _isolated(args, words, list(chosen))
     return _measure(args, kind, chosen, seconds)
 
 
-def _unknown(variants: Sequence[str], chosen: Mapping[str, Builder]) -> str:
-    """Which of these no case has, and what there is; empty where each is somewhere."""
+def _unknown(variants: Sequence[str], chosen: Mapping[str, Builder]) -> tuple[list[str], list[str]]:
+    """Which of these no case has, and what those have that were built to find them."""
     left, known = set(variants), set[str]()
     for build in chosen.values():
         if not left:
-            return ""
+            break
         with suppress(ImportError):
             known |= {variant.name for variant in build().variants}
             left -= known
-    return f"no case has {', '.join(sorted(left))}; there are {', '.join(sorted(known))}" if left else ""
+    return sorted(left), sorted(known)
 
 
 def _budget() -> float:
