@@ -13,13 +13,14 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fusedmm.ops import attention_op, distillation_op
+from fusedmm.ops import distillation_op
+from fusedmm.ops.attention_problem import Problem
 
 
 @register_flop_formula(torch.ops.fusedmm.attention_forward, get_raw=True)
 def attention_forward_flops(query: Tensor, key: Tensor, value: Tensor, *problem: Any, out_val: Any = None) -> int:
     """Scores, and the sum of values: 4 D a visible pair and query head."""
-    return 4 * query.shape[2] * _visible_pairs(query, key, attention_op.Problem(*problem))
+    return 4 * query.shape[2] * _visible_pairs(query, key, Problem(*problem))
 
 
 @register_flop_formula(torch.ops.fusedmm.attention_backward, get_raw=True)
@@ -27,7 +28,7 @@ def attention_backward_flops(*arguments: Any, out_val: Any = None) -> int:
     """Scores again, R, and the gradients of query, key and value: 10 D a visible pair and query head."""
     query: Tensor = arguments[8]
     key, _, *problem = arguments[9:]
-    return 10 * query.shape[2] * _visible_pairs(query, key, attention_op.Problem(*problem))
+    return 10 * query.shape[2] * _visible_pairs(query, key, Problem(*problem))
 
 
 @register_flop_formula(
@@ -51,7 +52,7 @@ def distillation_gradient_flops(*arguments: Any, out_val: Any = None) -> int:
     return product * (own * (1 + gradients) + teacher)
 
 
-def _visible_pairs(query: Tensor, key: Tensor, problem: attention_op.Problem) -> int:
+def _visible_pairs(query: Tensor, key: Tensor, problem: Problem) -> int:
     """Pairs of a query head and a key that it sees."""
     (total_q, heads, _), samples = query.shape, max(1, problem.cu_seqlens_q.numel() - 1)
     if isinstance(problem.cu_seqlens_q, FakeTensor) or problem.cu_seqlens_q.is_meta:

@@ -67,7 +67,7 @@ def test_values_that_are_not_there_are_taken_to_be_even() -> None:
     from torch._subclasses import FakeTensorMode
 
     from fusedmm.flops import attention_forward_flops
-    from fusedmm.ops.attention_op import Problem
+    from fusedmm.ops.attention_problem import Problem
 
     with FakeTensorMode():
         query, key = torch.empty(6, 4, 16), torch.empty(10, 4, 16)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedmm
 from fusedmm.ops.attention import layout_arguments
-from fusedmm.ops.attention_op import Problem
+from fusedmm.ops.attention_problem import TENSORS, Problem
 
 
 def make_layout(*q_lengths: int, device: torch.device | str = "cpu") -> fusedmm.ModalityLayout:
@@ -59,6 +59,12 @@ def test_opcheck_of_both_operators(softmax: str, permuted: bool, device: torch.d
         detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in (query, key, value, *problem)]
         backward = (torch.randn_like(outputs[0]), None, None, *outputs, softmax == "joint", softmax != "partials")
         library.opcheck(torch.ops.fusedmm.attention_backward, (*backward, *detached))
+
+
+def test_the_problem_is_laid_out_as_the_schema_says() -> None:
+    arguments = torch.ops.fusedmm.attention_forward.default._schema.arguments
+    assert [argument.name for argument in arguments] == ["query", "key", "value", *Problem._fields]
+    assert ["Tensor" in str(argument.type) for argument in arguments] == [i < TENSORS for i in range(len(arguments))]
 
 
 @pytest.mark.parametrize("impl", ["auto", "triton"])

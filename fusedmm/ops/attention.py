@@ -13,7 +13,8 @@ from torch import Tensor
 from fusedmm.eager.products import compute_dtype
 from fusedmm.impl import resolve_impl
 from fusedmm.layout import ModalityLayout
-from fusedmm.ops.attention_op import Problem, attention
+from fusedmm.ops.attention_op import attention
+from fusedmm.ops.attention_problem import Problem
 from fusedmm.ops.autocast import autocast
 from fusedmm.ops.signatures import Passed, signature
 from fusedmm.reference import attention as reference

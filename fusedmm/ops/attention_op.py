@@ -10,7 +10,7 @@ small problems keep more. The transforms of `torch.func` take the operators by w
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, library
@@ -18,16 +18,13 @@ from torch.autograd import forward_ad
 
 from fusedmm.eager import attention as eager
 from fusedmm.eager import attention_small as eager_small
-from fusedmm.eager.attention_inputs import Inputs
 from fusedmm.eager.attention_small import Kept
 from fusedmm.eager.products import compute_dtype
 from fusedmm.ops import attention_transforms as transforms
+from fusedmm.ops.attention_problem import Problem
 from fusedmm.ops.autocast import without_autocast
 from fusedmm.ops.dispatch import is_batched, is_transformed, is_watched
 from fusedmm.ops.first_order import first_order
-
-if TYPE_CHECKING:
-    from fusedmm.kernels.attention.arguments import AttentionProblem
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -44,65 +41,6 @@ _library.define(
     "Tensor lse, bool needs_log_prior, bool needs_gate, Tensor query, Tensor key, Tensor value, "
     f"{_PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-
-
-class Problem(NamedTuple):
-    """All but query, key and value, in the order of the schemas."""
-
-    log_prior: Tensor | None  # [total_q, Hq, M]
-    gate: Tensor | None  # [total_q, Hq, M]
-    output_gate: Tensor | None  # [total_q, Hq, D]
-    cu_seqlens_q: Tensor  # [B+1]
-    cu_seqlens_k: Tensor  # [B*M+1]
-    query_tiles: Tensor  # [tiles, 2]
-    key_tiles: Tensor  # [tiles, 2]
-    active: Tensor | None  # [B, Hq, M]
-    visible: Tensor | None  # [total_q, M, 2]
-    seed: Tensor | None  # [1]
-    num_modalities: int
-    dropout_p: float
-    scale: float
-    softmax: str
-    impl: str
-
-    def for_kernels(self) -> "AttentionProblem":
-        """The same for the Triton launchers."""
-        from fusedmm.kernels.attention.arguments import AttentionProblem
-
-        return AttentionProblem(
-            cu_seqlens_q=self.cu_seqlens_q,
-            cu_seqlens_k=self.cu_seqlens_k,
-            query_tiles=self.query_tiles,
-            key_tiles=self.key_tiles,
-            num_modalities=self.num_modalities,
-            softmax=cast(Any, self.softmax),
-            scale=self.scale,
-            log_prior=self.log_prior,
-            gate=self.gate,
-            output_gate=self.output_gate,
-            active=self.active,
-            visible=self.visible,
-            seed=self.seed,
-            dropout_p=self.dropout_p,
-        )
-
-    def eager_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
-        """The same for the eager composition, which leaves the output gate to its caller."""
-        return Inputs(
-            query=query,
-            key=key,
-            value=value,
-            cu_seqlens_q=self.cu_seqlens_q,
-            cu_seqlens_k=self.cu_seqlens_k,
-            num_modalities=self.num_modalities,
-            log_prior=self.log_prior,
-            gate=self.gate,
-            active=self.active,
-            visible=self.visible,
-            seed=self.seed,
-            dropout_p=self.dropout_p,
-            scale=self.scale,
-        )
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Outputs:

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedmm.ops.attention_problem import TENSORS, Problem
 from fusedmm.ops.first_order import NO_SECOND_DERIVATIVES
-
-NUM_TENSORS = 13  # leading arguments of fusedmm::attention_forward, tensors or None; the others are settings
 
 
 def sequential_vmap(operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,14 +40,14 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-        ctx.settings = inputs[NUM_TENSORS:]
-        ctx.is_partials = "partials" in ctx.settings
-        ctx.save_for_backward(*inputs[:NUM_TENSORS], *output)
+        ctx.settings = inputs[TENSORS:]
+        ctx.is_partials = Problem(*inputs[3:]).softmax == "partials"  # query, key and value come before
+        ctx.save_for_backward(*inputs[:TENSORS], *output)
         ctx.mark_non_differentiable(output[1] if ctx.is_partials else output[2])
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, grad_mass: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-        inputs, results = ctx.saved_tensors[:NUM_TENSORS], ctx.saved_tensors[NUM_TENSORS:]
+        inputs, results = ctx.saved_tensors[:TENSORS], ctx.saved_tensors[TENSORS:]
         upstream = (grad_output, None, grad_lse) if ctx.is_partials else (grad_output, grad_mass, None)
         needs = ctx.needs_input_grad
         found = _Backward.apply(*upstream, *results, needs[3], needs[4], *inputs, *ctx.settings)  # type: ignore[no-untyped-call]

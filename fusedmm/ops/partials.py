@@ -20,7 +20,8 @@ from fusedmm.ops.attention import (
     resolve_visibility,
     triton_gaps,
 )
-from fusedmm.ops.attention_op import Problem, attention
+from fusedmm.ops.attention_op import attention
+from fusedmm.ops.attention_problem import Problem
 from fusedmm.ops.autocast import autocast
 from fusedmm.reference import attention as reference
 from fusedmm.shapes import as_number, check_broadcast, check_shapes, check_type
