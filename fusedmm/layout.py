@@ -195,8 +195,7 @@ class ModalityLayout(TensorTree, static=("num_modalities", "names")):
         """
         if isinstance(padded, Tensor):
             self._check_padded("query", padded, self._padded_q, self.max_seqlen_q)
-            slots = self._query_slots if self._query_slots is not None else self._leading_query_slots(padded.shape[1])
-            return padded.flatten(0, 1).index_select(0, slots)
+            return padded.flatten(0, 1).index_select(0, self._slots_of_queries(padded.shape[1]))
         check_type("ModalityLayout.pack", "padded", padded, Mapping, "Give a tensor of queries, or {name: keys}.")
         names = self._names("pack")
         if set(padded) != set(names):
@@ -207,10 +206,7 @@ class ModalityLayout(TensorTree, static=("num_modalities", "names")):
             self._check_padded(
                 name, padded[name], self._padded_k[index] if self._padded_k else None, self.max_segments_k[index]
             )
-        if self._key_slots is not None:
-            slots = self._key_slots
-        else:
-            slots = self._leading_key_slots([padded[name].shape[1] for name in names])
+        slots = self._slots_of_keys([padded[name].shape[1] for name in names])
         return torch.cat([padded[name] for name in names], 1).flatten(0, 1).index_select(0, slots)
 
     def unpack(self, packed: Tensor) -> Tensor:
@@ -221,8 +217,8 @@ class ModalityLayout(TensorTree, static=("num_modalities", "names")):
                 f"ModalityLayout.unpack: packed must have shape [query={self.total_q}, ...], got {list(packed.shape)}."
             )
         length = self.max_seqlen_q if self._padded_q is None else self._padded_q
-        slots = self._query_slots if self._query_slots is not None else self._leading_query_slots(length)
-        flat = packed.new_zeros((self.batch_size * length, *packed.shape[1:])).index_copy(0, slots, packed)
+        flat = packed.new_zeros((self.batch_size * length, *packed.shape[1:]))
+        flat = flat.index_copy(0, self._slots_of_queries(length), packed)
         return flat.view(self.batch_size, length, *packed.shape[1:])
 
     def unpack_keys(self, packed: Tensor) -> dict[str, Tensor]:
@@ -234,13 +230,10 @@ class ModalityLayout(TensorTree, static=("num_modalities", "names")):
                 f"ModalityLayout.unpack_keys: packed must have shape [key={self.total_k}, ...], got "
                 f"{list(packed.shape)}."
             )
-        if self._padded_k is not None and self._key_slots is not None:
-            lengths, slots = list(self._padded_k), self._key_slots
-        else:
-            lengths = list(self.max_segments_k)
-            slots = self._leading_key_slots(lengths)
+        lengths = list(self.max_segments_k if self._padded_k is None else self._padded_k)
         width = sum(lengths)
-        flat = packed.new_zeros((self.batch_size * width, *packed.shape[1:])).index_copy(0, slots, packed)
+        flat = packed.new_zeros((self.batch_size * width, *packed.shape[1:]))
+        flat = flat.index_copy(0, self._slots_of_keys(lengths), packed)
         return dict(zip(names, flat.view(self.batch_size, width, *packed.shape[1:]).split(lengths, 1), strict=True))
 
     def at_times(self, query_time: Tensor, key_time: Tensor, lookback: int | Tensor | None = None) -> "ModalityLayout":
@@ -281,11 +274,17 @@ class ModalityLayout(TensorTree, static=("num_modalities", "names")):
                 f"got {list(padded.shape)}."
             )
 
-    def _leading_query_slots(self, length: int) -> Tensor:
+    def _slots_of_queries(self, length: int) -> Tensor:
+        """[total_q] flat places of the queries among padded ones: those of the masks, or the first of every row."""
+        if self._query_slots is not None:
+            return self._query_slots
         sample = self.query_samples()
         return sample * length + torch.arange(self.total_q, device=sample.device) - self.cu_seqlens_q[sample]
 
-    def _leading_key_slots(self, lengths: Sequence[int]) -> Tensor:
+    def _slots_of_keys(self, lengths: Sequence[int]) -> Tensor:
+        """[total_k] the same of keys, whose modalities are padded to ``lengths``."""
+        if self._key_slots is not None:
+            return self._key_slots
         segment = self.key_segments()
         starts = starts_of(lengths, segment.device)
         position = torch.arange(self.total_k, device=segment.device) - self.cu_seqlens_k[segment]

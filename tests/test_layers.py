@@ -1,4 +1,4 @@
-"""Imports point down: read from the source, so that an import inside a function counts too."""
+"""What the source says of itself: imports point down, inside functions too; kernels and launches suit every Triton."""
 
 import ast
 import sys
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from fusedmm.kernels.launch import LAUNCH_OPTIONS, LaunchConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -108,3 +110,28 @@ def test_imports_point_down(module: str, file: Path) -> None:
 )
 def test_an_import_that_points_up_is_found(module: str, source: str) -> None:
     assert len(offences(source, module)) == 1
+
+
+def test_every_launch_has_the_options_of_every_launch() -> None:
+    """Triton 3.9 warns of a launch that does not say whether products and sums are fused; a later one stops."""
+    launches = []
+    for file in sorted((ROOT / "kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                unpacked = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg is None]
+                launches.append((f"{file.name}: {ast.unparse(node.func)}", "options" in " ".join(unpacked).lower()))
+    assert len(launches) > 15
+    assert [launch for launch, has_options in launches if not has_options] == []
+    assert LaunchConfig({}, num_warps=4, num_stages=1).launch_options().items() >= LAUNCH_OPTIONS.items()
+
+
+def test_device_functions_return_no_none() -> None:
+    """Triton 3.6 compiles none that does, interpreted or under 3.7 as it may run."""
+    returned = []
+    for file in sorted((ROOT / "kernels").rglob("*.py")):
+        functions = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
+        for function in (each for each in functions if any("jit" in ast.unparse(d) for d in each.decorator_list)):
+            values = [node.value for node in ast.walk(function) if isinstance(node, ast.Return) and node.value]
+            parts = [part for x in values for part in (x.elts if isinstance(x, ast.Tuple) else [x])]
+            returned += [f"{file.name}: {function.name}" for x in parts if ast.unparse(x) == "None"]
+    assert returned == []

@@ -5,7 +5,6 @@ not compiled again, except for a sample; of what has changed at most `LIMIT` ker
 `python -m benchmarks static --check`.
 """
 
-import ast
 import os
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from benchmarks.cases import attention, distillation
 from benchmarks.compiled import SHARED_BYTES, KernelReport, read_compiled
 from benchmarks.static import Row, faults, read_rows, specs, worsened
 from benchmarks.static_command import problems
-from fusedmm.kernels.launch import ARCHITECTURES, LAUNCH_OPTIONS, LaunchConfig, capability_arch
+from fusedmm.kernels.launch import ARCHITECTURES, capability_arch
 from tests.benchmark_rows import RESULT, RUN
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -263,28 +262,3 @@ def test_unchanged_source_that_compiles_differently_is_a_problem() -> None:
 
 def test_a_row_of_a_kernel_that_is_gone_is_a_problem() -> None:
     assert "which is no more" in problems([], {}, [], [ROW.key])[0]
-
-
-def test_every_launch_has_the_options_of_every_launch() -> None:
-    """Triton 3.9 warns of a launch that does not say whether products and sums are fused; a later one stops."""
-    launches = []
-    for file in sorted((ROOT / "kernels").rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
-                unpacked = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg is None]
-                launches.append((f"{file.name}: {ast.unparse(node.func)}", "options" in " ".join(unpacked).lower()))
-    assert len(launches) > 15
-    assert [launch for launch, has_options in launches if not has_options] == []
-    assert LaunchConfig({}, num_warps=4, num_stages=1).launch_options().items() >= LAUNCH_OPTIONS.items()
-
-
-def test_device_functions_return_no_none() -> None:
-    """Triton 3.6 compiles none that does, interpreted or under 3.7 as it may run."""
-    returned = []
-    for file in sorted((ROOT / "kernels").rglob("*.py")):
-        functions = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
-        for function in (each for each in functions if any("jit" in ast.unparse(d) for d in each.decorator_list)):
-            values = [node.value for node in ast.walk(function) if isinstance(node, ast.Return) and node.value]
-            parts = [part for x in values for part in (x.elts if isinstance(x, ast.Tuple) else [x])]
-            returned += [f"{file.name}: {function.name}" for x in parts if ast.unparse(x) == "None"]
-    assert returned == []
