@@ -57,49 +57,49 @@ def scores(
     roots, ones = torch.empty_like(logs), ones_to_sum(logs, classes)
     best, teacher_best = objective.shard.first_top(logs.t(), roots.t()).chunk(2)
     torch.exp2(logs, out=roots)
-    probabilities = roots * roots
-    most = _sum(probabilities, ones).reciprocal_()
-    root_most = most.sqrt()
-    probabilities.mul_(most)
-    roots.mul_(root_most)
-    offsets = root_most.log2_()  # of logarithms of roots of probabilities from `logs`
+    powers = roots * roots
+    most = _sum(powers, ones).reciprocal_()  # powers times this are the probabilities
+    offsets = most.log2().mul_(0.5)  # of logarithms of roots of probabilities from `logs`
     (confidence, teacher_confidence), (offset, teacher_offset) = most.chunk(2), offsets.chunk(2)
-    p, t = probabilities.chunk(2, 1)
+    p, t = powers.chunk(2, 1)
     root_p, root_t = roots.chunk(2, 1)
     if labels is not None:
         flat, index = logs.view(-1), torch.arange(rows, device=labels.device).add_(labels, alpha=2 * rows)
         label, teacher_label = flat.index_select(0, index), flat[rows:].index_select(0, index)
-    root_t.sub_(root_p)
-    torch.sub(t, p, out=root_p)
+    share = teacher_confidence / confidence  # differences are of what sums to 1 / confidence
+    torch.addcmul(root_p, root_t, share.sqrt(), value=-1, out=root_t)
+    torch.addcmul(p, t, share, value=-1, out=root_p)
     square, distance = _sum(roots.mul_(roots), ones).chunk(2)
-    entropy, teacher_entropy = _sum(torch.mul(probabilities, logs, out=roots), ones).add_(offsets).mul_(-unit).chunk(2)
+    entropy, teacher_entropy = (
+        torch.addcmul(offsets, _sum(torch.mul(powers, logs, out=roots), ones), most).mul_(-unit).chunk(2)
+    )
     ratio = log_t.sub_(log_p)
     torch.mul(p, ratio, out=root_p)
     torch.mul(t, ratio, out=root_t)
-    reverse, forward = _sum(roots, ones).chunk(2)
-    gap = torch.div(teacher_confidence, confidence).log2_()  # more exact than a difference of offsets, and twice that
+    reverse, forward = _sum(roots, ones).mul_(most).chunk(2)
+    gap = share.log2_()  # more exact than a difference of offsets, and twice that
     fields = {
         "forward_kl": forward.add_(gap, alpha=0.5).mul_(unit),
         "reverse_kl": reverse.add_(gap, alpha=0.5).mul_(-unit),
-        "hellinger": distance.mul_(0.5),  # 1 - sum sqrt(p t), without cancellation
+        "hellinger": distance.mul_(confidence).mul_(0.5),  # 1 - sum sqrt(p t), without cancellation
         "student_entropy": entropy,
         "teacher_entropy": teacher_entropy,
         "student_confidence": confidence,
         "teacher_confidence": teacher_confidence,
         "agreement": (best == teacher_best).to(logs.dtype),
-        "grad_norm": square.sqrt_(),
+        "grad_norm": square.sqrt_().mul_(confidence),
     }
     if labels is not None:
-        probabilities.view(-1).index_fill_(0, index, 0.0)
+        powers.view(-1).index_fill_(0, index, 0.0)
         torch.mul(p, p, out=t)
-        others, squares = _sum(probabilities, ones).chunk(2)
+        others, squares = _sum(powers, ones).chunk(2)
         flat.index_fill_(0, index, -torch.inf)
         fields |= {
             "margin": (label - log_p.amax(0)).mul_(unit),
             "student_nll": (nll := label.add_(offset).mul_(-unit)),
             "teacher_nll": (teacher_nll := teacher_label.add_(teacher_offset).mul_(-unit)),
             "excess_loss": nll - teacher_nll,
-            "el2n": torch.addcmul(squares, others, others).sqrt_(),
+            "el2n": torch.addcmul(squares, others, others).sqrt_().mul_(confidence),
         }
     return fields
 
