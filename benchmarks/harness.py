@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch._functorch import config as functorch
@@ -22,7 +23,20 @@ from benchmarks.timing import Times, add_energy, captured, comparable, interleav
 
 Call = Callable[[], object]
 Wrap = Callable[[Call], Call]
-Ready = tuple[Variant, Prepared, float]  # and the worst error that the gate saw
+
+
+class Ready(NamedTuple):
+    """A variant that has passed the gate.
+
+    Attributes:
+        variant: which.
+        bound: to the case's inputs; on a CPU also to the same in other memory, for `benchmarks.timing.interleave`.
+        worst: error that the gate saw.
+    """
+
+    variant: Variant
+    bound: tuple[Prepared, ...]
+    worst: float
 
 
 @dataclass(frozen=True)
@@ -73,14 +87,14 @@ class Harness:
         blank = Result(self.run, case.name, "", "", dict(case.sizes), status="")
         ready: dict[str, Ready] = {}
         gate = Gate(case, self.device)
-        problem = case.problem(self.device)
+        problems = [case.problem(self.device) for _ in range(1 if self.device.type == "cuda" else 2)]
         for variant in case.variants:
             if (self.only and variant.name not in self.only) or variant.name in self.without:
                 continue
             self.begin(case.name, variant.name)
-            status, reason, prepared, worst = self._prepare(case, variant, gate, problem)
-            if prepared is not None:
-                ready[variant.name] = variant, prepared, worst
+            status, reason, bound, worst = self._prepare(case, variant, gate, problems)
+            if bound:
+                ready[variant.name] = Ready(variant, bound, worst)
                 continue
             for mode in case.modes:
                 if mode in variant.modes:
@@ -93,20 +107,20 @@ class Harness:
                     yield from self._mode(case, mode, replace(blank, mode=f"{mode}-graph"), ready, captured)
 
     def _prepare(
-        self, case: Case, variant: Variant, gate: Gate, problem: object
-    ) -> tuple[str, str, Prepared | None, float]:
+        self, case: Case, variant: Variant, gate: Gate, problems: Sequence[object]
+    ) -> tuple[str, str, tuple[Prepared, ...], float]:
         if not case.may_take(variant, self.compiling) and variant.name not in self.only:
-            return "skipped", "it compiles for long: left out by --quick", None, 0.0
+            return "skipped", "it compiles for long: left out by --quick", (), 0.0
         try:
             with quiet():
                 verdict = gate.check(variant)
                 if verdict.complaints:
-                    return "wrong", "; ".join(verdict.complaints), None, verdict.worst_error
-                return "", "", variant.prepare(problem), verdict.worst_error
+                    return "wrong", "; ".join(verdict.complaints), (), verdict.worst_error
+                return "", "", tuple(variant.prepare(problem) for problem in problems), verdict.worst_error
         except Exception as error:
             if not usable(self.device):
                 raise  # or everyone after it would seem to fail
-            return *why(error), None, 0.0
+            return *why(error), (), 0.0
 
     def _mode(
         self,
@@ -116,7 +130,7 @@ class Harness:
         ready: Mapping[str, Ready],
         wrap: Wrap = lambda call: call,
     ) -> Iterator[Result]:
-        names = [name for name, (variant, *_) in ready.items() if mode in variant.modes]
+        names = [name for name, each in ready.items() if mode in each.variant.modes]
         groups = [names] if names else []
         while groups:
             group = groups.pop(0)
@@ -134,12 +148,16 @@ class Harness:
         rows: list[Result] = []
         again: list[str] = []
         calls: dict[str, Call] = {}
+        first: dict[str, Call] = {}
         peaks: dict[str, float] = {}
-        for name, (_, prepared, _) in group.items():
+        for name, each in group.items():
             self.begin(case.name, name)
             try:
                 with quiet():
-                    calls[name], peaks[name] = self._warmed(prepared, mode, wrap)
+                    call, peaks[name] = self._warmed(each.bound[0], mode, wrap)
+                    first[name] = call if self.device.type == "cuda" else call_of(each.bound[1], mode)
+                    first[name]()
+                    calls[name] = call
             except Exception as error:
                 if not usable(self.device):
                     raise
@@ -152,7 +170,7 @@ class Harness:
             return rows, again
         try:
             with quiet():
-                times = interleave(calls, self.device, self.seconds, self.telemetry)
+                times = interleave(calls, self.device, self.seconds, self.telemetry, first)
                 if self.energy:
                     add_energy(calls, times, self.telemetry)
         except Exception as error:
@@ -162,7 +180,7 @@ class Harness:
                 return rows, [*again, *calls]
             return [untimed(replace(blank, variant=name), error) for name in calls], []
         for name in calls:
-            worst = group[name][2]
+            worst = group[name].worst
             rows.append(self._timed(case, mode, replace(blank, variant=name), times[name], peaks[name], worst))
         return rows, again
 

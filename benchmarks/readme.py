@@ -76,6 +76,7 @@ LEGEND = """\
 - **case**: its inputs, FLOPs, bytes and competitors are in benchmarks/cases; everyone computes the same outputs and
   gradients, and who fails the correctness gate has no number.
 - **mode**: forward; both: forward and backward; -graph: replayed as a CUDA graph.
+- **CPU**: calls right after the same on other inputs; what first calls take, the README counts (benchmarks/timing.py).
 - **shared core**: someone else computed on the same core nearly all the time; other rows are of calls during which
   nobody did.
 - **fastest other**: of everyone else in the same run. Above 1.00 its time is longer than fusedmm's, or its peak
@@ -110,20 +111,33 @@ def cpu_line(found: Latest) -> str:
         f"**CPU, the eager path ({_machine(found)}):** of {len(ratios)} rows of operators {good} are at least as fast "
         f"as the fastest of PyTorch's compositions and {near} within 10 %; the slowest takes {_worst(ratios)}"
         + (f", of modules {_worst(modules)}" if modules else "")
-        + f".{_shared_core(found)}"
+        + f".{_otherwise(found)}"
     )
 
 
-def _shared_core(found: Latest) -> str:
-    """What the same rows read while someone else was on the core."""
-    shared = {key: (run, replace(row, median_ms=row.shared_ms)) for key, (run, row) in found.items() if row.shared_ms}
-    ratios = {row: times for row, times in _cpu_ratios(shared).items() if row[0].startswith(OPERATORS)}
-    if not ratios:
-        return ""
-    return (
-        f" While another guest of the machine computes on the same core, which is read but not counted above, "
-        f"{_count(ratios, NEAR)} of {len(ratios)} are within 10 %; the slowest takes {_worst(ratios)}."
-    )
+def _otherwise(found: Latest) -> str:
+    """What the same rows read as first calls, and while someone else was on the core."""
+    first, shared = (_operators_by(found, name) for name in ("first_ms", "shared_ms"))
+    lines = []
+    if first:
+        lines.append(
+            f" Of first calls, which find the caches full of the other variants' code, {_count(first, NEAR)} of "
+            f"{len(first)} are within 10 %; the slowest takes {_worst(first)}."
+        )
+    if shared:
+        lines.append(
+            f" While another guest of the machine computes on the same core, {_count(shared, NEAR)} of {len(shared)} "
+            f"are; the slowest takes {_worst(shared)}."
+        )
+    return "".join(lines)
+
+
+def _operators_by(found: Latest, name: str) -> dict[tuple[str, str], float]:
+    """`_cpu_ratios` of operators by another of a row's times."""
+    rows = {
+        key: (run, replace(row, median_ms=time)) for key, (run, row) in found.items() if (time := getattr(row, name))
+    }
+    return {row: times for row, times in _cpu_ratios(rows).items() if row[0].startswith(OPERATORS)}
 
 
 def _count(ratios: Mapping[tuple[str, str], float], least: float) -> int:

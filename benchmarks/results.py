@@ -89,7 +89,9 @@ class Result:
             for the clock, which then is 0: without it a GPU's times have no ratio.
         own_core: whether the times are of calls during which nobody else was on the core; False where such calls were
             too few, None on a GPU and in rows of before 2026-11-22 (`benchmarks.core`).
-        shared_ms: median of the calls during which someone was, where there are enough of them beside the others.
+        first_ms: on a CPU, median of the calls before those, which find the code of other variants in the caches
+            (`benchmarks.timing`).
+        shared_ms: median of the calls during which someone was on the core, where there are enough beside the others.
         kernel: name in the static table of the kernel that does the work, for the model's error.
     """
 
@@ -114,6 +116,7 @@ class Result:
     energy_mj: float | None = None
     throttled: str | None = None
     own_core: bool | None = None
+    first_ms: float | None = None
     shared_ms: float | None = None
     kernel: str | None = None
 
@@ -137,8 +140,14 @@ def timed(blank: Result, times: Times) -> Result:
         energy_mj=times.energy_mj,
         throttled=times.throttled,
         own_core=times.own_core,
-        shared_ms=round(ranked(times.shared_ms, 0.5), 5) if len(times.shared_ms) >= MIN_ROUNDS else None,
+        first_ms=_median(times.first_ms),
+        shared_ms=_median(times.shared_ms),
     )
+
+
+def _median(ms: Sequence[float]) -> float | None:
+    """None of fewer than would be timed."""
+    return round(ranked(ms, 0.5), 5) if len(ms) >= MIN_ROUNDS else None
 
 
 def slug(device: str) -> str:

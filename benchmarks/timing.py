@@ -2,8 +2,12 @@
 order of its own, so that none always comes after the same one and finds the caches as that one left them.
 
 On a GPU a call lies between two events, and the L2 cache is flushed before it; the clock is read as it runs.
-Launch-bound calls are timed a second time as replays of a CUDA graph. On a CPU it is wall time, and the core's pace is
-read before and after it: calls during which someone else was on the core (`benchmarks.core`) are kept apart. Quantiles
+Launch-bound calls are timed a second time as replays of a CUDA graph.
+
+On a CPU it is wall time of a second call in turn, the first being the same on inputs in other memory: its code is in
+cache and its inputs are not, as in a model whose layers do the same one after another. The first call is timed by
+itself: it finds the code of all other variants there, which costs those most who share none with them. The core's pace
+is read before and after: calls during which someone else was on the core (`benchmarks.core`) are kept apart. Quantiles
 are over rounds.
 """
 
@@ -37,21 +41,19 @@ class Times:
 
     Attributes:
         ms: on a CPU of the rounds in which the core was nobody else's, if those are enough.
+        first_ms: on a CPU the call before each.
         shared_ms: of the other rounds then.
         own_core: whether those were enough; None on a GPU.
     """
 
     ms: list[float] = field(default_factory=list)
+    first_ms: list[float] = field(default_factory=list)
     shared_ms: list[float] = field(default_factory=list)
     own_core: bool | None = None
     clocks: list[float] = field(default_factory=list)
     power_w: float | None = None
     energy_mj: float | None = None
     throttled: str | None = None
-
-    def add(self, ms: float, *, alone: bool) -> None:
-        """Take a time on a core that was this process's own, or not."""
-        (self.ms if alone else self.shared_ms).append(ms)
 
     def quantile(self, share: float) -> float:
         """A quantile of `ms`."""
@@ -63,7 +65,9 @@ class Times:
         return sorted(self.clocks)[len(self.clocks) // 2] if self.clocks else None
 
 
-def interleave(calls: Calls, device: torch.device, budget_s: float, telemetry: Telemetry) -> dict[str, Times]:
+def interleave(
+    calls: Calls, device: torch.device, budget_s: float, telemetry: Telemetry, first: Calls | None = None
+) -> dict[str, Times]:
     """Time calls in interleaved rounds until the budget is spent.
 
     Args:
@@ -71,9 +75,10 @@ def interleave(calls: Calls, device: torch.device, budget_s: float, telemetry: T
         device: where they run.
         budget_s: for all of them together; at least `MIN_ROUNDS` rounds are made.
         telemetry: of the device.
+        first: by variant, what a CPU does right before; None: the same call.
     """
     if device.type != "cuda":
-        return _interleave_on_core(calls, budget_s, core())
+        return _interleave_on_core(calls, first or calls, budget_s, core())
     found = {name: Times() for name in calls}
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device)
     deadline = time.monotonic() + budget_s
@@ -86,7 +91,7 @@ def interleave(calls: Calls, device: torch.device, budget_s: float, telemetry: T
     return found
 
 
-def _interleave_on_core(calls: Calls, budget_s: float, own: Core) -> dict[str, Times]:
+def _interleave_on_core(calls: Calls, first: Calls, budget_s: float, own: Core) -> dict[str, Times]:
     """The same on a CPU; longer, while someone else is on the core."""
     found = {name: Times(own_core=True) for name in calls}
     began = time.monotonic()
@@ -96,9 +101,13 @@ def _interleave_on_core(calls: Calls, budget_s: float, own: Core) -> dict[str, T
         if number >= MIN_ROUNDS and (number >= MAX_ROUNDS or spent >= budget_s) and not waits:
             break
         for name, call in turns:
-            before = own.pace()
-            took = time_once(call, CPU)
-            found[name].add(took, alone=own.is_own(max(before, own.pace())))
+            times, before = found[name], own.pace()
+            cold, warm = time_once(first[name], CPU), time_once(call, CPU)
+            if own.is_own(max(before, own.pace())):
+                times.first_ms.append(cold)
+                times.ms.append(warm)
+            else:
+                times.shared_ms.append(warm)
     if any(len(times.ms) < MIN_ROUNDS for times in found.values()):
         return {name: Times(times.ms + times.shared_ms, own_core=False) for name, times in found.items()}
     return found

@@ -12,7 +12,7 @@ import torch
 from benchmarks import compare, core, readme, timing
 from benchmarks.core import Core
 from benchmarks.harness import ratio
-from benchmarks.results import timed
+from benchmarks.results import Result, Run, timed
 from benchmarks.run_command import table
 from benchmarks.telemetry import Telemetry
 from benchmarks.timing import MIN_ROUNDS, OWN_ROUNDS, Times, interleave
@@ -66,9 +66,10 @@ def test_too_few_calls_alone_are_not_told_from_the_others(monkeypatch: pytest.Mo
 
 
 def test_rows_hold_what_was_timed_alone_and_the_median_of_the_rest() -> None:
-    times = Times([1.0] * MIN_ROUNDS, [3.0] * MIN_ROUNDS, own_core=True)
+    times = Times([1.0] * MIN_ROUNDS, [2.0] * MIN_ROUNDS, [3.0] * MIN_ROUNDS, own_core=True)
     row = timed(RESULT, times)
-    assert (row.median_ms, row.shared_ms, row.repeats, row.own_core) == (1.0, 3.0, MIN_ROUNDS, True)
+    assert (row.median_ms, row.first_ms, row.shared_ms, row.repeats) == (1.0, 2.0, 3.0, MIN_ROUNDS)
+    assert row.own_core
     assert timed(RESULT, replace(times, shared_ms=[3.0])).shared_ms is None
 
 
@@ -83,19 +84,36 @@ def test_a_time_on_a_shared_core_is_compared_with_nothing_else() -> None:
     assert [change.verdict for change in compare.changes([shared], [own])] == ["not comparable"]
 
 
-def test_the_readme_counts_rows_on_a_shared_core_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Alone ours is the fastest, beside a neighbour it is not."""
-    ours = replace(RESULT, case="attention/tiny", own_core=True, shared_ms=4.0, tflops=1.0, share=0.5, worst_error=0.0)
-    other = replace(ours, variant="sdpa", median_ms=1.5, shared_ms=2.0)
+def test_the_first_of_two_calls_is_timed_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is the one that was given for it."""
+    called: list[str] = []
+    own = of_paces(itertools.repeat(ALONE), monkeypatch)
+    monkeypatch.setattr(timing, "core", lambda: own)
+    calls, first = ({"call": lambda name=name: called.append(name)} for name in ("timed", "first"))
+    times = interleave(calls, CPU, 0.0, Telemetry(CPU), first)["call"]
+    assert len(times.ms) == len(times.first_ms) == len(called) / 2
+    assert called == ["first", "timed"] * len(times.ms)
+
+
+def test_the_readme_counts_first_calls_and_a_shared_core_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours is the fastest, but not as a first call, nor beside a neighbour."""
+    ours = replace(RESULT, case="attention/tiny", own_core=True, first_ms=3.0, shared_ms=4.0)
+    ours = replace(ours, tflops=1.0, share=0.5, worst_error=0.0)
+    other = replace(ours, variant="sdpa", median_ms=1.5, first_ms=2.9, shared_ms=2.0)
     run = replace(RUN, kind="cpu", device="CPU", threads=1)
-    found = {row.key: (run, row) for row in (ours, other)}
-    line = readme.cpu_line(found)
+
+    def found(**changed: object) -> dict[tuple[str, str, str], tuple[Run, Result]]:
+        rows = (replace(row, **changed) for row in (ours, other))  # type: ignore[arg-type]
+        return {row.key: (run, row) for row in rows}
+
+    line = readme.cpu_line(found())
     assert "of 1 rows of operators 1 are at least as fast" in line
-    assert "not counted above, 0 of 1 are within 10 %; the slowest takes 2.00 times as long" in line
-    assert "not counted above" not in readme.cpu_line(
-        {row.key: (run, replace(row, shared_ms=None)) for row in (ours, other)}
-    )
-    never = {row.key: (run, replace(row, own_core=False, shared_ms=None)) for row in (ours, other)}
+    assert "Of first calls, which find the caches full of the other variants' code, 1 of 1 are within 10 %" in line
+    assert "on the same core, 0 of 1 are; the slowest takes 2.00 times as long" in line
+    plain = readme.cpu_line(found(first_ms=None, shared_ms=None))
+    assert "first calls" not in plain
+    assert "same core" not in plain
+    assert "shared core" not in readme.cpu_part(found())
+    never = found(own_core=False, first_ms=None, shared_ms=None)
     assert "| sdpa | 1.50, shared core |" in readme.cpu_part(never)
-    assert "shared core" not in readme.cpu_part(found)
     assert "shared core" in table("attention/tiny", [row for _, row in never.values()])
