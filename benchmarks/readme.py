@@ -39,6 +39,7 @@ CPU_HEAD = (
     "| case | mode | fastest other | its time / fusedmm's | its peak memory / fusedmm's |",
     "|---|---|---|---|---|",
 )
+CPU_MORE = (" first call | shared core |", "---|---|")  # of every row, in the details
 Latest = dict[tuple[str, str, str], tuple[Run, Result]]
 
 
@@ -76,9 +77,10 @@ LEGEND = """\
 - **case**: its inputs, FLOPs, bytes and competitors are in benchmarks/cases; everyone computes the same outputs and
   gradients, and who fails the correctness gate has no number.
 - **mode**: forward; both: forward and backward; -graph: replayed as a CUDA graph.
-- **CPU**: calls right after the same on other inputs; what first calls take, the README counts (benchmarks/timing.py).
-- **shared core**: someone else computed on the same core nearly all the time; other rows are of calls during which
-  nobody did.
+- **on a CPU**: a call's time is that of the second in turn, on inputs in other memory than the first's. **First call**:
+  the same ratio of the first ones, which find the caches full of the other variants' code (benchmarks/timing.py).
+- **shared core**: the same ratio while someone else computed on the core (benchmarks/core.py), as most of the time in
+  rows that say so; the others are of calls during which nobody did.
 - **fastest other**: of everyone else in the same run. Above 1.00 its time is longer than fusedmm's, or its peak
   memory larger.
 - **of ceiling**: share of the copy bandwidth or matrix rate measured in the same run, whichever bounds the case.
@@ -102,7 +104,7 @@ def cpu_line(found: Latest) -> str:
     them, and the worst of modules.
     """
     every = _cpu_ratios(found)
-    ratios = {row: times for row, times in every.items() if row[0].startswith(OPERATORS)}
+    ratios = _of_operators(every)
     modules = {row: times for row, times in every.items() if row[0].startswith(MODULES)}
     if not ratios:
         return cpu_part({})
@@ -117,7 +119,7 @@ def cpu_line(found: Latest) -> str:
 
 def _otherwise(found: Latest) -> str:
     """What the same rows read as first calls, and while someone else was on the core."""
-    first, shared = (_operators_by(found, name) for name in ("first_ms", "shared_ms"))
+    first, shared = (_of_operators(_cpu_ratios(_timed_by(found, name))) for name in ("first_ms", "shared_ms"))
     lines = []
     if first:
         lines.append(
@@ -132,12 +134,13 @@ def _otherwise(found: Latest) -> str:
     return "".join(lines)
 
 
-def _operators_by(found: Latest, name: str) -> dict[tuple[str, str], float]:
-    """`_cpu_ratios` of operators by another of a row's times."""
-    rows = {
-        key: (run, replace(row, median_ms=time)) for key, (run, row) in found.items() if (time := getattr(row, name))
-    }
-    return {row: times for row, times in _cpu_ratios(rows).items() if row[0].startswith(OPERATORS)}
+def _of_operators(ratios: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
+    return {row: times for row, times in ratios.items() if row[0].startswith(OPERATORS)}
+
+
+def _timed_by(found: Latest, name: str) -> Latest:
+    """Rows with another of their times in place of the median; those that have none, without one."""
+    return {key: (run, replace(row, median_ms=getattr(row, name))) for key, (run, row) in found.items()}
 
 
 def _count(ratios: Mapping[tuple[str, str], float], least: float) -> int:
@@ -211,11 +214,14 @@ def cpu_part(found: Latest) -> str:
     """Ratios only: times on a shared CPU mean little by themselves."""
     if not found:
         return "**CPU: not measured yet.** Command: `python -m benchmarks --device cpu --save`."
-    lines = [f"**CPU, the eager path: {_machine(found)}** (`python -m benchmarks --device cpu --save`)", "", *CPU_HEAD]
+    lines = [f"**CPU, the eager path: {_machine(found)}** (`python -m benchmarks --device cpu --save`)", ""]
+    lines += [f"{line}{more}" for line, more in zip(CPU_HEAD, CPU_MORE, strict=True)]
+    first, shared = (_cpu_ratios(_timed_by(found, name)) for name in ("first_ms", "shared_ms"))
     for name in _listed("cpu"):
         for mode in MODES:
             if (name, mode, "fusedmm") in found:
-                lines.append(_row(name, mode, found, with_rate=False))
+                cells = (f"{ratios[name, mode]:.2f}" if (name, mode) in ratios else "-" for ratios in (first, shared))
+                lines.append(f"{_row(name, mode, found, with_rate=False)} {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -113,7 +113,7 @@ def test_the_readme_counts_first_calls_and_a_shared_core_beside_the_others(monke
     plain = readme.cpu_line(found(first_ms=None, shared_ms=None))
     assert "first calls" not in plain
     assert "same core" not in plain
-    assert "shared core" not in readme.cpu_part(found())
+    assert "| sdpa | 1.50 | 1.0 | 0.97 | 0.50 |" in readme.cpu_part(found())
     never = found(own_core=False, first_ms=None, shared_ms=None)
-    assert "| sdpa | 1.50, shared core |" in readme.cpu_part(never)
+    assert "| sdpa | 1.50, shared core | 1.0 | - | - |" in readme.cpu_part(never)
     assert "shared core" in table("attention/tiny", [row for _, row in never.values()])
