@@ -93,7 +93,7 @@ class ModalityLayout(TensorTree, static=("num_modalities", "names")):
             )
         if cast(Tensor | None, self.query_tiles) is None:  # of offsets alone, which a GPU has to give first
             lengths = self.cu_seqlens_q.diff(), self.cu_seqlens_k.diff().view(-1, modalities)
-            tables = _uncompiled(_tables)("ModalityLayout", *lengths, self.cu_seqlens_q.device)
+            tables = uncompiled(_tables)("ModalityLayout", *lengths, self.cu_seqlens_q.device)
             for name in ("total_q", "total_k", "max_segments_k", "query_tiles", "key_tiles"):
                 object.__setattr__(self, name, tables[name])
 
@@ -129,7 +129,7 @@ class ModalityLayout(TensorTree, static=("num_modalities", "names")):
         return cls(
             num_modalities=sizes["modality"],
             names=None if names is None else _as_names(names),
-            **_uncompiled(_tables)(op, q_lengths, k_lengths, place),
+            **uncompiled(_tables)(op, q_lengths, k_lengths, place),
         )
 
     @classmethod
@@ -328,7 +328,7 @@ def _tables(op: str, q_lengths: Tensor, k_lengths: Tensor, device: torch.device)
     } | {name: torch.from_numpy(table.astype(np.int32)).to(device, non_blocking=True) for name, table in tables.items()}
 
 
-def _uncompiled(function: F) -> F:
+def uncompiled(function: F) -> F:
     """The function, which a compiler runs as it is: of NumPy's calls it would make graphs."""
     return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 

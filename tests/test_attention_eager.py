@@ -10,6 +10,7 @@ import fusedmm
 from fusedmm.eager import attention as eager_attention
 from fusedmm.eager import attention_heads, attention_inputs, attention_small
 from fusedmm.eager.attention_groups import find_groups
+from fusedmm.eager.attention_rows import add_keys, read_keys
 from fusedmm.eager.products import has_onednn
 from fusedmm.testing import (
     AttentionExample,
@@ -262,3 +263,28 @@ def test_gradients_of_sharp_softmaxes_stay_within_the_budget(
 def test_a_sample_with_a_head_for_products_of_its_own_shares_no_group(keys: list[int], groups: int) -> None:
     layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([128] * 2), torch.tensor([[n - 4, 4] for n in keys]))
     assert len(find_groups(layout.cu_seqlens_q, layout.cu_seqlens_k, 2, None, 2)) == groups
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_keys_of_groups_come_back_to_where_they_were(heads: int) -> None:
+    """Of samples of other sizes, apart and beside each other, with segments that are missing or that nothing reads."""
+    k_lengths = torch.tensor([[3, 9], [100, 95], [0, 12], [0, 0], [250, 80], [5, 6], [1, 0], [95, 100]])
+    layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([2, 128, 3, 4, 128, 0, 1, 128]), k_lengths)
+    active = torch.ones(8, heads, 2, dtype=torch.bool)
+    active[0, :, 1] = False
+    groups = find_groups(layout.cu_seqlens_q, layout.cu_seqlens_k, 2, active, heads)
+    assert sum(len(group.samples) > 1 for group in groups) > 1
+    assert any(len(group.samples) == 1 for group in groups)
+    segment = layout.key_segments()
+    is_read = active[:, 0].flatten()[segment] & (segment // 2 != 5)
+    packed = torch.randn(layout.total_k, heads, 4)
+    expected = torch.where(is_read[:, None, None], packed, 0.0)
+    buffer = torch.zeros_like(packed)
+    for add, times in ((False, 1), (True, 2)):
+        for group in groups:
+            padded = read_keys(packed, group, torch.float32)
+            assert padded.shape == (heads * len(group.samples), group.size_k, 4)
+            if group.padding is not None:
+                assert (padded.view(heads, -1, group.size_k, 4)[:, group.padding] == 0).all()
+            add_keys(buffer, group, padded, add)
+        assert torch.equal(buffer, times * expected)

@@ -41,6 +41,16 @@ class Run(NamedTuple):
     width: int
 
 
+class KeySlots(NamedTuple):
+    """Where rows of packed keys [total_k * H, D] lie among a group's padded ones, heads first, [H * c * k, D]."""
+
+    read: Tensor  # [H * c * k] int32, the packed row of each padded one; padding reads the first key
+    blank: Tensor  # [...] int64, the padded rows that are padding
+    back: Tensor  # [count_k * H] int32, the padded row of each packed one
+    keys: Tensor  # [count_k] int64, the packed keys
+    run: slice | None  # the same, where they lie together
+
+
 @dataclass(frozen=True)
 class Block:
     """Some queries of each sample of a group."""
@@ -52,7 +62,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Group:
-    """c samples padded to the same number of queries and of keys of each modality."""
+    """c samples, in the order of the batch, padded to the same number of queries and of keys of each modality."""
 
     samples: list[Sample]
     size_q: int
@@ -158,6 +168,40 @@ class Group:
         """[c, k] True where a column is no key; None: nowhere."""
         return None if all(s.sizes_k == self.widths for s in self.samples) else self._key_table[1]
 
+    def key_slots(self, heads: int) -> KeySlots:
+        """For H key heads."""
+        if heads not in self._key_slots:
+            packed = self.key_index.flatten()
+            padding = torch.zeros_like(packed, dtype=torch.bool) if self.padding is None else self.padding.flatten()
+            blank, real = padding.nonzero()[:, 0], (~padding).nonzero()[:, 0]
+            head, keys = torch.arange(heads, device=self.device), packed[real]
+            first, last = int(keys[0]), int(keys[-1])
+            self._key_slots[heads] = KeySlots(
+                read=(packed * heads + head[:, None]).flatten().to(torch.int32),
+                blank=(blank + head[:, None] * len(packed)).flatten(),
+                back=(real[:, None] + head * len(packed)).flatten().to(torch.int32),
+                keys=keys,
+                run=slice(first, last + 1) if last - first + 1 == self.count_k else None,
+            )
+        return self._key_slots[heads]
+
+    @cached_property
+    def _key_slots(self) -> dict[int, KeySlots]:
+        return {}
+
+    def hidden_padding(self, dtype: torch.dtype) -> Tensor:
+        """[c, k] -inf where a column is no key, else 0."""
+        if dtype not in self._hidden_padding:
+            hidden = torch.zeros(self.key_index.shape, dtype=dtype, device=self.device)
+            if self.padding is not None:
+                hidden.masked_fill_(self.padding, -torch.inf)
+            self._hidden_padding[dtype] = hidden
+        return self._hidden_padding[dtype]
+
+    @cached_property
+    def _hidden_padding(self) -> dict[torch.dtype, Tensor]:
+        return {}
+
     @cached_property
     def _key_table(self) -> tuple[Tensor, Tensor]:
         starts, sizes = (
@@ -239,7 +283,9 @@ def _plan(
         if end_q > start_q and any(sizes):
             samples.append(Sample(index, start_q, end_q - start_q, bounds[:-1], sizes))
     samples.sort(key=lambda s: (sum(s.sizes_k), s.sizes_k, s.size_q), reverse=True)
-    return tuple(Group(*group, heads, device) for group in _gather(samples, heads))
+    return tuple(
+        Group(sorted(members), size_q, widths, heads, device) for members, size_q, widths in _gather(samples, heads)
+    )
 
 
 def _gather(samples: list[Sample], heads: int) -> Iterator[tuple[list[Sample], int, Lengths]]:

@@ -167,12 +167,11 @@ def hidden_scores(x: Inputs, group: Group, block: Block) -> Tensor | None:
     if group.padding is None and x.visible is None and x.active is None:
         return None
     samples = len(group.samples)
+    padding = group.hidden_padding(x.compute_dtype)[:, None]  # [c, 1, k]
+    if x.visible is None and x.active is None:
+        return padding[None, None].transpose(1, 2)
     heads = 1 if x.active is None else x.query.shape[1]
-    hidden = x.key.new_zeros(
-        (heads, samples, 1 if x.visible is None else block.size, group.size_k), dtype=x.compute_dtype
-    )
-    if group.padding is not None:
-        hidden.masked_fill_(group.padding[:, None], -torch.inf)
+    hidden = padding.repeat(heads, 1, 1 if x.visible is None else block.size, 1)
     if x.visible is not None:
         first, last = x.visible[block.rows].unflatten(0, (samples, block.size)).unbind(-1)  # [c, n, M]
         index = group.columns(group.key_index.to(first.dtype)[:, None])  # [c, 1, m, w]

@@ -15,10 +15,14 @@ def read_keys(packed: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
     """[Hkv * c, k, D] of [total_k, Hkv, D], 0 for padding."""
     if group.is_view:
         return _in_dtype(key_view(packed, group), dtype)
-    padded = _in_dtype(_heads_first(packed, group.keys, len(group.samples)), dtype)  # [Hkv, c, k, D]
-    if group.padding is not None:
-        padded.flatten(1, 2).index_fill_(1, group.padding.flatten().nonzero().squeeze(1), 0.0)
-    return padded.flatten(0, 1)
+    if isinstance(group.keys, slice):
+        return _in_dtype(_heads_first(packed, group.keys, len(group.samples)), dtype).flatten(0, 1)
+    heads, dim = packed.shape[1:]
+    slots = group.key_slots(heads)
+    padded = _in_dtype(packed.reshape(-1, dim).index_select(0, slots.read), dtype)
+    if len(slots.blank):
+        padded.index_fill_(0, slots.blank, 0.0)
+    return padded.view(heads * len(group.samples), -1, dim)
 
 
 def key_view(packed: Tensor, group: Group) -> Tensor:
@@ -29,16 +33,18 @@ def key_view(packed: Tensor, group: Group) -> Tensor:
 def add_keys(buffer: Tensor, group: Group, rows: Tensor, add: bool) -> None:
     """Write or add [Hkv * c, k, D] to the group's rows of a [total_k, Hkv, D] buffer."""
     heads, dim = buffer.shape[1:]
-    rows = rows.view(heads, len(group.samples), -1, dim).permute(1, 2, 0, 3)  # [c, k, Hkv, D]
     if isinstance(group.keys, slice):
+        rows = rows.view(heads, len(group.samples), -1, dim).permute(1, 2, 0, 3)  # [c, k, Hkv, D]
         target = _taken(buffer, group.keys).view(rows.shape)
         target.add_(rows) if add else target.copy_(rows)
         return
-    index, rows = group.keys, rows.flatten(0, 1)
-    if group.padding is not None:
-        real = ~group.padding.flatten()
-        index, rows = index[real], rows[real]
-    buffer.index_add_(0, index, rows) if add else buffer.index_copy_(0, index, rows)
+    slots = group.key_slots(heads)
+    rows = rows.flatten(0, 1)
+    if slots.run is not None and not add:
+        torch.index_select(rows, 0, slots.back, out=buffer[slots.run].view(-1, dim))
+        return
+    rows = rows.index_select(0, slots.back).view(-1, heads, dim)
+    buffer.index_add_(0, slots.keys, rows) if add else buffer.index_copy_(0, slots.keys, rows)
 
 
 def add_key_product(buffer: Tensor, group: Group, left: Tensor, right: Tensor, add: bool, scale: float = 1.0) -> None:
@@ -58,7 +64,8 @@ def product(left: Tensor, right: Tensor, scale: float) -> Tensor:
 def read_rows(packed: Tensor, group: Group, block: Block, kv_heads: int, dtype: torch.dtype) -> Tensor:
     """The block's rows of [total_q, Hq, X]: [*shape, X], 0 for padding."""
     if isinstance(block.rows, slice):
-        return _in_dtype(_blocked(_taken(packed, block.rows), group, kv_heads), dtype)
+        rows = _in_dtype(_blocked(_taken(packed, block.rows), group, kv_heads), dtype)
+        return rows if rows.ndim == 3 else rows.contiguous()  # what is as large as scores meets a view more slowly
     rows = _in_dtype(_heads_first(packed, block.rows, len(group.samples)), dtype)  # [Hq, c, n, X]
     if block.padding is not None:
         rows = rows.masked_fill(block.padding[..., None], 0)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TypedDict, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fusedmm.layout import ModalityLayout, occupied, starts_of
+from fusedmm.layout import ModalityLayout, occupied, uncompiled
 from fusedmm.shapes import FLOATS, ShapeError, check_device, check_dtype, check_tensor, check_type
 from fusedmm.tree import TensorTree
 
@@ -136,7 +137,7 @@ class MultimodalBatch(TensorTree):
             name: _take(given[name].values, slots[name]) if name in given else queries.values.new_zeros((0, width))
             for name, width in modalities.items()
         }
-        key_source = _key_source(layout, lengths, [x.shape[0] for x in packed.values()])
+        key_source = uncompiled(_key_source)(layout, lengths, [x.shape[0] for x in packed.values()])
         query_slots = queries.slots(layout.total_q)
         if query_time is not None and tokens:
             key_time = torch.cat(
@@ -352,11 +353,11 @@ def _lookback(lookback: int | Mapping[str, int] | None, modalities: Mapping[str,
 
 def _key_source(layout: ModalityLayout, lengths: Tensor, totals: list[int]) -> Tensor:
     """Row of each packed key in the concatenation of all modalities' tokens, modality after modality."""
-    device = layout.cu_seqlens_k.device
-    before = lengths.cumsum(0) - lengths  # [B, M] tokens of the modality in earlier samples
-    source = (before + starts_of(totals, lengths.device)).flatten()
-    shift = source - lengths.flatten().cumsum(0) + lengths.flatten()  # the same for all keys of a segment
-    shifts = shift.to(device, non_blocking=True).repeat_interleave(
-        layout.cu_seqlens_k.diff(), output_size=layout.total_k
-    )
+    device, counts = layout.cu_seqlens_k.device, lengths.numpy()
+    before = counts.cumsum(0) - counts  # [B, M] tokens of the modality in earlier samples
+    starts = np.cumsum(totals) - totals
+    counts = counts.ravel()
+    shift = (before + starts).ravel() - counts.cumsum() + counts  # the same for all keys of a segment
+    shifts, repeats = torch.from_numpy(np.stack((shift, counts))).to(device, non_blocking=True).unbind()
+    shifts = shifts.repeat_interleave(repeats, output_size=layout.total_k)
     return shifts + torch.arange(layout.total_k, device=device)
