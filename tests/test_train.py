@@ -11,7 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from fusedmm.train import __main__ as command
 from fusedmm.train import trainer
 from fusedmm.train.__main__ import main
 from fusedmm.train.format import write_dataset
@@ -282,3 +284,21 @@ def test_bf16_trains_close_to_float32(recipe: Path, finished: Path, tmp_path: Pa
     low, high = list(losses(tmp_path).values()), list(losses(finished).values())
     assert low != high
     np.testing.assert_allclose(low, high, rtol=0.05)
+
+
+def test_torchrun_is_told_why_a_process_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would say no more than the exit status, and that tracebacks may be had."""
+    recipe, file = tmp_path / "recipe.toml", tmp_path / "error.json"
+    recipe.write_text(RECIPE + "[[variant]]\nname = 'gated'\n")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setattr(command, "run_recipe", lambda recipe: False)
+    for words, status, reason in (
+        ([], 2, "a check against the truth"),
+        (["model.dim=31"], 1, "must divide model.dim=31"),
+    ):
+        assert main([str(recipe), *words]) == status
+        shown = capsys.readouterr().err
+        assert reason in shown
+        assert ProcessFailure(0, 1, status, str(file)).message == shown.strip()

@@ -1,12 +1,12 @@
 """``python -m fusedmm.train recipe.toml [section.key=value ...]``: the main job, alone or under torchrun."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from fusedmm.train.config import RecipeError, describe_keys, load_recipe
 from fusedmm.train.format import DataFormatError
+from fusedmm.train.parallel import ended
 from fusedmm.train.runner import run_recipe
 from fusedmm.train.source import prepared
 from fusedmm.train.text import MissingPackage
@@ -24,7 +24,7 @@ On two processes:                               torchrun --nproc-per-node 2 -m f
 With --data, a recipe named after the data set and lying beside RECIPE is used instead of RECIPE.
 
 Exit status: 0 done; 1 refused or failed; 2 done, but a check against the truth of simulated data failed, as in few
-steps (torchrun then prints a ChildFailedError below the report); 143 stopped by a signal, with a checkpoint written.
+steps; 143 stopped by a signal, with a checkpoint written. torchrun makes 1 of all but 0, and names the cause last.
 
 Keys of a recipe, with their defaults:
 
@@ -51,13 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
         data, recipe = prepared(options.data, options.recipe)
         passed = run_recipe(load_recipe(recipe, [*data, *options.overrides]))
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return 143
+        return ended(143, str(stopped))
     except (RecipeError, DataFormatError, FileNotFoundError, MissingPackage, TrainingError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0 if passed else 2
+        return ended(1, f"error: {error}")
+    if not passed:
+        return ended(2, "train: done, but a check against the truth of the simulation failed; see the report.")
+    return 0
 
 
 if __name__ == "__main__":

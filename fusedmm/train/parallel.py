@@ -5,11 +5,15 @@ left whole unless it needs FSDP2's mixed precision. Collectives on CPU tensors g
 on GPUs (NCCL): a flag or a float that the host needs never waits for the GPU's stream.
 """
 
+import json
 import os
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -115,6 +119,18 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], world: World, dtype: 
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def ended(status: int, why: str) -> int:
+    """The status of a process that ends with another than 0, and why: on stderr, once for all ranks, and where torchrun
+    looks, whose own status is then 1 and whose last words are a traceback and the cause that is given here.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        Path(file).write_text(json.dumps({"message": why, "timestamp": int(time.time())}))
+    if os.environ.get("RANK", "0") == "0":
+        print(why, file=sys.stderr)
+    return status
 
 
 def full(tensor: Tensor) -> Tensor:
