@@ -234,14 +234,18 @@ def read(file: Path) -> tuple[dict[str, Run], list[Result]]:
     results: list[Result] = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         facts = _facts(line)
-        match facts.pop("kind_of_row", None):
-            case "run":
-                row = Run(**{"power_limit_w": None, **facts})
-                runs[row.id] = row
-            case "result":
-                results.append(Result(**facts))
-            case other:
-                raise ValueError(f"benchmarks: {file}:{number} must be a run or a result, got {other!r}.")
+        kind = facts.pop("kind_of_row", None)
+        try:
+            match kind:
+                case "run":
+                    row = Run(**{"power_limit_w": None, **facts})
+                    runs[row.id] = row
+                case "result":
+                    results.append(Result(**facts))
+                case other:
+                    raise ValueError(f"benchmarks: {file}:{number} must be a run or a result, got {other!r}.")
+        except TypeError as error:  # a field is missing, or is none of this version
+            raise ValueError(f"benchmarks: {file}:{number} is no {kind} of this version: {error}.") from error
     return runs, results
 
 

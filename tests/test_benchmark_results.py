@@ -18,6 +18,9 @@ def test_results_append_and_read_back(tmp_path: Path) -> None:
     file.write_text(json.dumps({"kind_of_row": "rumour"}) + "\n")
     with pytest.raises(ValueError, match=r"results.jsonl:1 must be a run or a result, got 'rumour'"):
         results.read(file)
+    file.write_text(json.dumps({"kind_of_row": "result", "run": "run"}) + "\n")
+    with pytest.raises(ValueError, match=r"results.jsonl:1 is no result of this version: .*missing"):
+        results.read(file)
 
 
 def test_runs_are_kept_once_in_the_file_of_their_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
