@@ -92,25 +92,39 @@ def interleave(
 
 
 def _interleave_on_core(calls: Calls, first: Calls, budget_s: float, own: Core) -> dict[str, Times]:
-    """The same on a CPU; longer, while someone else is on the core."""
-    found = {name: Times(own_core=True) for name in calls}
+    """The same on a CPU; longer, while someone else is on the core. Judged at the end, by the fastest pace of all: the
+    core may have been someone else's too while the first rounds were made.
+    """
+    read: dict[str, list[tuple[float, float, float]]] = {name: [] for name in calls}  # pace, first call, second call
+    counts = dict.fromkeys(calls, 0)  # of rounds that seemed to be nobody else's
     began = time.monotonic()
     for number, turns in enumerate(_rounds(calls)):
         spent = time.monotonic() - began
-        waits = spent < PATIENCE * budget_s and min(len(times.ms) for times in found.values()) < OWN_ROUNDS
+        waits = spent < PATIENCE * budget_s and min(counts.values()) < OWN_ROUNDS
         if number >= MIN_ROUNDS and (number >= MAX_ROUNDS or spent >= budget_s) and not waits:
             break
         for name, call in turns:
-            times, before = found[name], own.pace()
+            before = own.pace()
             cold, warm = time_once(first[name], CPU), time_once(call, CPU)
-            if own.is_own(max(before, own.pace())):
-                times.first_ms.append(cold)
-                times.ms.append(warm)
-            else:
-                times.shared_ms.append(warm)
+            pace = max(before, own.pace())
+            read[name].append((pace, cold, warm))
+            counts[name] += own.is_own(pace)
+    found = {name: _judged(rounds, own) for name, rounds in read.items()}
     if any(len(times.ms) < MIN_ROUNDS for times in found.values()):
         return {name: Times(times.ms + times.shared_ms, own_core=False) for name, times in found.items()}
     return found
+
+
+def _judged(rounds: Sequence[tuple[float, float, float]], own: Core) -> Times:
+    """Times of calls by the pace of the core."""
+    times = Times(own_core=True)
+    for pace, cold, warm in rounds:
+        if own.is_own(pace):
+            times.first_ms.append(cold)
+            times.ms.append(warm)
+        else:
+            times.shared_ms.append(warm)
+    return times
 
 
 def _rounds(calls: Calls) -> Iterator[list[tuple[str, Callable[[], object]]]]:

@@ -59,6 +59,17 @@ def test_calls_with_someone_on_the_core_before_or_after_are_kept_apart(monkeypat
     assert len(times.shared_ms) in (2 * len(times.ms), 2 * len(times.ms) - 1, 2 * len(times.ms) - 2)
 
 
+def test_rounds_are_judged_by_a_pace_that_was_seen_after_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first has someone on the core, whose own pace nobody knows yet."""
+    paces = itertools.chain([SHARED] * 4, itertools.repeat(ALONE))  # of a round: two, of two loops each
+    own = of_paces(paces, monkeypatch)
+    own.fastest = SHARED
+    monkeypatch.setattr(timing, "core", lambda: own)
+    times = interleave({"call": lambda: None}, CPU, 0.1, Telemetry(CPU))["call"]
+    assert times.own_core
+    assert len(times.shared_ms) == 1
+
+
 def test_too_few_calls_alone_are_not_told_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     times = interleaved([[SHARED, SHARED]], 0.001, monkeypatch)
     assert (times.own_core, times.shared_ms) == (False, [])
