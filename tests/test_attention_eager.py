@@ -103,6 +103,15 @@ def test_a_gate_may_be_as_large_as_a_number_beside_scores_far_from_0(needs_grad:
     torch.testing.assert_close(output.double() / 1e38, truth / 1e38, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("softmax", ["joint", "per_modality"])
+@pytest.mark.parametrize("features", [("gate",), ("gate", "active"), ("gate", "times")])
+def test_gates_may_be_large_beside_small_sums_and_nothing(features: tuple[str, ...], softmax: str) -> None:
+    """Of what is hidden the sum of exponentials is 0: the quotient would be inf, and inf * 0 NaN."""
+    example = attention_example(5, [3, 4], [[4, 4]] * 2, softmax=softmax, features=features)
+    large = dataclasses.replace(example, tensors={**example.tensors, "gate": example.tensors["gate"] * 1e30})
+    assert check_attention(scaled_scores(large, 10.0), attend) == []
+
+
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("k_lengths", [[[4, 4]] * 2, [[4, 4], [3, 0]]])
 def test_results_may_be_changed_in_place(k_lengths: list[list[int]], heads: int) -> None:

@@ -63,7 +63,8 @@ def forward(
     counts = visible_counts(given)
     x = without_unseen(given, counts)
     results, sums, total = _attend(x, softmax, groups, None)
-    is_finite = softmax != "joint" or math.isfinite(results[0].sum())  # values overflow in products with exponentials
+    # Values overflow in products with exponentials, gates in quotients with their sums.
+    is_finite = softmax == "partials" or math.isfinite(results[0].sum())
     is_near = not groups or is_held(sums) or _count_far(sums, total) == _count_blind(x, groups, total, counts)
     if is_finite and is_near:
         return results, None
@@ -160,7 +161,7 @@ def _forward_block(
 def _factor(x: Inputs, softmax: str, group: Group, block: Block, sums: Tensor, share: Tensor | None) -> Tensor:
     """[*shape, M] what a block's exponentials are multiplied by, from their sums [*shape, M]."""
     if softmax != "joint":
-        factor = sums.clamp_min(LEAST).reciprocal_()
+        factor = sums.masked_fill(sums == 0, 1.0).reciprocal_()  # of nothing too a number that a gate leaves finite
     elif share is None:
         factor = sums.sum(-1, keepdim=True).clamp_min_(LEAST).reciprocal_()
     else:
