@@ -305,12 +305,12 @@ def _tables(op: str, q_lengths: Tensor, k_lengths: Tensor, device: torch.device)
     """All that a layout holds of lengths [B] and [B, M], made on the host."""
     both: Counts = torch.cat((q_lengths.long(), k_lengths.long().flatten())).cpu().numpy()
     queries, keys = both[: len(q_lengths)], both[len(q_lengths) :]
-    for argument, counts in (("q_lengths", queries), ("k_lengths", keys)):
+    bounds_q, bounds_k = (np.concatenate(([0], counts.cumsum())) for counts in (queries, keys))
+    for argument, counts, bounds in (("q_lengths", queries, bounds_q), ("k_lengths", keys, bounds_k)):
         if (smallest := counts.min(initial=0)) < 0:
             raise ValueError(f"{op}: {argument} must not be negative, got {smallest}.")
-        if (total := counts.sum()) >= 2**31:
-            raise ValueError(f"{op}: {argument} must sum to less than 2**31, got {total}. Split the batch.")
-    bounds_q, bounds_k = (np.concatenate(([0], counts.cumsum())) for counts in (queries, keys))
+        if bounds[-1] >= 2**31:
+            raise ValueError(f"{op}: {argument} must sum to less than 2**31, got {bounds[-1]}. Split the batch.")
     segments = keys.reshape(k_lengths.shape)
     sample_keys = segments.sum(1)
     tables = {

@@ -134,6 +134,27 @@ def test_full_tokens_are_packed_without_a_look_at_the_device() -> None:
     assert all(x.is_meta for x in (batch.key_source, batch.layout.cu_seqlens_k, batch.layout.key_tiles))
 
 
+def test_a_module_compiled_with_its_packing_is_not_compiled_for_every_batch() -> None:
+    """What NumPy makes of lengths stays out of the graphs, which would hold them as constants."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    module = FusionBlock(64, 4, {"a": 8, "b": 5})
+    compiled = torch.compile(module, backend=count)
+    counts = []
+    for _ in range(5):
+        query, tokens = torch.randn(3, 4, 64), {"a": torch.randn(3, 9, 8), "b": torch.randn(3, 7, 5)}
+        masks = {"a": torch.rand(3, 9) < 0.5, "b": torch.rand(3, 7) < 0.5}
+        torch.testing.assert_close(compiled(query, tokens, masks=masks), module(query, tokens, masks=masks))
+        counts.append(len(graphs))
+    assert counts[0] > 0
+    assert counts[2:] == [counts[2]] * 3
+
+
 def collate(lengths: list[list[int]]) -> ModalityLayout:
     k_lengths = torch.tensor(lengths)
     return ModalityLayout.from_lengths(torch.ones(len(lengths), dtype=torch.int64), k_lengths, names=["a", "b"])
