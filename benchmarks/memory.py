@@ -1,10 +1,21 @@
-"""The most memory that a call holds beyond its inputs: every allocation counts, also those inside an operator."""
+"""Memory: a heap as that of a process at work, and the most that a call holds beyond its inputs, where every allocation
+counts, also those inside an operator.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+HEAP_BYTES = 1 << 24  # beyond any block that a case takes again and again; from 32 MiB on glibc learns nothing
+
+
+def use_heap() -> None:
+    """Leave the heap as in any process that has computed: until glibc has freed something larger once, it returns every
+    block of scores to the system, and whoever asks for it next pays for its pages.
+    """
+    torch.zeros(HEAP_BYTES, dtype=torch.uint8)
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:

@@ -16,6 +16,7 @@ from benchmarks import compare, isolate, plan, results, roofline
 from benchmarks.against import ROUNDS, Against, against, is_commit
 from benchmarks.cases import Builder
 from benchmarks.harness import Harness, ratio, untimed, usable
+from benchmarks.memory import use_heap
 from benchmarks.results import Result, Run
 from benchmarks.telemetry import Telemetry
 
@@ -156,6 +157,7 @@ def _isolated(args: argparse.Namespace, words: list[str], names: list[str]) -> i
 def _measure(args: argparse.Namespace, kind: str, chosen: Mapping[str, Builder], seconds: float) -> int:
     deadline = time.monotonic() + args.budget_s
     device = torch.device(kind)
+    use_heap()
     telemetry, ceilings = Telemetry(device), roofline.measure(device)
     run = results.describe_run(device, ceilings, telemetry)
     print(f"{run.device}: copy {run.copy_gb_s} GB/s, matrix product {run.matrix_tflops} TFLOP/s, commit {run.commit}")

@@ -12,7 +12,7 @@ import torch
 from benchmarks.case import Case, Prepared
 from benchmarks.cases import attention, attention_peers, builders, distillation, distillation_peers
 from benchmarks.harness import call_of
-from benchmarks.memory import peak_bytes
+from benchmarks.memory import peak_bytes, use_heap
 from benchmarks.telemetry import Telemetry
 from benchmarks.timing import interleave
 
@@ -32,10 +32,7 @@ def fresh_memory_is_nan() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def used_heap() -> None:
-    """As in any process that has computed: until glibc has freed something larger once, it returns every block of
-    scores to the system, and whoever asks for it next pays for its pages.
-    """
-    torch.zeros(1 << 22)
+    use_heap()
 
 
 def calls_of(case: Case, mode: str) -> dict[str, Callable[[], object]]:
