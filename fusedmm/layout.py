@@ -306,11 +306,11 @@ def _tables(op: str, q_lengths: Tensor, k_lengths: Tensor, device: torch.device)
     both: Counts = torch.cat((q_lengths.long(), k_lengths.long().flatten())).cpu().numpy()
     queries, keys = both[: len(q_lengths)], both[len(q_lengths) :]
     bounds_q, bounds_k = (np.concatenate(([0], counts.cumsum())) for counts in (queries, keys))
-    for argument, counts, bounds in (("q_lengths", queries, bounds_q), ("k_lengths", keys, bounds_k)):
+    for argument, counts in (("q_lengths", queries), ("k_lengths", keys)):
         if (smallest := counts.min(initial=0)) < 0:
             raise ValueError(f"{op}: {argument} must not be negative, got {smallest}.")
-        if bounds[-1] >= 2**31:
-            raise ValueError(f"{op}: {argument} must sum to less than 2**31, got {bounds[-1]}. Split the batch.")
+        if (total := counts.sum(dtype=np.float64)) >= 2**31:  # an int64 sum may come round to one that fits
+            raise ValueError(f"{op}: {argument} must sum to less than 2**31, got {total:.0f}. Split the batch.")
     segments = keys.reshape(k_lengths.shape)
     sample_keys = segments.sum(1)
     tables = {

@@ -175,6 +175,7 @@ def test_the_kernel_finds_the_same_ranges(lookback, device) -> None:
         ((torch.tensor([1.0]), torch.tensor([[1]])), TypeError, "q_lengths must be int32 or int64, got float32"),
         (([1], torch.tensor([[1]])), TypeError, "q_lengths must be a tensor, got list. Use torch.as_tensor"),
         ((torch.tensor([2**31 - 1, 1]), torch.tensor([[1], [1]])), ValueError, "q_lengths must sum to less than"),
+        ((torch.tensor([1]), torch.tensor([[2**62] * 4])), ValueError, "k_lengths must sum to less than"),
         ((torch.tensor([1]), torch.ones(1, 33).long()), ValueError, "num_modalities must be 1 to 32, got 33"),
         ((torch.tensor([1]), torch.ones(1, 0).long()), ValueError, "num_modalities must be 1 to 32, got 0"),
         ((torch.tensor([1]), torch.tensor([[1, 1]]), ["a", "a"]), ValueError, "names must be 2 different names"),
