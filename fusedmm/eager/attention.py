@@ -64,7 +64,8 @@ def forward(
     x = without_unseen(given, counts)
     results, sums, total = _attend(x, softmax, groups, None)
     # Values overflow in products with exponentials, gates in quotients with their sums.
-    is_finite = softmax == "partials" or math.isfinite(results[0].sum())
+    may_overflow = softmax == "joint" or x.gate is not None
+    is_finite = not may_overflow or math.isfinite(results[0].sum())
     is_near = not groups or is_held(sums) or _count_far(sums, total) == _count_blind(x, groups, total, counts)
     if is_finite and is_near:
         return results, None
@@ -161,7 +162,9 @@ def _forward_block(
 def _factor(x: Inputs, softmax: str, group: Group, block: Block, sums: Tensor, share: Tensor | None) -> Tensor:
     """[*shape, M] what a block's exponentials are multiplied by, from their sums [*shape, M]."""
     if softmax != "joint":
-        factor = sums.masked_fill(sums == 0, 1.0).reciprocal_()  # of nothing too a number that a gate leaves finite
+        if x.gate is not None:  # that of nothing stays a number, to be multiplied by 0
+            return x.rows(x.gate, group, block) / sums.masked_fill(sums == 0, 1.0)
+        factor = sums.clamp_min(LEAST).reciprocal_()
     elif share is None:
         factor = sums.sum(-1, keepdim=True).clamp_min_(LEAST).reciprocal_()
     else:
