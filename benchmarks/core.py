@@ -1,9 +1,9 @@
-"""Whether a CPU core is this process's own right now: what a clock is to a GPU.
+"""Whether a CPU core is this thread's own right now: what a clock is to a GPU.
 
-A virtual machine's core is often one of two hardware threads of a real one. While the other computes for another guest,
-everything here takes longer, and not alike: on an EPYC (Zen 5) Python 1.8 times, an exponential 1.5, oneDNN's products
-1.2, MKL's 1.05. A ratio of two such times is one of what they are made of. The guest is not told (no steal time is
-counted), but a short loop of Python tells: it takes 9 or 16 microseconds and little in between.
+A virtual machine's core is often one of two hardware threads of a real one. While the other computes, everything here
+takes longer, and not alike: on an EPYC (Zen 5) Python 1.8 times, an exponential 1.5, oneDNN's products 1.2, MKL's 1.05,
+so that a ratio of two times is another one. The system counts no steal time then, but a short loop of Python tells: it
+takes 9 or 16 microseconds, and little in between. Whose work it is, another guest's or one's own, it does not tell.
 """
 
 import time
@@ -18,7 +18,7 @@ SEARCH_S = 1.0  # for the fastest pace, before the first reading is judged
 class Core:
     """Reads the pace of the core that the calling thread runs on.
 
-    A machine that others share all the time is told from one of its own by nothing: both have one pace.
+    Where something else is on it all the time, there is one pace, and it is taken for the core's own: `Run` holds it.
     """
 
     def __init__(self) -> None:

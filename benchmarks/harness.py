@@ -30,7 +30,7 @@ class Ready(NamedTuple):
 
     Attributes:
         variant: which.
-        bound: to the case's inputs; on a CPU also to the same in other memory, for `benchmarks.timing.interleave`.
+        bound: to the case's inputs; on a CPU also to the same in other memory, for the second call of a turn.
         worst: error that the gate saw.
     """
 
@@ -148,15 +148,16 @@ class Harness:
         rows: list[Result] = []
         again: list[str] = []
         calls: dict[str, Call] = {}
-        first: dict[str, Call] = {}
+        second: dict[str, Call] = {}
         peaks: dict[str, float] = {}
         for name, each in group.items():
             self.begin(case.name, name)
             try:
                 with quiet():
                     call, peaks[name] = self._warmed(each.bound[0], mode, wrap)
-                    first[name] = call if self.device.type == "cuda" else call_of(each.bound[1], mode)
-                    first[name]()
+                    if self.device.type != "cuda":
+                        second[name] = call_of(each.bound[1], mode)
+                        second[name]()
                     calls[name] = call
             except Exception as error:
                 if not usable(self.device):
@@ -170,7 +171,7 @@ class Harness:
             return rows, again
         try:
             with quiet():
-                times = interleave(calls, self.device, self.seconds, self.telemetry, first)
+                times = interleave(calls, self.device, self.seconds, self.telemetry, second)
                 if self.energy:
                     add_energy(calls, times, self.telemetry)
         except Exception as error:

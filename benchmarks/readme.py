@@ -39,7 +39,7 @@ CPU_HEAD = (
     "| case | mode | fastest other | its time / fusedmm's | its peak memory / fusedmm's |",
     "|---|---|---|---|---|",
 )
-CPU_MORE = (" first call | shared core |", "---|---|")  # of every row, in the details
+CPU_MORE = (" called again | shared core |", "---|---|")  # of every row, in the details
 Latest = dict[tuple[str, str, str], tuple[Run, Result]]
 
 
@@ -77,10 +77,10 @@ LEGEND = """\
 - **case**: its inputs, FLOPs, bytes and competitors are in benchmarks/cases; everyone computes the same outputs and
   gradients, and who fails the correctness gate has no number.
 - **mode**: forward; both: forward and backward; -graph: replayed as a CUDA graph.
-- **on a CPU**: a call's time is that of the second in turn, on inputs in other memory than the first's. **First call**:
-  the same ratio of the first ones, which find the caches full of the other variants' code (benchmarks/timing.py).
-- **shared core**: the same ratio while someone else computed on the core (benchmarks/core.py), as most of the time in
-  rows that say so; the others are of calls during which nobody did.
+- **on a CPU** a variant's call comes after those of the others. **Called again**: the same ratio of a second call in
+  turn, on inputs in other memory, which finds the variant's code in the caches (benchmarks/timing.py).
+- **shared core**: the same ratio of calls during which something else was on the core (benchmarks/core.py). Rows whose
+  times are of such calls too, for want of others, say so.
 - **fastest other**: of everyone else in the same run. Above 1.00 its time is longer than fusedmm's, or its peak
   memory larger.
 - **of ceiling**: share of the copy bandwidth or matrix rate measured in the same run, whichever bounds the case.
@@ -118,18 +118,18 @@ def cpu_line(found: Latest) -> str:
 
 
 def _otherwise(found: Latest) -> str:
-    """What the same rows read as first calls, and while someone else was on the core."""
-    first, shared = (_of_operators(_cpu_ratios(_timed_by(found, name))) for name in ("first_ms", "shared_ms"))
+    """What the same rows read when called again, and while something else was on the core."""
+    again, shared = (_of_operators(_cpu_ratios(_timed_by(found, name))) for name in ("again_ms", "shared_ms"))
     lines = []
-    if first:
+    if again:
         lines.append(
-            f" Of first calls, which find the caches full of the other variants' code, {_count(first, NEAR)} of "
-            f"{len(first)} are within 10 %; the slowest takes {_worst(first)}."
+            f" Called again, with their code in the caches, {_count(again, NEAR)} of {len(again)} are within 10 %; the "
+            f"slowest takes {_worst(again)}."
         )
     if shared:
         lines.append(
-            f" While another guest of the machine computes on the same core, {_count(shared, NEAR)} of {len(shared)} "
-            f"are; the slowest takes {_worst(shared)}."
+            f" While something else computes on the same core, {_count(shared, NEAR)} of {len(shared)} are; the "
+            f"slowest takes {_worst(shared)}."
         )
     return "".join(lines)
 
@@ -139,8 +139,13 @@ def _of_operators(ratios: Mapping[tuple[str, str], float]) -> dict[tuple[str, st
 
 
 def _timed_by(found: Latest, name: str) -> Latest:
-    """Rows with another of their times in place of the median; those that have none, without one."""
-    return {key: (run, replace(row, median_ms=getattr(row, name))) for key, (run, row) in found.items()}
+    """Rows with another of their times in place of the median; none of a case and mode in which someone lacks it."""
+    lacking = {(row.case, row.mode) for _, row in found.values() if row.status == TIMED and getattr(row, name) is None}
+    return {
+        key: (run, replace(row, median_ms=getattr(row, name)))
+        for key, (run, row) in found.items()
+        if (row.case, row.mode) not in lacking
+    }
 
 
 def _count(ratios: Mapping[tuple[str, str], float], least: float) -> int:
@@ -216,11 +221,11 @@ def cpu_part(found: Latest) -> str:
         return "**CPU: not measured yet.** Command: `python -m benchmarks --device cpu --save`."
     lines = [f"**CPU, the eager path: {_machine(found)}** (`python -m benchmarks --device cpu --save`)", ""]
     lines += [f"{line}{more}" for line, more in zip(CPU_HEAD, CPU_MORE, strict=True)]
-    first, shared = (_cpu_ratios(_timed_by(found, name)) for name in ("first_ms", "shared_ms"))
+    again, shared = (_cpu_ratios(_timed_by(found, name)) for name in ("again_ms", "shared_ms"))
     for name in _listed("cpu"):
         for mode in MODES:
             if (name, mode, "fusedmm") in found:
-                cells = (f"{ratios[name, mode]:.2f}" if (name, mode) in ratios else "-" for ratios in (first, shared))
+                cells = (f"{ratios[name, mode]:.2f}" if (name, mode) in ratios else "-" for ratios in (again, shared))
                 lines.append(f"{_row(name, mode, found, with_rate=False)} {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -255,7 +260,7 @@ def _row(name: str, mode: str, found: Latest, *, with_rate: bool) -> str:
     ours = found[name, mode, "fusedmm"][1]
     best = _fastest_other(name, mode, ours, found)
     times = None if best is None else ratio(ours, best)
-    compared = "-" if best is None else "no ratio: clocks differ" if times is None else f"{times:.2f}"
+    compared = "-" if best is None else "no ratio: clocks or cores differ" if times is None else f"{times:.2f}"
     rival = "-" if best is None else best.variant
     if not with_rate:
         compared += ", shared core" if ours.own_core is False else ""

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.core import core
 from benchmarks.peers import versions
 from benchmarks.roofline import Ceilings
 from benchmarks.telemetry import Telemetry
@@ -50,6 +51,7 @@ class Run:
         processors: multiprocessors of the GPU, cores of the processor.
         copy_gb_s: measured ceiling of memory, bytes read and written.
         matrix_tflops: measured ceiling of a large matrix product, by dtype.
+        pace_us: on a CPU the fastest time of `benchmarks.core`'s loop; in two runs the same, where both had their core.
     """
 
     id: str
@@ -64,6 +66,7 @@ class Run:
     processors: int
     copy_gb_s: float
     matrix_tflops: dict[str, float]
+    pace_us: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,10 @@ class Result:
         worst_error: largest relative error, in norm, of any result of the small twin that the gate computes.
         clock_mhz, power_w, energy_mj, throttled: of the GPU while this variant ran; None where they cannot be read, but
             for the clock, which then is 0: without it a GPU's times have no ratio.
-        own_core: whether the times are of calls during which nobody else was on the core; False where such calls were
-            too few, None on a GPU and in rows of before 2026-11-22 (`benchmarks.core`).
-        first_ms: on a CPU, median of the calls before those, which find the code of other variants in the caches
-            (`benchmarks.timing`).
-        shared_ms: median of the calls during which someone was on the core, where there are enough beside the others.
+        own_core: on a CPU whether the times are of calls during which nothing else was on the core (`benchmarks.core`);
+            False where those were too few, None in rows of before 2026-11-22.
+        again_ms: on a CPU, median of the same calls made a second time in turn (`benchmarks.timing`).
+        shared_ms: on a CPU, median of the calls during which something was on the core, where there are enough.
         kernel: name in the static table of the kernel that does the work, for the model's error.
     """
 
@@ -116,7 +118,7 @@ class Result:
     energy_mj: float | None = None
     throttled: str | None = None
     own_core: bool | None = None
-    first_ms: float | None = None
+    again_ms: float | None = None
     shared_ms: float | None = None
     kernel: str | None = None
 
@@ -140,7 +142,7 @@ def timed(blank: Result, times: Times) -> Result:
         energy_mj=times.energy_mj,
         throttled=times.throttled,
         own_core=times.own_core,
-        first_ms=_median(times.first_ms),
+        again_ms=_median(times.again_ms),
         shared_ms=_median(times.shared_ms),
     )
 
@@ -201,6 +203,7 @@ def describe_run(device: torch.device, ceilings: Ceilings, telemetry: Telemetry)
         processors=processors,
         copy_gb_s=round(ceilings.copy_gb_s, 1),
         matrix_tflops={name: round(rate, 2) for name, rate in ceilings.matrix_tflops.items()},
+        pace_us=round(core().fastest * 1e6, 2) if device.type == "cpu" else None,
     )
 
 

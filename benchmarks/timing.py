@@ -4,11 +4,11 @@ order of its own, so that none always comes after the same one and finds the cac
 On a GPU a call lies between two events, and the L2 cache is flushed before it; the clock is read as it runs.
 Launch-bound calls are timed a second time as replays of a CUDA graph.
 
-On a CPU it is wall time of a second call in turn, the first being the same on inputs in other memory: its code is in
-cache and its inputs are not, as in a model whose layers do the same one after another. The first call is timed by
-itself: it finds the code of all other variants there, which costs those most who share none with them. The core's pace
-is read before and after: calls during which someone else was on the core (`benchmarks.core`) are kept apart. Quantiles
-are over rounds.
+On a CPU it is wall time, and a turn is two calls. The first comes after other work, the calls of the other variants:
+whoever runs much code, Python's or oneDNN's, has to bring it into the core's caches then. The second, the same on
+inputs in other memory, finds it there; it is kept beside, for the two differ by up to half. The core's pace is read
+around each turn: turns during which something else was on the core (`benchmarks.core`) are kept apart. Quantiles are
+over rounds.
 """
 
 import random
@@ -40,14 +40,14 @@ class Times:
     """What was read of one variant: a time in milliseconds and, on a GPU, a clock in MHz for each round.
 
     Attributes:
-        ms: on a CPU of the rounds in which the core was nobody else's, if those are enough.
-        first_ms: on a CPU the call before each.
-        shared_ms: of the other rounds then.
-        own_core: whether those were enough; None on a GPU.
+        ms: on a CPU of the first calls of a turn, where nothing else was on the core, if those are enough.
+        again_ms: of the second calls of the same turns.
+        shared_ms: of the first calls of the other turns.
+        own_core: whether the turns were so separated; None on a GPU.
     """
 
     ms: list[float] = field(default_factory=list)
-    first_ms: list[float] = field(default_factory=list)
+    again_ms: list[float] = field(default_factory=list)
     shared_ms: list[float] = field(default_factory=list)
     own_core: bool | None = None
     clocks: list[float] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Times:
 
 
 def interleave(
-    calls: Calls, device: torch.device, budget_s: float, telemetry: Telemetry, first: Calls | None = None
+    calls: Calls, device: torch.device, budget_s: float, telemetry: Telemetry, again: Calls | None = None
 ) -> dict[str, Times]:
     """Time calls in interleaved rounds until the budget is spent.
 
@@ -75,10 +75,10 @@ def interleave(
         device: where they run.
         budget_s: for all of them together; at least `MIN_ROUNDS` rounds are made.
         telemetry: of the device.
-        first: by variant, what a CPU does right before; None: the same call.
+        again: by variant, the second call of a CPU's turn; None: the same as the first.
     """
     if device.type != "cuda":
-        return _interleave_on_core(calls, first or calls, budget_s, core())
+        return _interleave_on_core(calls, again or calls, budget_s, core())
     found = {name: Times() for name in calls}
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device)
     deadline = time.monotonic() + budget_s
@@ -91,7 +91,7 @@ def interleave(
     return found
 
 
-def _interleave_on_core(calls: Calls, first: Calls, budget_s: float, own: Core) -> dict[str, Times]:
+def _interleave_on_core(calls: Calls, again: Calls, budget_s: float, own: Core) -> dict[str, Times]:
     """The same on a CPU; longer, while someone else is on the core. Judged at the end, by the fastest pace of all: the
     core may have been someone else's too while the first rounds were made.
     """
@@ -100,30 +100,30 @@ def _interleave_on_core(calls: Calls, first: Calls, budget_s: float, own: Core) 
     began = time.monotonic()
     for number, turns in enumerate(_rounds(calls)):
         spent = time.monotonic() - began
-        waits = spent < PATIENCE * budget_s and min(counts.values()) < OWN_ROUNDS
+        waits = spent < PATIENCE * budget_s and min(counts.values()) < min(OWN_ROUNDS, number)
         if number >= MIN_ROUNDS and (number >= MAX_ROUNDS or spent >= budget_s) and not waits:
             break
         for name, call in turns:
             before = own.pace()
-            cold, warm = time_once(first[name], CPU), time_once(call, CPU)
+            first, second = time_once(call, CPU), time_once(again[name], CPU)
             pace = max(before, own.pace())
-            read[name].append((pace, cold, warm))
+            read[name].append((pace, first, second))
             counts[name] += own.is_own(pace)
     found = {name: _judged(rounds, own) for name, rounds in read.items()}
     if any(len(times.ms) < MIN_ROUNDS for times in found.values()):
-        return {name: Times(times.ms + times.shared_ms, own_core=False) for name, times in found.items()}
+        return {name: _judged(rounds, None) for name, rounds in read.items()}
     return found
 
 
-def _judged(rounds: Sequence[tuple[float, float, float]], own: Core) -> Times:
-    """Times of calls by the pace of the core."""
-    times = Times(own_core=True)
-    for pace, cold, warm in rounds:
-        if own.is_own(pace):
-            times.first_ms.append(cold)
-            times.ms.append(warm)
+def _judged(rounds: Sequence[tuple[float, float, float]], own: Core | None) -> Times:
+    """Times of calls by the pace of the core; without one, of all."""
+    times = Times(own_core=own is not None)
+    for pace, first, second in rounds:
+        if own is None or own.is_own(pace):
+            times.ms.append(first)
+            times.again_ms.append(second)
         else:
-            times.shared_ms.append(warm)
+            times.shared_ms.append(first)
     return times
 
 

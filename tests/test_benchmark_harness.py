@@ -1,7 +1,5 @@
 """How a case is run: made ready, held to the right answer, timed beside others, its memory counted."""
 
-import platform
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -129,30 +127,6 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
         return z + 1
 
     assert peak_bytes(call, CPU) == pytest.approx(8 << 20, rel=0.01)
-
-
-FAULTS = """
-import resource, torch
-from benchmarks.memory import use_heap
-{before}
-faults = []
-for _ in range(9):
-    was = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(1 << 18) + torch.ones(1 << 18)
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - was)
-print(sorted(faults)[4])
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep what they are given back")
-def test_a_used_heap_keeps_its_pages() -> None:
-    def faults(before: str) -> int:
-        done = subprocess.run(
-            [sys.executable, "-c", FAULTS.format(before=before)], capture_output=True, text=True, check=True
-        )
-        return int(done.stdout)
-
-    assert faults("use_heap()") == 0 < faults("")
 
 
 def test_ratios_need_equal_clocks() -> None:
