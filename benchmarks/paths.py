@@ -95,5 +95,8 @@ def run(file: Path) -> int:
     except ValueError as error:
         print(f"paths: {error}")
         return 2
+    if not any(row.variant == "fusedmm-portable" for row in rows):
+        print(f"paths: {file} holds no time of a portable kernel: it is of no GPU, or of one without another path.")
+        return 2
     print(report(rows))
     return 0

@@ -70,8 +70,8 @@ class ModalityLayout(TensorTree, static=("num_modalities", "names")):
         modalities = self.num_modalities
         if not 1 <= modalities <= MAX_MODALITIES:
             raise ValueError(
-                f"ModalityLayout: num_modalities must be 1 to {MAX_MODALITIES}, got {modalities}. Merge "
-                "modalities, or split the attention."
+                f"ModalityLayout: num_modalities must be 1 to {MAX_MODALITIES}, got {modalities}. Of more, "
+                "merge some, or split the attention."
             )
         if self.names is not None and (len(self.names) != modalities or len(set(self.names)) != modalities):
             raise ValueError(
@@ -260,7 +260,8 @@ class ModalityLayout(TensorTree, static=("num_modalities", "names")):
     def _names(self, method: str) -> tuple[str, ...]:
         if self.names is None:
             raise ValueError(
-                f"ModalityLayout.{method}: the layout has no modality names, got a mapping. Build it with names=..."
+                f"ModalityLayout.{method}: the layout must have names of its modalities, got none. Build it with "
+                "names=..."
             )
         return self.names
 

@@ -197,7 +197,7 @@ def test_bad_masks_and_tensors() -> None:
     named = ModalityLayout.from_lengths(torch.tensor([1, 1]), torch.tensor([[5, 1], [2, 1]]), names=["a", "b"])
     with pytest.raises(ShapeError, match=r"pack: a must have shape \[batch=2, at least 5 tokens"):
         named.pack({"a": torch.zeros(2, 3, 1), "b": torch.zeros(2, 2, 1)})
-    with pytest.raises(ValueError, match=r"pack: the layout has no modality names"):
+    with pytest.raises(ValueError, match=r"pack: the layout must have names of its modalities"):
         layout.pack({"a": torch.zeros(1, 3, 4)})
     with pytest.raises(TypeError, match=r"key_time must be int64, got float32"):
         layout.at_times(torch.arange(2), torch.arange(3.0))

@@ -42,9 +42,8 @@ def scores(
 
     Classes-major, so that a vector holds rows, the teacher's beside the student's, so that one operator takes both:
     [V, 2 N]. 4096 rows of 32 classes from 64 features: 34 MFLOP and one pass over 1 MiB of logits, 0.25 ms on a core
-    of an EPYC (Zen 5); this takes 0.95 ms, 0.25 of them in the two matmuls and the rest in some 70 unfused operators.
-    Compiled, where one loop reads the logits once, the same fields take 1.15 ms. Halving the rows, so that L2
-    holds them, costs more calls than it saves.
+    of an EPYC (Zen 5); this takes 1.0 ms, 0.3 of them in the two matmuls and the rest in some 70 unfused operators, and
+    1.7 after other work. Halving the rows, so that L2 holds them, costs more calls than it saves.
     """
     classes, rows = student.weight.shape[0], student.hidden.shape[0]
     if rows * classes <= CALL_ELEMENTS:

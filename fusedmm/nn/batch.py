@@ -1,6 +1,6 @@
 """What a fusion module reads: the tokens of every modality packed once, for all layers."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TypedDict, Unpack
@@ -297,7 +297,7 @@ class _Ragged:
         return None if self.mask is None else occupied(self.mask, total)
 
 
-def _on_host(lengths: list[Tensor]) -> Iterable[Tensor]:
+def _on_host(lengths: list[Tensor]) -> list[Tensor]:
     """The same on the CPU: all that lie on a GPU come in one copy."""
     away = [x for x in lengths if not x.is_cpu]
     came = iter(torch.stack(away).cpu()) if away else iter(())

@@ -214,4 +214,4 @@ def provenance() -> str:
         commit = f", commit {subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()}"
     day = datetime.now(UTC).date()
     versions = f"fusedmm {fusedmm.__version__}{commit}, torch {torch.__version__}, Python {platform.python_version()}"
-    return f"{day}, {versions}, {platform.machine()} with {torch.get_num_threads()} threads."
+    return f"{day}, {versions}, {platform.machine()}, threads: {torch.get_num_threads()}."
