@@ -260,7 +260,7 @@ def _row(name: str, mode: str, found: Latest, *, with_rate: bool) -> str:
     ours = found[name, mode, "fusedmm"][1]
     best = _fastest_other(name, mode, ours, found)
     times = None if best is None else ratio(ours, best)
-    compared = "-" if best is None else "no ratio: clocks or cores differ" if times is None else f"{times:.2f}"
+    compared = "-" if best is None else "no ratio: clocks differ" if times is None else f"{times:.2f}"
     rival = "-" if best is None else best.variant
     if not with_rate:
         compared += ", shared core" if ours.own_core is False else ""
