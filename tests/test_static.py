@@ -6,6 +6,7 @@ not compiled again, except for a sample; of what has changed at most `LIMIT` ker
 """
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -85,7 +86,10 @@ def test_kernels_are_no_worse_than_committed() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(done.stdout)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    known = {f"static: {arch} {name}: " for arch in arches for name in SPILLING.get(triton.__version__, ())}
+    complaints = re.findall(r"^static: (?:sm_|gfx|The ).*", done.stdout, re.MULTILINE)
+    assert {re.sub(r"\d+ spills$", "", complaint) for complaint in complaints} == known, done.stderr[-4000:]
+    assert done.returncode == bool(known), done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("version", TABLES)
