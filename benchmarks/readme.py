@@ -219,7 +219,7 @@ def cpu_part(found: Latest) -> str:
     """Ratios only: times on a shared CPU mean little by themselves."""
     if not found:
         return "**CPU: not measured yet.** Command: `python -m benchmarks --device cpu --save`."
-    lines = [f"**CPU, the eager path: {_machine(found)}** (`python -m benchmarks --device cpu --save`)", ""]
+    lines = [f"**CPU, the eager path: {_machine(found)}** (`{_run(found).command}`)", ""]
     lines += [f"{line}{more}" for line, more in zip(CPU_HEAD, CPU_MORE, strict=True)]
     again, shared = (_cpu_ratios(_timed_by(found, name)) for name in ("again_ms", "shared_ms"))
     for name in _listed("cpu"):
@@ -236,7 +236,8 @@ def grid_part() -> str:
     if not found:
         return f"**CPU: not measured yet.** Command: {GRID_COMMAND}."
     lines = [
-        f"{_machine(found)} ({GRID_COMMAND}, then `python -m benchmarks readme`)",
+        f"{_machine(found)} (`{_run(found).command}`, then `python -m benchmarks readme`; these rows alone: "
+        f"{GRID_COMMAND})",
         "",
         "| N | V | forward KL | half forward KL, half cross entropy | JSD(0.5) |",
         "|---|---|---|---|---|",
@@ -322,11 +323,19 @@ def _static_row(row: Row) -> str:
     )
 
 
-def _machine(found: Latest) -> str:
+def _runs(found: Latest) -> list[Run]:
+    """Of the rows in tables, or, where there are none, of the curves' points."""
     listed = [run for (case, _, _), (run, _) in found.items() if not case.startswith("scaling/")]
-    listed = listed or [run for run, _ in found.values()]
-    run = max(listed, key=lambda run: run.began)
-    commits = len({run.commit for run in listed})
+    return listed or [run for run, _ in found.values()]
+
+
+def _run(found: Latest) -> Run:
+    """The newest."""
+    return max(_runs(found), key=lambda run: run.began)
+
+
+def _machine(found: Latest) -> str:
+    run, commits = _run(found), len({run.commit for run in _runs(found)})
     threads = f", {run.threads} thread{'s' * (run.threads > 1)}" if run.threads else ""
     software = f"torch {run.versions['torch']}, triton {run.versions['triton']}"
     newest = f" (the newest of {commits})" if commits > 1 else ""

@@ -91,7 +91,7 @@ class Result:
         clock_mhz, power_w, energy_mj, throttled: of the GPU while this variant ran; None where they cannot be read, but
             for the clock, which then is 0: without it a GPU's times have no ratio.
         own_core: on a CPU whether the times are of calls during which nothing else was on the core (`benchmarks.core`);
-            False where those were too few, None in rows of before 2026-11-22.
+            False where those were too few, None in older rows.
         again_ms: on a CPU, median of the same calls made a second time in turn (`benchmarks.timing`).
         shared_ms: on a CPU, median of the calls during which something was on the core, where there are enough.
         kernel: name in the static table of the kernel that does the work, for the model's error.

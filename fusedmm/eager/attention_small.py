@@ -2,9 +2,9 @@
 
 A call for 4 samples of 16 queries and 64 keys takes 0.17 ms, 0.06 of them in products, where the operators that
 `fusedmm.eager.attention` needs to fit every problem make it 0.22; with all gradients 0.5 and 0.8 (one thread of an AMD
-EPYC, called again and again; `python -m benchmarks attention/tiny` reads more, after other work). The
-formulas are the same. Of a problem within `KEPT` the backward is handed what the forward has made: a quarter of its
-time would go into making it again.
+EPYC, called again and again; `python -m benchmarks attention/tiny` reads more, after other work). The formulas are the
+same. Of a problem within `KEPT` the backward is handed what the forward has made: a quarter of its time would go into
+making it again.
 
 What exponentials without a peak taken off do not hold, and every other problem, is left to `fusedmm.eager.attention`.
 """
