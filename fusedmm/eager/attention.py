@@ -40,7 +40,6 @@ from fusedmm.eager.attention_inputs import (
     row_exponent,
     shares,
     ungrouped,
-    visible_counts,
     without_unseen,
 )
 from fusedmm.eager.attention_rows import add_key_product, add_keys, as_matrices, product
@@ -60,7 +59,7 @@ def forward(
         small = attention_small.forward(x, groups[0], keep=keep)
         if small is not None:
             return small
-    counts = visible_counts(given)
+    counts = Counts(given)
     x = without_unseen(given, counts)
     results, sums, total = _attend(x, softmax, groups, None)
     # Values overflow in products with exponentials, gates in quotients with their sums.
@@ -239,7 +238,7 @@ def backward(
         grad_key, grad_value = (t.unflatten(1, (x.key.shape[1], -1)).sum(2) for t in gradients[1:3])
         return gradients[0], grad_key, grad_value, gradients[3], gradients[4]
     groups = x.groups()
-    counts = visible_counts(x)
+    counts = Counts(x)
     certain = certain_rows(x, softmax, groups, counts)
     exponent, offset = _exponent_and_offset(softmax, x.log_prior, grad_mass, grad_lse, inner, mass, lse)
     terms = RowTerms(exponent, offset, certain, grad_lse, mass if is_far(exponent, lse, mass) else None)

@@ -1,7 +1,5 @@
 """What both directions of the eager attention read: its inputs, who sees what, and the scores of a block."""
 
-from collections.abc import Callable
-from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -18,8 +16,6 @@ LARGEST = 60.0
 LEAST = 2.0**-LARGEST
 MODEST = 1e18  # products of two numbers below it, and sums of a few hundred, are finite
 NOTHING = -1e30  # stands for the lse of a modality without visible keys: log of its mass stays -inf beside it
-
-Counts = Callable[[], Tensor]
 
 
 class Inputs(NamedTuple):
@@ -73,14 +69,14 @@ def ungrouped(x: Inputs) -> Inputs:
     return x._replace(key=key, value=value)
 
 
-def without_unseen(x: Inputs, counts: Counts) -> Inputs:
+def without_unseen(x: Inputs, counts: "Counts") -> Inputs:
     """Keys and values that no query sees, by time or because their head is switched off, and queries that see nothing,
     set to 0: NaN there goes nowhere. Where all heads agree, `active` has done all it does: groups leave out what is
     switched off.
 
     Args:
         x: the inputs.
-        counts: `visible_counts` of them.
+        counts: `Counts` of them.
     """
     read = None
     active = x.active
@@ -103,9 +99,17 @@ def without_unseen(x: Inputs, counts: Counts) -> Inputs:
     return x._replace(query=query, key=key, value=value, active=active)
 
 
-def visible_counts(x: Inputs) -> Counts:
+class Counts:
     """Gives [total_q, Hq, M], the keys that each query sees of each modality: found when first asked for, then kept."""
-    return cache(partial(_visible_counts, x))
+
+    def __init__(self, x: Inputs) -> None:
+        self._inputs = x
+        self._found: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self._found is None:
+            self._found = _visible_counts(self._inputs)
+        return self._found
 
 
 def _visible_counts(x: Inputs) -> Tensor:

@@ -56,8 +56,8 @@ def forward(x: Inputs, group: Group, *, keep: bool = False) -> tuple[tuple[Tenso
     """
     samples = len(group.samples)
     query, key, value = (_matrices(t, samples) for t in (x.query, x.key, x.value))
-    start = None if x.log_prior is None else _heads_first(x.log_prior * LOG2_E, samples)
-    probabilities = _exponentials(x, samples, query, key, start)
+    start = None if x.log_prior is None else _heads_first(x.log_prior, samples)
+    probabilities = _exponentials(x, samples, query, key, start, LOG2_E)
     sums = probabilities.sum(-1)
     if not is_held(sums):
         return None
@@ -74,7 +74,8 @@ def forward(x: Inputs, group: Group, *, keep: bool = False) -> tuple[tuple[Tenso
         weights = probabilities.mul_(factor[..., None])
     weights = _joined(weights)
     output = torch.bmm(weights, value).view(*sums.shape[:3], -1)
-    results = _written(output), _written(sums / total), _written(sums.log())
+    sums = _written(sums)
+    results = _written(output), sums / _packed(total), sums.log()
     return results, Kept(query, key, value, probabilities, weights, gate) if keep else None
 
 
@@ -94,9 +95,9 @@ def backward(
     if grad_mass is None:
         offset.neg_()
     else:  # its own difference first: it is 0 where one modality has all the mass
-        given = _heads_first_view(grad_mass, samples)
+        given = _heads_first(grad_mass, samples)
         mean = (given * share).sum(-1, keepdim=True)
-        offset = torch.sub(given, mean, out=torch.empty_like(gated)).sub_(offset)
+        offset = given.sub(mean).sub_(offset)
     if kept.gate is not None:
         products.mul_(kept.gate[..., None])
     products.addcmul_(kept.probabilities, offset[..., None])
@@ -124,19 +125,22 @@ def made_again(x: Inputs, group: Group, mass: Tensor, lse: Tensor) -> Kept:
     return Kept(query, key, value, probabilities, _joined(weights), gate)
 
 
-def _exponentials(x: Inputs, samples: int, query: Tensor, key: Tensor, start: Tensor | None) -> Tensor:
-    """exp2 [H, c, n, M, w] of scores, to which ``start`` [H, c, n, M] is added."""
+def _exponentials(
+    x: Inputs, samples: int, query: Tensor, key: Tensor, start: Tensor | None, unit: float = 1.0
+) -> Tensor:
+    """exp2 [H, c, n, M, w] of scores, to which ``unit`` times ``start`` [H, c, n, M] is added."""
     joined = query.new_empty((query.shape[0], query.shape[1], key.shape[1]))
     scores = joined.view(-1, samples, query.shape[1], x.num_modalities, key.shape[1] // x.num_modalities)
     if start is not None:
         scores.copy_(start[..., None])
-    joined.baddbmm_(query, key.mT, beta=int(start is not None), alpha=x.scale * LOG2_E).exp2_()
+    joined.baddbmm_(query, key.mT, beta=0.0 if start is None else unit, alpha=x.scale * LOG2_E).exp2_()
     return scores
 
 
 def _joined(by_modality: Tensor) -> Tensor:
     """A view [H * c, n, k] of a contiguous [H, c, n, M, w]."""
-    return by_modality.flatten(3).flatten(0, 1)
+    heads, samples, rows = by_modality.shape[:3]
+    return by_modality.view(heads * samples, rows, -1)
 
 
 def _heads_first_view(packed: Tensor, samples: int) -> Tensor:

@@ -52,21 +52,9 @@ class Problem(NamedTuple):
 
     def eager_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
         """The same for the eager composition, which leaves the output gate to its caller."""
-        return Inputs(
-            query=query,
-            key=key,
-            value=value,
-            cu_seqlens_q=self.cu_seqlens_q,
-            cu_seqlens_k=self.cu_seqlens_k,
-            num_modalities=self.num_modalities,
-            log_prior=self.log_prior,
-            gate=self.gate,
-            active=self.active,
-            visible=self.visible,
-            seed=self.seed,
-            dropout_p=self.dropout_p,
-            scale=self.scale,
-        )
+        lies = self.cu_seqlens_q, self.cu_seqlens_k, self.num_modalities
+        weighed = self.log_prior, self.gate, self.active, self.visible, self.seed, self.dropout_p, self.scale
+        return Inputs(query, key, value, *lies, *weighed)
 
 
 TENSORS = 3 + Problem._fields.index("num_modalities")  # of an operator's arguments: they lead, settings follow

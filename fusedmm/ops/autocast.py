@@ -8,6 +8,14 @@ from torch import Tensor
 from fusedmm.shapes import check_tensor
 
 
+NOTHING = nullcontext()
+
+
+def is_autocast_on() -> bool:
+    """Whether it is, on any device: the question about one costs as much as an operator."""
+    return torch._C._is_any_autocast_enabled()
+
+
 def autocast(op: str, **tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the autocast dtype where autocast is on; float64 stays, as in PyTorch's own operators.
 
@@ -18,7 +26,7 @@ def autocast(op: str, **tensors: Tensor) -> tuple[Tensor, ...]:
         check_tensor(op, argument, tensor)
     given = tuple(tensors.values())
     device = given[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not is_autocast_on() or not torch.is_autocast_enabled(device):
         return given
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in given)
@@ -26,5 +34,4 @@ def autocast(op: str, **tensors: Tensor) -> tuple[Tensor, ...]:
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Autocast off, where it is on: entering costs as much as ten operators."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False) if is_autocast_on() else NOTHING

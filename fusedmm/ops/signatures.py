@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from fusedmm.ops.autocast import is_autocast_on
 from fusedmm.ops.dispatch import is_watched
 
 T = TypeVar("T")
@@ -50,4 +51,4 @@ def signature(tensors: Sequence[object], others: Sequence[Hashable]) -> Hashable
             found += (tensor.shape, tensor.dtype, device)
         else:
             return None
-    return None if device is None or torch.is_autocast_enabled(device.type) else tuple(found)
+    return None if device is None or is_autocast_on() else tuple(found)
