@@ -13,7 +13,7 @@ products are 0.8; with gradients 5.2, of which 2.8 (one thread of an AMD EPYC, Z
 takes 1.7 and 6.3; a first call after other work 0.7 more, of which oneDNN's code, come into the caches, is 0.1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -23,31 +23,47 @@ from torch import Tensor
 from fusedmm.eager.attention_groups import BLOCK_SCORES, Block, Group
 from fusedmm.eager.attention_inputs import LEAST, Inputs, hidden_scores
 from fusedmm.eager.attention_rows import as_matrices, key_view
-from fusedmm.eager.products import LOG2_E, ONEDNN_FLOPS, has_onednn, linear
+from fusedmm.eager.products import LOG2_E, ONEDNN_FLOPS, cast, has_onednn, linear
 
+STAGED = 1 << 18  # elements of queries and keys that are laid out at once: 1 MiB, and as much of values and outputs
 LEAST_ROWS = 64  # of a block, for which each product lays out all keys anew; and fewest keys
 
 
-def fits(x: Inputs, softmax: str, group: Group) -> bool:
-    """Whether the group is one sample, its keys a view, of which a single key head pays for calls of its own: more on
-    many threads, which share a call but take a head each of a batch.
+def fits(x: Inputs, softmax: str, groups: Sequence[Group]) -> list[bool]:
+    """Which groups are one sample, its keys a view, of which a single key head pays for calls of its own: more on many
+    threads, which share a call but take a head each of a batch.
     """
-    rows = group.size_q * (x.query.shape[1] // x.key.shape[1])
-    return (
+    is_plain = (
         softmax == "joint"
         and x.seed is None
         and (x.visible is None or x.active is None)  # what they hide together is as large as the scores of all heads
-        and group.is_view
-        and min(rows, group.size_k) >= LEAST_ROWS
-        and 2 * rows * group.size_k * x.query.shape[2] >= ONEDNN_FLOPS * torch.get_num_threads()
         and has_onednn(x.query.device, x.compute_dtype)
     )
+    if not is_plain:
+        return [False] * len(groups)
+    shared, dim = x.query.shape[1] // x.key.shape[1], x.query.shape[2]
+    least = ONEDNN_FLOPS * torch.get_num_threads() / (2 * shared * dim)  # scores of a query head
+    return [
+        min(shared * group.size_q, group.size_k) >= LEAST_ROWS
+        and group.size_q * group.size_k >= least
+        and group.is_view
+        for group in groups
+    ]
 
 
 def blocks(x: Inputs, group: Group) -> list[Block]:
     """The group's queries, as many at a time as make one key head's scores a block."""
     shared = x.query.shape[1] // x.key.shape[1]
     return group.cut(max(1, max(LEAST_ROWS, BLOCK_SCORES // group.size_k) // shared))
+
+
+class Piece(NamedTuple):
+    """A block of a group, and which packed rows its queries and keys are."""
+
+    group: Group
+    block: Block
+    rows: slice
+    keys: slice
 
 
 class _Forward(NamedTuple):
@@ -81,44 +97,75 @@ class _Backward(NamedTuple):
     sums: Tensor | None  # [G * n, M] of P * R with a gate, else of dz
 
 
-def forward_block(
-    x: Inputs,
-    group: Group,
-    block: Block,
-    tokens: tuple[Tensor, Tensor],
-    share: Tensor | None,
-    buffers: tuple[Tensor, Tensor],
-) -> None:
-    """Write a block's output and sums of exponentials to two buffers."""
-    output, sums = buffers
-    query, share, gate = (None if t is None else x.rows(t, group, block) for t in (x.query, share, x.gate))
-    assert query is not None
-    key, value = (t.contiguous() for t in tokens)
-    rows = as_matrices(query)
-    rows = torch.mul(rows, x.scale * LOG2_E, out=rows.new_empty(rows.shape))
+def spans(x: Inputs, groups: Iterable[Group]) -> list[list[Piece]]:
+    """Blocks of groups that `fits`: those side by side together, as many as are laid out at once. A first call brings
+    less code into the caches then: 5 % for two samples.
+    """
+    found: list[list[Piece]] = []
+    (_, heads, dim), kv_heads = x.query.shape, x.key.shape[1]
+    size = 0
+    for group in groups:
+        for block in blocks(x, group):
+            assert isinstance(block.rows, slice)
+            assert isinstance(group.keys, slice)
+            piece = Piece(group, block, block.rows, group.keys)
+            last = found[-1][-1] if found else None
+            is_next = heads == kv_heads and last is not None and piece.rows.start == last.rows.stop
+            has_same_keys = is_next and piece.keys == last.keys
+            own = dim * (heads * block.size + (0 if has_same_keys else kv_heads * group.size_k))
+            if (has_same_keys or (is_next and piece.keys.start == last.keys.stop)) and size + own <= STAGED:
+                found[-1].append(piece)
+                size += own
+            else:
+                found.append([piece])
+                size = own
+    return found
+
+
+def forward(x: Inputs, span: list[Piece], share: Tensor | None, buffers: tuple[Tensor, Tensor]) -> None:
+    """Write the output and sums of exponentials of a span to two buffers."""
+    rows = slice(span[0].rows.start, span[-1].rows.stop)
+    keys = slice(span[0].keys.start, span[-1].keys.stop)
+    query, key, value = (_heads_first(x, t) for t in (x.query[rows], x.key[keys], x.value[keys]))
+    query = torch.mul(query, x.scale * LOG2_E, out=query.new_empty(query.shape)).view(len(key), -1, query.shape[2])
+    key, value = key.contiguous(), value.contiguous()
+    share, gate = (None if t is None else t[rows] for t in (share, x.gate))
     factor = share if gate is None else gate if share is None else share * gate
-    factor = None if factor is None else as_matrices(factor)
-    found = query.new_empty((*query.shape[:-1], x.num_modalities))
-    hidden = _hidden_by_head(x, group, block)
-    heads = _Forward(rows, key, value, hidden, factor, torch.empty_like(rows), as_matrices(found))
-    for head in _each(heads):
-        _forward_head(group, block, _Forward(*head))
-    total = (found if share is None else found * share).sum(-1, keepdim=True)
-    x.write(sums, group, block, found)
-    x.write(output, group, block, heads.output, total.clamp_min_(LEAST))
+    if factor is not None:
+        factor = _heads_first(x, factor).contiguous().view(*query.shape[:2], -1)
+    result, found = torch.empty_like(query), query.new_empty((*query.shape[:2], x.num_modalities))
+    end = 0
+    for piece in span:
+        begin, end = end, end + piece.block.size * x.query.shape[1] // x.key.shape[1]
+        first, last = piece.keys.start - keys.start, piece.keys.stop - keys.start
+        heads = _Forward(
+            query=query[:, begin:end],
+            key=key[:, first:last],
+            value=value[:, first:last],
+            hidden=_hidden_by_head(x, piece.group, piece.block),
+            factor=None if factor is None else factor[:, begin:end],
+            output=result[:, begin:end],
+            sums=found[:, begin:end],
+        )
+        for head in _each(heads):
+            _forward_head(piece, _Forward(*head))
+    output, sums = (t[rows] for t in buffers)
+    sums.copy_(_packed(found, rows))
+    total = (sums if share is None else sums * share).sum(-1, keepdim=True)
+    torch.div(_packed(result, rows), total.clamp_min_(LEAST), out=output)
 
 
-def _forward_head(group: Group, block: Block, x: _Forward) -> None:
+def _forward_head(piece: Piece, x: _Forward) -> None:
     """Of a key head. Nothing that it makes is left, so that the next head's weights get the memory of these, which is
     in cache; so it is in the backward.
     """
     weights = linear(x.query, x.key)  # [G * n, k]
     if x.hidden is not None:
-        _hide(weights, x.hidden, block)
-    columns = group.columns(weights.exp2_())
-    group.reduce(columns, torch.sum, 0.0, out=x.sums)
+        _hide(weights, x.hidden, piece.block)
+    columns = piece.group.columns(weights.exp2_())
+    piece.group.reduce(columns, torch.sum, 0.0, out=x.sums)
     if x.factor is not None:
-        for part, each in zip(columns, group.factors(x.factor), strict=True):
+        for part, each in zip(columns, piece.group.factors(x.factor), strict=True):
             part.mul_(each)
     x.output.copy_(linear(weights, x.value.mT))
 
@@ -206,7 +253,17 @@ def _backward_head(group: Group, block: Block, scale: float, x: _Backward, *, ad
 def _each(heads: _Forward | _Backward) -> Iterator[tuple[Any, ...]]:
     """What is there of every key head, of each head in turn; None stays."""
     count = len(heads.key)
-    return zip(*(repeat(None, count) if t is None else t for t in heads), strict=True)
+    return zip(*(repeat(None, count) if t is None else t.unbind() for t in heads), strict=True)
+
+
+def _heads_first(x: Inputs, packed: Tensor) -> Tensor:
+    """[n, H, X] as a view [H, n, X], in the compute dtype."""
+    return cast(packed, x.compute_dtype).transpose(0, 1)
+
+
+def _packed(by_key_head: Tensor, rows: slice) -> Tensor:
+    """A view [n, Hq, X] of [Hkv, G * n, X]."""
+    return by_key_head.view(-1, rows.stop - rows.start, by_key_head.shape[2]).transpose(0, 1)
 
 
 def _hidden_by_head(x: Inputs, group: Group, block: Block) -> Tensor | None:

@@ -73,7 +73,7 @@ def linear(left: Tensor, right: Tensor) -> Tensor:
 
 def has_onednn(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `linear` is there, and MKL what it is compared with."""
-    return dtype == torch.float32 and device.type == "cpu" and HAS_ONEDNN and bool(torch.backends.mkldnn.enabled)
+    return dtype == torch.float32 and device.type == "cpu" and HAS_ONEDNN and torch._C._get_mkldnn_enabled()
 
 
 def ones_to_sum(x: Tensor, count: int) -> Tensor | None:
