@@ -225,6 +225,18 @@ def test_transforms_of_torch_func_give_the_same_gradients() -> None:
         torch.func.grad(lambda x: torch.func.grad(loss)(x, *plain[1:], layout).sum())(plain[0])
 
 
+def test_what_has_left_a_transform_is_a_tensor_like_any() -> None:
+    layout = make_layout(3, 5)
+    query, *others = leaves(layout)
+    kept = []
+    torch.func.grad(lambda x: kept.append(2 * x) or x.sum())(query.detach())
+    for escaped in kept:
+        results = fusedmm.gated_multimodal_attention(escaped, *others[:2], layout)
+        expected = fusedmm.gated_multimodal_attention(2 * query.detach(), *others[:2], layout)
+        found, wanted = (torch.autograd.grad(x.output.sum(), others[:2]) for x in (results, expected))
+        assert all(map(torch.equal, found, wanted))
+
+
 def test_gradients_of_many_upstreams_at_once_are_those_of_each() -> None:
     layout = make_layout(3, 5)
     query, key, value, prior = leaves(layout)

@@ -101,24 +101,22 @@ def spans(x: Inputs, groups: Iterable[Group]) -> list[list[Piece]]:
     """Blocks of groups that `fits`: those side by side together, as many as are laid out at once. A first call brings
     less code into the caches then: 5 % for two samples.
     """
-    found: list[list[Piece]] = []
     (_, heads, dim), kv_heads = x.query.shape, x.key.shape[1]
-    size = 0
+    found: list[list[Piece]] = []
+    size, last_q, last_k = 0, -1, slice(-1, -1)
     for group in groups:
         for block in blocks(x, group):
-            assert isinstance(block.rows, slice)
-            assert isinstance(group.keys, slice)
-            piece = Piece(group, block, block.rows, group.keys)
-            last = found[-1][-1] if found else None
-            is_next = heads == kv_heads and last is not None and piece.rows.start == last.rows.stop
-            has_same_keys = is_next and piece.keys == last.keys
-            own = dim * (heads * block.size + (0 if has_same_keys else kv_heads * group.size_k))
-            if (has_same_keys or (is_next and piece.keys.start == last.keys.stop)) and size + own <= STAGED:
-                found[-1].append(piece)
-                size += own
-            else:
-                found.append([piece])
-                size = own
+            rows, keys = block.rows, group.keys
+            assert isinstance(rows, slice)
+            assert isinstance(keys, slice)
+            of_queries, of_keys = dim * heads * block.size, dim * kv_heads * group.size_k
+            follows = heads == kv_heads and rows.start == last_q and (keys == last_k or keys.start == last_k.stop)
+            size += of_queries + (0 if keys == last_k else of_keys)
+            if not follows or size > STAGED:
+                found.append([])
+                size = of_queries + of_keys
+            found[-1].append(Piece(group, block, rows, keys))
+            last_q, last_k = rows.stop, keys
     return found
 
 

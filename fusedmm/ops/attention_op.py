@@ -22,7 +22,7 @@ from fusedmm.eager.products import compute_dtype
 from fusedmm.ops import attention_transforms as transforms
 from fusedmm.ops.attention_problem import Problem
 from fusedmm.ops.autocast import without_autocast
-from fusedmm.ops.dispatch import is_batched, is_transformed, is_watched
+from fusedmm.ops.dispatch import apply_unwatched, is_batched, is_transformed, is_watched
 from fusedmm.ops.first_order import first_order
 
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -240,7 +240,10 @@ def _needs_gradient(arguments: Sequence[Any]) -> bool:
 
 
 def _differentiable(arguments: Sequence[Any], *, through_dispatcher: bool) -> Outputs:
-    return cast(Outputs, _Attention.apply(*arguments[:6], arguments[6:], through_dispatcher))  # type: ignore[no-untyped-call]
+    given = *arguments[:6], arguments[6:], through_dispatcher
+    if through_dispatcher:
+        return cast(Outputs, _Attention.apply(*given))  # type: ignore[no-untyped-call]
+    return cast(Outputs, apply_unwatched(_Attention, *given))
 
 
 def _autograd_forward(*arguments: Any) -> Outputs:

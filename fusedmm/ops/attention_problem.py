@@ -52,9 +52,21 @@ class Problem(NamedTuple):
 
     def eager_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
         """The same for the eager composition, which leaves the output gate to its caller."""
-        lies = self.cu_seqlens_q, self.cu_seqlens_k, self.num_modalities
-        weighed = self.log_prior, self.gate, self.active, self.visible, self.seed, self.dropout_p, self.scale
-        return Inputs(query, key, value, *lies, *weighed)
+        return Inputs(
+            query,
+            key,
+            value,
+            self.cu_seqlens_q,
+            self.cu_seqlens_k,
+            self.num_modalities,
+            self.log_prior,
+            self.gate,
+            self.active,
+            self.visible,
+            self.seed,
+            self.dropout_p,
+            self.scale,
+        )
 
 
 TENSORS = 3 + Problem._fields.index("num_modalities")  # of an operator's arguments: they lead, settings follow

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fusedmm.shapes import check_tensor
 
-
 NOTHING = nullcontext()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import Parameter
 
 PLAIN = frozenset((Tensor, Parameter, NoneType, bool, int, float, str))  # types of arguments that watch nothing
@@ -30,6 +31,11 @@ def is_watched(arguments: Iterable[Any]) -> bool:
         or torch._C._get_tracing_state() is not None
         or not PLAIN.issuperset(map(type, arguments))
     )
+
+
+def apply_unwatched(function: type[Function], *arguments: Any) -> Any:
+    """`Function.apply` without its search of the arguments for transforms, which `is_watched` has made."""
+    return super(Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def is_batched(tensors: Iterable[Tensor | None]) -> bool:

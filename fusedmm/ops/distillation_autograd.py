@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedmm.eager.distillation_scores import FIELDS
-from fusedmm.ops.dispatch import is_batched, is_watched
+from fusedmm.ops.dispatch import apply_unwatched, is_batched, is_watched
 from fusedmm.ops.distillation_op import TENSORS, Problem, below_autograd, fragment, implement
 from fusedmm.ops.first_order import first_order
 
@@ -148,9 +148,9 @@ def call(name: str, problem: Problem, *extra: Any) -> Any:
         return dict(zip(FIELDS, result.unbind(0), strict=True)) if name == "distillation_scores" else result
     if name == "distillation_fast":
         own, needs = tensors[:3], extra[-3:]
-        return _Fast.apply(*own, needs, lambda *_: implement(name, problem, *extra))  # type: ignore[no-untyped-call]
+        return apply_unwatched(_Fast, *own, needs, lambda *_: implement(name, problem, *extra))
     if name == "distillation_rows" and _wants_gradient(tensors):
-        return _Rows.apply(*problem.flat())  # type: ignore[no-untyped-call]
+        return apply_unwatched(_Rows, *problem.flat())
     return implement(name, problem, *extra)
 
 

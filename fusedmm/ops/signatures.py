@@ -4,7 +4,6 @@ from collections.abc import Hashable, Sequence
 from types import NoneType
 from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor
 
 from fusedmm.ops.autocast import is_autocast_on
