@@ -37,7 +37,7 @@ def fits(x: Inputs, softmax: str, groups: Sequence[Group]) -> list[bool]:
         softmax == "joint"
         and x.seed is None
         and (x.visible is None or x.active is None)  # what they hide together is as large as the scores of all heads
-        and has_onednn(x.query.device, x.compute_dtype)
+        and has_onednn(x.query, x.compute_dtype)
     )
     if not is_plain:
         return [False] * len(groups)

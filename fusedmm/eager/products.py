@@ -71,9 +71,9 @@ def linear(left: Tensor, right: Tensor) -> Tensor:
     return product
 
 
-def has_onednn(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `linear` is there, and MKL what it is compared with."""
-    return dtype == torch.float32 and device.type == "cpu" and HAS_ONEDNN and torch._C._get_mkldnn_enabled()
+def has_onednn(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `linear` is there for a dtype beside a tensor, and MKL what it is compared with."""
+    return dtype == torch.float32 and x.is_cpu and HAS_ONEDNN and torch._C._get_mkldnn_enabled()
 
 
 def ones_to_sum(x: Tensor, count: int) -> Tensor | None:
@@ -89,5 +89,5 @@ def _suits_onednn(a: Tensor, b: Tensor) -> bool:
     return (
         2 * rows * depth * columns >= (ONEDNN_FLOPS if a.stride(1) == 1 else 2 * ONEDNN_FLOPS)
         and depth >= ONEDNN_DEPTH
-        and has_onednn(a.device, a.dtype)
+        and has_onednn(a, a.dtype)
     )

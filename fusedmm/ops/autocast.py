@@ -24,8 +24,7 @@ def autocast(op: str, **tensors: Tensor) -> tuple[Tensor, ...]:
     for argument, tensor in tensors.items():
         check_tensor(op, argument, tensor)
     given = tuple(tensors.values())
-    device = given[0].device.type
-    if not is_autocast_on() or not torch.is_autocast_enabled(device):
+    if not is_autocast_on() or not torch.is_autocast_enabled(device := given[0].device.type):
         return given
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in given)

@@ -299,7 +299,7 @@ def _check_labels(op: str, inputs: Inputs, ignore_index: int) -> bool:
     labels, classes = inputs.labels, inputs.shard.total
     if labels is None:
         return True
-    if labels.device.type != "cpu" or torch.compiler.is_compiling() or labels.numel() == 0:
+    if not labels.is_cpu or torch.compiler.is_compiling() or labels.numel() == 0:
         return False
     low, high = (bound.item() for bound in labels.aminmax())
     if low < 0 or high >= classes:

@@ -47,7 +47,7 @@ class _Fast(torch.autograd.Function):
         # On a CPU a number is read for nothing, and the upstream of a loss is mostly 1: that saves a pass over the
         # largest tensors. Whoever changes such a gradient in place cannot run this backward again; autograd says so.
         is_plain = type(grad_loss) is Tensor and not is_batched((grad_loss,))
-        is_one = is_plain and grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
+        is_one = is_plain and grad_loss.is_cpu and grad_loss.item() == 1.0
         gradients = [
             None if not needed else gradient if is_one else gradient * grad_loss
             for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
