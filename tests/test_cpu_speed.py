@@ -26,7 +26,7 @@ NOISE = 1.05  # of one run against another
 SECONDS = 0.2  # of all variants together: a median of few short calls is one of disturbances
 TRIES = 5  # on a shared machine, whose memory others use for seconds at a time
 COMMITTED_NOISE = 1.25  # of a committed ratio, measured on another machine
-LATER = ("attention/dense-plain", "attention/dense-prior", "attention/tiny")
+LATER = ("attention/tiny",)
 CASES = [name for name in builders("cpu") if name.startswith(("attention/", "distillation/"))]
 RUNS = [(name, mode) for name in CASES for mode in ("forward", "both") if mode == "forward" or "scores" not in name]
 

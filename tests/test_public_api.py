@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIGNATURES = {
     "gated_multimodal_attention": (
         "query key value layout * log_prior gate output_gate active query_time key_time lookback "
-        "softmax scale dropout_p impl"
+        "softmax scale dropout_p impl need_mass"
     ),
     "distillation_scores": "student teacher labels * temperature beta ignore_index impl",
     "distillation_loss": (

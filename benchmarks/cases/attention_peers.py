@@ -153,6 +153,7 @@ def fused(problem: Problem) -> Prepared:
             example.layout,
             active=example.tensors.get("active"),
             softmax=example.softmax,
+            need_mass=problem.asks_mass,
             **others,  # type: ignore[arg-type]
         )
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedmm.eager import attention_plain
 from fusedmm.eager.products import compute_dtype
 from fusedmm.impl import resolve_impl
 from fusedmm.layout import ModalityLayout
@@ -69,6 +70,7 @@ def gated_multimodal_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     impl: str = "auto",
+    need_mass: bool = True,
 ) -> AttentionOutput:
     """Attend over the keys of all modalities at once, weighing each modality by a prior and a gate.
 
@@ -118,6 +120,8 @@ def gated_multimodal_attention(
         dropout_p: probability of dropping a P after mass is taken, survivors are divided by ``1 - dropout_p``. Depends
             on (seed, query, head, key) only; unsorted keys with times are counted in the order of time.
         impl: "auto" (Triton on CUDA, eager elsewhere), "triton", "eager" or "reference". No silent fallback.
+        need_mass: False where only the output is read: mass and lse are empty then, [0]. The kernels have them for
+            free; the eager path, if nothing else about modalities is given, takes PyTorch's fused attention.
 
     Returns:
         AttentionOutput(output, mass, lse).
@@ -147,6 +151,12 @@ def gated_multimodal_attention(
     dropout_p = float(dropout_p)
     visibility = resolve_visibility(OP, layout, query_time, key_time, lookback)
     scale = query.shape[2] ** -0.5 if scale is None else as_number(OP, "scale", scale)
+    asks_nothing = not need_mass and softmax == "joint" and all(t is None for t in (*given[3:], visibility))
+    if asks_nothing and chosen == "eager" and not dropout_p and call is not None:
+        bounds = layout.cu_seqlens_q, layout.cu_seqlens_k, layout.num_modalities
+        output = attention_plain.attend(query, key, value, *bounds, scale)
+        if output is not None:
+            return _alone(output)
     seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
     if chosen == "reference":
         with torch.autocast(query.device.type, enabled=False):
@@ -164,7 +174,8 @@ def gated_multimodal_attention(
                 seed=seed,
                 dropout_p=dropout_p,
             )
-        return AttentionOutput(result[0].to(query.dtype), result[1], result[2].detach())
+        output = result[0].to(query.dtype)
+        return AttentionOutput(output, result[1], result[2].detach()) if need_mass else _alone(output)
     key, value = in_time_order(key, value, visibility)
     problem = Problem(
         log_prior=log_prior,
@@ -178,7 +189,14 @@ def gated_multimodal_attention(
         impl=chosen,
         **layout_arguments(layout, visibility),
     )
-    return AttentionOutput(*attention(query, key, value, problem))
+    results = attention(query, key, value, problem)
+    return AttentionOutput(*results) if need_mass else _alone(results[0])
+
+
+def _alone(output: Tensor) -> AttentionOutput:
+    """Of who asks for no mass."""
+    nothing = output.new_empty(0, dtype=compute_dtype(output))
+    return AttentionOutput(output, nothing, nothing)
 
 
 def _check(
