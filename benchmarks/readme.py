@@ -75,7 +75,8 @@ def section() -> str:
 
 LEGEND = """\
 - **case**: its inputs, FLOPs, bytes and competitors are in benchmarks/cases; everyone computes the same outputs and
-  gradients, and who fails the correctness gate has no number.
+  gradients, and who fails the correctness gate has no number. dense-plain asks for the output alone: on a CPU
+  fusedmm's (`need_mass=False`) is then PyTorch's own attention.
 - **mode**: forward; both: forward and backward; -graph: replayed as a CUDA graph.
 - **on a CPU** a variant's call comes after those of the others. **Called again**: the same ratio of a second call in
   turn, on inputs in other memory, which finds the variant's code in the caches (benchmarks/timing.py).

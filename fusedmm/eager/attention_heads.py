@@ -10,7 +10,7 @@ backward forms everything transposed, which suits two of its last three products
 
 where P is made to sum to the mass that the forward gave. 512 queries of 256 keys, 4 heads of 64, take 1.4 ms, of which
 products are 0.8; with gradients 5.2, of which 2.8 (one thread of an AMD EPYC, Zen 5). `fusedmm.eager.attention` alone
-takes 1.7 and 6.3; a first call after other work 0.7 more, of which oneDNN's code, come into the caches, is 0.1.
+takes 1.7 and 6.3; a first call after other work 0.6 more, of which oneDNN's code, come into the caches, is 0.1.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

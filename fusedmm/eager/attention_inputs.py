@@ -55,6 +55,19 @@ class Inputs(NamedTuple):
         write_rows(buffer, group, block, self.key.shape[1], result, divisor)
 
 
+class Counts:
+    """Gives [total_q, Hq, M], the keys that each query sees of each modality: found when first asked for, then kept."""
+
+    def __init__(self, x: Inputs) -> None:
+        self._inputs = x
+        self._found: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self._found is None:
+            self._found = _visible_counts(self._inputs)
+        return self._found
+
+
 def ungrouped(x: Inputs) -> Inputs:
     """A key head for each query head where those of one group differ in what is active and a token holds NaN or what
     a product may take to inf: a head that is off must not read what the next one reads.
@@ -69,7 +82,7 @@ def ungrouped(x: Inputs) -> Inputs:
     return x._replace(key=key, value=value)
 
 
-def without_unseen(x: Inputs, counts: "Counts") -> Inputs:
+def without_unseen(x: Inputs, counts: Counts) -> Inputs:
     """Keys and values that no query sees, by time or because their head is switched off, and queries that see nothing,
     set to 0: NaN there goes nowhere. Where all heads agree, `active` has done all it does: groups leave out what is
     switched off.
@@ -97,19 +110,6 @@ def without_unseen(x: Inputs, counts: "Counts") -> Inputs:
     key, value = (torch.where(read[..., None], t, 0) for t in (x.key, x.value))
     query = torch.where((counts() == 0).all(-1)[..., None], 0, x.query)
     return x._replace(query=query, key=key, value=value, active=active)
-
-
-class Counts:
-    """Gives [total_q, Hq, M], the keys that each query sees of each modality: found when first asked for, then kept."""
-
-    def __init__(self, x: Inputs) -> None:
-        self._inputs = x
-        self._found: Tensor | None = None
-
-    def __call__(self) -> Tensor:
-        if self._found is None:
-            self._found = _visible_counts(self._inputs)
-        return self._found
 
 
 def _visible_counts(x: Inputs) -> Tensor:

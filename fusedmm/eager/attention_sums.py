@@ -74,7 +74,7 @@ def correct(
 def certain_rows(x: Inputs, softmax: str, groups: tuple[Group, ...], counts: Counts) -> Tensor | None:
     """[total_q, Hq, M] True where a query sees a single key, of a modality unless they share a softmax: it is constant,
     and dz is the gradient of lse alone, not the rounding error of delta; None where there is no such row. ``counts``
-    are of ``x``.
+    are those of ``x``.
     """
     is_joint = softmax == "joint"
     if x.visible is None and x.active is None and not any(group.has_single_key(is_joint) for group in groups):
