@@ -39,7 +39,7 @@ _PASSED: Passed[str] = Passed()
 
 
 class AttentionOutput(NamedTuple):
-    """What one attention pass gives.
+    """What one attention pass gives; mass and lse are empty, [0], with ``need_mass=False``.
 
     Attributes:
         output: [total_q, Hq, D], the query's dtype.
