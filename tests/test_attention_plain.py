@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fusedmm
 from fusedmm.eager import attention_plain
@@ -95,6 +96,28 @@ def test_what_pytorchs_attention_does_not_know_it_is_not_asked(
     assert torch.equal(results[0].output, results[1].output)
     assert results[1].mass.numel() == 0
     assert found == []
+
+
+@pytest.mark.parametrize("dim", [0, 2])
+def test_inputs_in_any_order_give_a_contiguous_output_without_a_matrix_of_scores(
+    dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of channels with gaps PyTorch would keep all probabilities for the backward."""
+    found = calls_of_plain(monkeypatch)
+    example = attention_example(1, [70], [[30, 20]], features=())
+    tensors = {name: x.transpose(dim, 1).contiguous().transpose(dim, 1) for name, x in example.tensors.items()}
+    output = fusedmm.gated_multimodal_attention(**tensors, layout=example.layout, need_mass=False).output
+    assert found == [int(dim == 0)]
+    assert output.is_contiguous()
+    torch.testing.assert_close(output, fusedmm.gated_multimodal_attention(**tensors, layout=example.layout).output)
+
+
+def test_fused_attention_that_is_switched_off_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = calls_of_plain(monkeypatch)
+    example = attention_example(1, [70], [[30, 20]], features=())
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        fusedmm.gated_multimodal_attention(**example.tensors, layout=example.layout, need_mass=False)
+    assert found == [0]
 
 
 def test_small_samples_of_many_sizes_are_not_called_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ gradient. `fusedmm.eager.attention`, which gives mass and lse too, is as fast in
 call after other work (512 queries of 256 keys, 4 heads of 64), which has to bring more code into the caches.
 """
 
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -49,8 +50,8 @@ def attend(
     num_modalities: int,
     scale: float,
 ) -> Tensor | None:
-    """Output [total_q, Hq, D] of the joint softmax; None where samples are too many and too small for calls of their
-    own, or one has queries and no keys.
+    """Output [total_q, Hq, D] of the joint softmax, contiguous; None where samples are too many and too small for calls
+    of their own, or one has queries and no keys, or PyTorch's call would not be the fused one of a CPU.
 
     Args:
         query: [total_q, Hq, D].
@@ -58,6 +59,8 @@ def attend(
         cu_seqlens_q, cu_seqlens_k: [B+1] and [B*M+1], of `fusedmm.ModalityLayout`.
         scale: multiplies the scores.
     """
+    if not _is_fused((query, key, value)):
+        return None
     heads, kv_heads = query.shape[1], key.shape[1]
     runs = _runs(tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist()[::num_modalities]))
     if not runs or (len(runs) > 1 and heads * sum(run.scores for run in runs) < RUN_SCORES * len(runs)):
@@ -68,7 +71,14 @@ def attend(
         q, k, v = (t.view(run.samples, -1, *t.shape[1:]).transpose(1, 2) for t in packed)
         output = scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=heads != kv_heads)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs)  # strides are those of the query
+
+
+def _is_fused(packed: Iterable[Tensor]) -> bool:
+    """Whether PyTorch has a call for them that keeps no [query, key] matrix, is not switched off, and gives the same
+    gradients each time, which no GPU's does.
+    """
+    return torch.backends.cuda.flash_sdp_enabled() and all(t.is_cpu and t.stride(2) == 1 for t in packed)
 
 
 @lru_cache(maxsize=4)

@@ -96,7 +96,8 @@ def gated_multimodal_attention(
     Triton's backward makes P again from a float32 lse, whose rounding shows in float32 gradients of sharp softmaxes;
     half precision rounds its inputs by far more. Where scores have a standard deviation of 100, the value's errs by
     2e-5 of its norm (plain PyTorch's by 2e-6), those of query and key as plain PyTorch's, under per_modality 10 times
-    as much; at 1000 these, then nearly 0, keep two digits or none. impl="eager" is as exact as plain PyTorch.
+    as much; at 1000 these, then nearly 0, keep two digits or none. impl="eager" is as exact as plain PyTorch, or as its
+    fused attention where ``need_mass`` is False: that makes P again, and of a single key it is no exact 1.
 
     Args:
         query: [total_q, Hq, D] float16, bfloat16 or float32 (float64 too for "eager" and "reference"), D 16 to 256.
