@@ -288,6 +288,7 @@ class TestBadInput:
             ({"output_gate": 1.0}, TypeError, "output_gate must be a tensor, got float"),
             ({"active": [[True, False]] * 2}, TypeError, "active must be a tensor, got list"),
             ({"scale": "small"}, TypeError, "scale must be a number, got str"),
+            ({"scale": float("nan")}, ValueError, "scale must be a number, got nan"),
             ({"dropout_p": [0.1]}, TypeError, "dropout_p must be a number, got list"),
             ({"layout": None}, TypeError, "layout must be a ModalityLayout, got NoneType. Build one with"),
             ({"layout": torch.ones(2, 2)}, TypeError, "layout must be a ModalityLayout, got Tensor"),
