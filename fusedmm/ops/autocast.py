@@ -11,7 +11,7 @@ NOTHING = nullcontext()
 
 
 def is_autocast_on() -> bool:
-    """Whether it is, on any device but Apple's, which PyTorch leaves out: to ask about one costs as much as an operator."""
+    """Whether it is, on any device but MPS, which PyTorch leaves out: to ask about one costs as much as an operator."""
     return torch._C._is_any_autocast_enabled()
 
 
