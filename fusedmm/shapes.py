@@ -73,17 +73,13 @@ def check_tensor(op: str, argument: str, value: object) -> None:
 
 
 def as_number(op: str, argument: str, value: Any) -> float:
-    """The value as a float; ``TypeError`` where it is no number, a string of digits among them, ``ValueError`` for NaN:
-    MKL's products leave out a factor that is NaN.
-    """
+    """The value as a float; ``TypeError`` where it is no number, a string of digits among them."""
     try:
         number = None if isinstance(value, str) else float(value)
     except (TypeError, ValueError, RuntimeError):
         number = None
     if number is None:
         raise TypeError(f"{op}: {argument} must be a number, got {type(value).__name__}.")
-    if number != number:
-        raise ValueError(f"{op}: {argument} must be a number, got nan.")
     return number
 
 

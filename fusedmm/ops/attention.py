@@ -151,7 +151,7 @@ def gated_multimodal_attention(
             _PASSED.remember(call, chosen)
     dropout_p = float(dropout_p)
     visibility = resolve_visibility(OP, layout, query_time, key_time, lookback)
-    scale = query.shape[2] ** -0.5 if scale is None else as_number(OP, "scale", scale)
+    scale = scale_of(OP, scale, query)
     asks_nothing = not need_mass and softmax == "joint" and all(t is None for t in (*given[3:], visibility))
     if asks_nothing and chosen == "eager" and not dropout_p and call is not None:
         bounds = layout.cu_seqlens_q, layout.cu_seqlens_k, layout.num_modalities
@@ -298,6 +298,16 @@ def triton_gaps(query: Tensor) -> list[str]:
         if query.dtype in HALF_OR_SINGLE
         else [f"dtype {str(query.dtype).removeprefix('torch.')} (float16, bfloat16 and float32 have kernels)"]
     )
+
+
+def scale_of(op: str, scale: float | None, query: Tensor) -> float:
+    """What multiplies the scores; ``ValueError`` for NaN, a factor that MKL's products leave out."""
+    if scale is None:
+        return float(query.shape[2] ** -0.5)
+    number = as_number(op, "scale", scale)
+    if number != number:
+        raise ValueError(f"{op}: scale must be a number, got nan.")
+    return number
 
 
 def resolve_visibility(

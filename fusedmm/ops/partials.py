@@ -18,13 +18,14 @@ from fusedmm.ops.attention import (
     in_time_order,
     layout_arguments,
     resolve_visibility,
+    scale_of,
     triton_gaps,
 )
 from fusedmm.ops.attention_op import attention
 from fusedmm.ops.attention_problem import Problem
 from fusedmm.ops.autocast import autocast
 from fusedmm.reference import attention as reference
-from fusedmm.shapes import as_number, check_broadcast, check_shapes, check_type
+from fusedmm.shapes import check_broadcast, check_shapes, check_type
 
 
 class ModalityPartials(NamedTuple):
@@ -78,7 +79,7 @@ def modality_partials(
     active = check_active(op, active, layout, query.shape[1])
     chosen = resolve_impl(op, impl, query.device, unsupported=triton_gaps(query))
     visibility = resolve_visibility(op, layout, query_time, key_time, lookback)
-    scale = query.shape[2] ** -0.5 if scale is None else as_number(op, "scale", scale)
+    scale = scale_of(op, scale, query)
     if chosen == "reference":
         with torch.autocast(query.device.type, enabled=False):
             output, lse = reference.modality_partials(
