@@ -220,7 +220,7 @@ def cpu_part(found: Latest) -> str:
     """Ratios only: times on a shared CPU mean little by themselves."""
     if not found:
         return "**CPU: not measured yet.** Command: `python -m benchmarks --device cpu --save`."
-    lines = [f"**CPU, the eager path: {_machine(found)}** (`{_run(found).command}`)", ""]
+    lines = [f"**CPU, the eager path: {_machine(found)}** ({_commands(found)})", ""]
     lines += [f"{line}{more}" for line, more in zip(CPU_HEAD, CPU_MORE, strict=True)]
     again, shared = (_cpu_ratios(_timed_by(found, name)) for name in ("again_ms", "shared_ms"))
     for name in _listed("cpu"):
@@ -237,8 +237,7 @@ def grid_part() -> str:
     if not found:
         return f"**CPU: not measured yet.** Command: {GRID_COMMAND}."
     lines = [
-        f"{_machine(found)} (`{_run(found).command}`, then `python -m benchmarks readme`; these rows alone: "
-        f"{GRID_COMMAND})",
+        f"{_machine(found)} ({_commands(found)}, then `python -m benchmarks readme`; these rows alone: {GRID_COMMAND})",
         "",
         "| N | V | forward KL | half forward KL, half cross entropy | JSD(0.5) |",
         "|---|---|---|---|---|",
@@ -333,6 +332,12 @@ def _runs(found: Latest) -> list[Run]:
 def _run(found: Latest) -> Run:
     """The newest."""
     return max(_runs(found), key=lambda run: run.began)
+
+
+def _commands(found: Latest) -> str:
+    """All that the rows are from: a later one took the place of the rows that it names."""
+    runs = sorted(_runs(found), key=lambda run: run.began)
+    return ", then ".join(dict.fromkeys(f"`{run.command}`" for run in runs))
 
 
 def _machine(found: Latest) -> str:

@@ -48,8 +48,9 @@ def test_rows_of_two_devices_do_not_share_a_table(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     for day, device in enumerate(("H100", "H200", "H200"), 1):
         began = f"2026-01-0{day}T00:00:00Z"
-        run = replace(RUN, id=began, device=device, began=began, commit=f"commit{day}")
+        run = replace(RUN, id=began, device=device, began=began, commit=f"commit{day}", command=f"run {day}")
         results.append(tmp_path / f"{device}.jsonl", [run, replace(RESULT, run=began, case=f"case{day}")])
     found = results.latest("cuda")
     assert [key[0] for key in found] == ["case2", "case3"]
     assert readme._machine(found) == "H200, torch 2, triton 3, commit commit3 (the newest of 2), 2026-01-03"
+    assert readme._commands(found) == "`run 2`, then `run 3`"
