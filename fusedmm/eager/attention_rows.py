@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from fusedmm.eager.attention_groups import Block, Group
+from fusedmm.eager.products import cast
 
 
 def read_keys(packed: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
     """[Hkv * c, k, D] of [total_k, Hkv, D], 0 for padding."""
     if group.is_view:
-        return _in_dtype(key_view(packed, group), dtype)
+        return cast(key_view(packed, group), dtype)
     if isinstance(group.keys, slice):
-        return _in_dtype(_heads_first(packed, group.keys, len(group.samples)), dtype).flatten(0, 1)
+        return cast(_heads_first(packed, group.keys, len(group.samples)), dtype).flatten(0, 1)
     heads, dim = packed.shape[1:]
     slots = group.key_slots(heads)
-    padded = _in_dtype(packed.reshape(-1, dim).index_select(0, slots.read), dtype)
+    padded = cast(packed.reshape(-1, dim).index_select(0, slots.read), dtype)
     if len(slots.blank):
         padded.index_fill_(0, slots.blank, 0.0)
     return padded.view(heads * len(group.samples), -1, dim)
@@ -64,9 +65,9 @@ def product(left: Tensor, right: Tensor, scale: float) -> Tensor:
 def read_rows(packed: Tensor, group: Group, block: Block, kv_heads: int, dtype: torch.dtype) -> Tensor:
     """The block's rows of [total_q, Hq, X]: [*shape, X], 0 for padding."""
     if isinstance(block.rows, slice):
-        rows = _in_dtype(_blocked(_taken(packed, block.rows), group, kv_heads), dtype)
+        rows = cast(_blocked(_taken(packed, block.rows), group, kv_heads), dtype)
         return rows if rows.ndim == 3 else rows.contiguous()  # what is as large as scores meets a view more slowly
-    rows = _in_dtype(_heads_first(packed, block.rows, len(group.samples)), dtype)  # [Hq, c, n, X]
+    rows = cast(_heads_first(packed, block.rows, len(group.samples)), dtype)  # [Hq, c, n, X]
     if block.padding is not None:
         rows = rows.masked_fill(block.padding[..., None], 0)
     return rows.view(kv_heads, -1, *rows.shape[1:]).transpose(1, 2)
@@ -119,8 +120,3 @@ def _heads_first(packed: Tensor, index: slice | Tensor, samples: int) -> Tensor:
 def _taken(packed: Tensor, rows: slice | Tensor) -> Tensor:
     is_all = isinstance(rows, slice) and rows.stop - rows.start == packed.shape[0]
     return packed if is_all else packed[rows]
-
-
-def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`Tensor.to`, which takes a microsecond where there is nothing to do."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
