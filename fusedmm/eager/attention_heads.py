@@ -99,7 +99,7 @@ class _Backward(NamedTuple):
 
 def spans(x: Inputs, groups: Iterable[Group]) -> list[list[Piece]]:
     """Blocks of groups that `fits`: those side by side together, as many as are laid out at once. A first call brings
-    less code into the caches then: 5 % for two samples.
+    less code into the caches then: 3 to 5 % for two samples of 256 queries and keys.
     """
     (_, heads, dim), kv_heads = x.query.shape, x.key.shape[1]
     found: list[list[Piece]] = []
