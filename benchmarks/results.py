@@ -171,6 +171,11 @@ def answer(*command: str) -> str:
     return done.stdout.partition("\n")[0].strip() if done.returncode == 0 else ""
 
 
+def command_of(words: Sequence[str]) -> str:
+    """The command as anyone can give it: of a file somewhere on this machine the name alone."""
+    return " ".join(("python -m benchmarks", *(re.sub(r"(^|=)/.*/", r"\1", word) for word in words)))
+
+
 def describe_run(device: torch.device, ceilings: Ceilings, telemetry: Telemetry) -> Run:
     """Everything that a result on this machine depends on."""
     import triton
@@ -196,7 +201,7 @@ def describe_run(device: torch.device, ceilings: Ceilings, telemetry: Telemetry)
         kind=device.type,
         began=began,
         commit=tree,
-        command="python -m benchmarks " + " ".join(sys.argv[1:]),
+        command=command_of(sys.argv[1:]),
         versions=found,
         threads=threads,
         power_limit_w=telemetry.power_limit_w(),

@@ -44,6 +44,14 @@ def test_no_committed_file_of_results_is_larger_than_a_review_reads() -> None:
     assert max(file.stat().st_size for file in results.RESULTS.iterdir()) <= 1 << 20
 
 
+def test_a_run_s_command_names_no_place_on_a_machine() -> None:
+    words = ["attention/tiny", "--json", "/home/me/runs/new.jsonl", "--json=/tmp/a/b.jsonl"]
+    assert results.command_of(words) == "python -m benchmarks attention/tiny --json new.jsonl --json=b.jsonl"
+    for kind in ("cpu", "cuda"):
+        for run, _ in results.committed(kind):
+            assert results.command_of(run.command.split()[3:]) == run.command
+
+
 def test_rows_of_two_devices_do_not_share_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     for day, device in enumerate(("H100", "H200", "H200"), 1):
