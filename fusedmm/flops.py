@@ -9,26 +9,25 @@ tensor has no values to read: then every query is taken to see all keys of its s
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fusedmm.eager.attention_inputs import Inputs
 from fusedmm.ops import distillation_op
-from fusedmm.ops.attention_problem import Problem
 
 
 @register_flop_formula(torch.ops.fusedmm.attention_forward, get_raw=True)
-def attention_forward_flops(query: Tensor, key: Tensor, value: Tensor, *problem: Any, out_val: Any = None) -> int:
+def attention_forward_flops(*arguments: Any, out_val: Any = None) -> int:
     """Scores, and the sum of values: 4 D a visible pair and query head."""
-    return 4 * query.shape[2] * _visible_pairs(query, key, Problem(*problem))
+    x = Inputs(*arguments)
+    return 4 * x.query.shape[2] * _visible_pairs(x)
 
 
 @register_flop_formula(torch.ops.fusedmm.attention_backward, get_raw=True)
 def attention_backward_flops(*arguments: Any, out_val: Any = None) -> int:
     """Scores again, R, and the gradients of query, key and value: 10 D a visible pair and query head."""
-    query: Tensor = arguments[8]
-    key, _, *problem = arguments[9:]
-    return 10 * query.shape[2] * _visible_pairs(query, key, Problem(*problem))
+    x = Inputs(*arguments[8:])
+    return 10 * x.query.shape[2] * _visible_pairs(x)
 
 
 @register_flop_formula(
@@ -52,21 +51,21 @@ def distillation_gradient_flops(*arguments: Any, out_val: Any = None) -> int:
     return product * (own * (1 + gradients) + teacher)
 
 
-def _visible_pairs(query: Tensor, key: Tensor, problem: Problem) -> int:
+def _visible_pairs(x: Inputs) -> int:
     """Pairs of a query head and a key that it sees."""
-    (total_q, heads, _), samples = query.shape, max(1, problem.cu_seqlens_q.numel() - 1)
-    if isinstance(problem.cu_seqlens_q, FakeTensor) or problem.cu_seqlens_q.is_meta:
-        return int(heads * total_q * key.shape[0] // samples)
-    queries = problem.cu_seqlens_q.long().diff()  # [B]
-    if problem.visible is None:
-        pairs = queries[:, None] * problem.cu_seqlens_k.long().diff().view(samples, -1)  # [B, M]
+    (total_q, heads, _), samples = x.query.shape, max(1, x.cu_seqlens_q.numel() - 1)
+    if isinstance(x.cu_seqlens_q, FakeTensor) or x.cu_seqlens_q.is_meta:
+        return int(heads * total_q * x.key.shape[0] // samples)
+    queries = x.cu_seqlens_q.long().diff()  # [B]
+    if x.visible is None:
+        pairs = queries[:, None] * x.cu_seqlens_k.long().diff().view(samples, -1)  # [B, M]
     else:
-        seen = problem.visible.long().diff(dim=-1).squeeze(-1).clamp_min(0)  # [total_q, M]
+        seen = x.visible.long().diff(dim=-1).squeeze(-1).clamp_min(0)  # [total_q, M]
         sample = torch.arange(samples, device=queries.device).repeat_interleave(queries)
-        pairs = seen.new_zeros((samples, problem.num_modalities)).index_add(0, sample, seen)
-    if problem.active is None:
+        pairs = seen.new_zeros((samples, x.num_modalities)).index_add(0, sample, seen)
+    if x.active is None:
         return heads * int(pairs.sum())
-    return int((pairs[:, None] * problem.active).sum())
+    return int((pairs[:, None] * x.active).sum())
 
 
 def _products(arguments: tuple[Any, ...]) -> tuple[int, int, int]:

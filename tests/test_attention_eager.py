@@ -243,13 +243,13 @@ def test_a_head_pays_for_calls_of_its_own(queries: int, keys: int, is_by_head: b
     """At 4 MFLOP a product and thread."""
     layout = fusedmm.ModalityLayout.from_lengths(torch.tensor([queries]), torch.tensor([[keys // 2] * 2]))
     query, key = torch.empty(queries, 2, 64), torch.empty(keys, 2, 64)
-    x = eager_attention.Inputs(
-        query, key, key, layout.cu_seqlens_q, layout.cu_seqlens_k, 2, None, None, None, None, None, 0.0, 0.125
-    )
+    bounds = layout.cu_seqlens_q, layout.cu_seqlens_k, layout.query_tiles, layout.key_tiles
+    settings = 2, 0.0, 0.125, "joint", "eager"
+    x = attention_inputs.Inputs(query, key, key, None, None, None, *bounds, None, None, None, *settings)
     groups = x.groups()
-    assert attention_heads.fits(x, "joint", groups) == [is_by_head]
-    assert attention_heads.fits(x, "per_modality", groups) == [False]
-    assert attention_heads.fits(x._replace(query=query.double()), "joint", groups) == [False]
+    assert attention_heads.fits(x, groups) == [is_by_head]
+    assert attention_heads.fits(x._replace(softmax="per_modality"), groups) == [False]
+    assert attention_heads.fits(x._replace(query=query.double()), groups) == [False]
 
 
 @needs_onednn

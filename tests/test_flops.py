@@ -66,11 +66,12 @@ def test_distillation_counts_logits_and_gradients(memory) -> None:
 def test_values_that_are_not_there_are_taken_to_be_even() -> None:
     from torch._subclasses import FakeTensorMode
 
+    from fusedmm.eager.attention_inputs import Inputs
     from fusedmm.flops import attention_forward_flops
-    from fusedmm.ops.attention_problem import Problem
 
     with FakeTensorMode():
         query, key = torch.empty(6, 4, 16), torch.empty(10, 4, 16)
         bounds = torch.empty(3, dtype=torch.int32), torch.empty(5, dtype=torch.int32)
-    problem = Problem(None, None, None, *bounds, *bounds, None, None, None, 2, 0.0, 1.0, "joint", "eager")
-    assert attention_forward_flops(query, key, key, *problem) == 4 * 16 * 4 * 6 * 5
+    settings = 2, 0.0, 1.0, "joint", "eager"
+    inputs = Inputs(query, key, key, None, None, None, *bounds, *bounds, None, None, None, *settings)
+    assert attention_forward_flops(*inputs) == 4 * 16 * 4 * 6 * 5

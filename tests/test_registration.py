@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fusedmm
+from fusedmm.eager.attention_inputs import TENSORS, Inputs
 from fusedmm.ops.attention import layout_arguments
-from fusedmm.ops.attention_problem import TENSORS, Problem
 
 
 def make_layout(*q_lengths: int, device: torch.device | str = "cpu") -> fusedmm.ModalityLayout:
@@ -41,7 +41,10 @@ def test_opcheck_of_both_operators(softmax: str, permuted: bool, device: torch.d
         query, key, value = (
             x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in (query, key, value)
         )
-    problem = Problem(
+    inputs = Inputs(
+        query=query,
+        key=key,
+        value=value,
         log_prior=rows if softmax == "joint" else None,
         gate=None if softmax == "partials" else rows,
         output_gate=None,
@@ -53,17 +56,17 @@ def test_opcheck_of_both_operators(softmax: str, permuted: bool, device: torch.d
         impl="triton" if device.type == "cuda" else "eager",
         **layout_arguments(layout, None),
     )
-    library.opcheck(torch.ops.fusedmm.attention_forward, (query, key, value, *problem))
+    library.opcheck(torch.ops.fusedmm.attention_forward, inputs)
     with torch.no_grad():
-        outputs = torch.ops.fusedmm.attention_forward(query, key, value, *problem)
-        detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in (query, key, value, *problem)]
+        outputs = torch.ops.fusedmm.attention_forward(*inputs)
+        detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
         backward = (torch.randn_like(outputs[0]), None, None, *outputs, softmax == "joint", softmax != "partials")
         library.opcheck(torch.ops.fusedmm.attention_backward, (*backward, *detached))
 
 
 def test_the_problem_is_laid_out_as_the_schema_says() -> None:
     arguments = torch.ops.fusedmm.attention_forward.default._schema.arguments
-    assert [argument.name for argument in arguments] == ["query", "key", "value", *Problem._fields]
+    assert [argument.name for argument in arguments] == list(Inputs._fields)
     assert ["Tensor" in str(argument.type) for argument in arguments] == [i < TENSORS for i in range(len(arguments))]
 
 

@@ -49,29 +49,27 @@ from fusedmm.eager.attention_sums import RowTerms, certain_rows, correct, is_far
 from fusedmm.eager.products import LN_2, LOG2_E
 
 
-def forward(
-    x: Inputs, softmax: str, *, keep: bool = False
-) -> tuple[tuple[Tensor, Tensor, Tensor], attention_small.Kept | None]:
+def forward(x: Inputs, *, keep: bool = False) -> tuple[tuple[Tensor, Tensor, Tensor], attention_small.Kept | None]:
     """Output without output gate ([total_q, Hq, D], or [total_q, Hq, M, D] for partials), mass and lse, in the
     accumulation dtype; to ``keep``, of a small problem, what its backward need not make again.
     """
     given = ungrouped(x)
     groups = given.groups()
-    if attention_small.fits(x, softmax, groups):
+    if attention_small.fits(x, groups):
         small = attention_small.forward(x, groups[0], keep=keep)
         if small is not None:
             return small
     counts = Counts(given)
     x = without_unseen(given, counts)
-    results, sums, total = _attend(x, softmax, groups, None)
+    results, sums, total = _attend(x, groups, None)
     # Values overflow in products with exponentials, gates in quotients with their sums.
-    may_overflow = softmax == "joint" or x.gate is not None
+    may_overflow = x.softmax == "joint" or x.gate is not None
     is_finite = not may_overflow or math.isfinite(results[0].sum())
     is_near = not groups or is_held(sums) or _count_far(sums, total) == _count_blind(x, groups, total, counts)
     if is_finite and is_near:
         return results, None
     beyond = _rows_beyond(results[0], sums, total, counts() == 0)
-    again, _, _ = _attend(x, softmax, groups, _peaks(x, groups))
+    again, _, _ = _attend(x, groups, _peaks(x, groups))
     output, mass, lse = (
         torch.where(beyond.view(*beyond.shape, *[1] * (old.ndim - 2)), new, old)
         for old, new in zip(results, again, strict=True)
@@ -80,7 +78,7 @@ def forward(
 
 
 def _attend(
-    x: Inputs, softmax: str, groups: tuple[Group, ...], peaks: Tensor | None
+    x: Inputs, groups: tuple[Group, ...], peaks: Tensor | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor | None]:
     """Results of `forward`, the sums of exponentials [total_q, Hq, M], of which ``peaks`` are taken off where given,
     and with a prior their total [total_q, Hq, 1].
@@ -89,11 +87,11 @@ def _attend(
     if x.log_prior is not None:
         prior = x.log_prior * LOG2_E
         start = prior if peaks is None else peaks + prior
-    share = shares(start) if softmax == "joint" and start is not None else None
+    share = shares(start) if x.softmax == "joint" and start is not None else None
     shift = None if peaks is None else torch.where(torch.isneginf(peaks), 0.0, -peaks)
-    output, sums = _sweep(x, softmax, groups, shift, share)
+    output, sums = _sweep(x, groups, shift, share)
     parts = sums if share is None else sums * share
-    total = parts.sum(-1, keepdim=True) if softmax == "joint" else parts
+    total = parts.sum(-1, keepdim=True) if x.softmax == "joint" else parts
     mass = parts / total.clamp_min(LEAST)
     lse = sums.log()
     if start is not None:
@@ -101,34 +99,31 @@ def _attend(
     return (output, mass, lse), sums, None if share is None else total
 
 
-def _sweep(
-    x: Inputs, softmax: str, groups: Sequence[Group], shift: Tensor | None, share: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _sweep(x: Inputs, groups: Sequence[Group], shift: Tensor | None, share: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output, [total_q, Hq, D] or [total_q, Hq, M, D], and by modality the sums of exponentials [total_q, Hq, M] of
     scores to which ``shift`` [total_q, Hq, M] is added.
     """
     total_q, heads, dim = x.query.shape
     modalities = x.num_modalities
     has_all_rows = sum(group.count_q for group in groups) == total_q
-    shape = (total_q, heads, modalities, dim) if softmax == "partials" else (total_q, heads, dim)
+    shape = (total_q, heads, modalities, dim) if x.softmax == "partials" else (total_q, heads, dim)
     output = _buffer(x, shape, has_all_rows)
     sums = _buffer(x, (total_q, heads, modalities), has_all_rows)
     buffers = output.flatten(2), sums
     if shift is None:
-        by_head = attention_heads.fits(x, softmax, groups)
+        by_head = attention_heads.fits(x, groups)
         for span in attention_heads.spans(x, compress(groups, by_head)):
             attention_heads.forward(x, span, share, buffers)
         groups = [group for group, is_done in zip(groups, by_head, strict=True) if not is_done]
     for group in groups:
         tokens = x.keys(group)
         for block in group.blocks:
-            _forward_block(x, softmax, group, block, tokens, shift, share, buffers)
+            _forward_block(x, group, block, tokens, shift, share, buffers)
     return output, sums
 
 
 def _forward_block(
     x: Inputs,
-    softmax: str,
     group: Group,
     block: Block,
     tokens: tuple[Tensor, Tensor],
@@ -144,14 +139,14 @@ def _forward_block(
     weights.exp2_()
     block_sums = group.reduce(columns, torch.sum, 0.0)
     x.write(sums, group, block, block_sums)
-    is_weighed = softmax != "joint" or share is not None or x.gate is not None
+    is_weighed = x.softmax != "joint" or share is not None or x.gate is not None
     if is_weighed:
-        factor = _factor(x, softmax, group, block, block_sums, share)
+        factor = _factor(x, group, block, block_sums, share)
         for part, scale in zip(columns, group.factors(factor), strict=True):
             part.mul_(scale)
     if x.seed is not None:
         drop(weights, x, group, block)
-    if softmax == "partials":
+    if x.softmax == "partials":
         pieces = zip(weights.split(group.widths, -1), values.split(group.widths, 1), strict=True)
         result = torch.cat([torch.bmm(w, v) for w, v in pieces], -1)
     else:
@@ -161,9 +156,9 @@ def _forward_block(
     x.write(output, group, block, result, total)
 
 
-def _factor(x: Inputs, softmax: str, group: Group, block: Block, sums: Tensor, share: Tensor | None) -> Tensor:
+def _factor(x: Inputs, group: Group, block: Block, sums: Tensor, share: Tensor | None) -> Tensor:
     """[*shape, M] what a block's exponentials are multiplied by, from their sums [*shape, M]."""
-    if softmax != "joint":
+    if x.softmax != "joint":
         if x.gate is not None:  # that of nothing stays a number, to be multiplied by 0
             return x.rows(x.gate, group, block) / sums.masked_fill(sums == 0, 1.0)
         factor = sums.clamp_min(LEAST).reciprocal_()
@@ -217,7 +212,6 @@ def _count_blind(x: Inputs, groups: tuple[Group, ...], total: Tensor | None, cou
 
 def backward(
     x: Inputs,
-    softmax: str,
     grad_output: Tensor,
     grad_mass: Tensor | None,
     grad_lse: Tensor | None,
@@ -237,13 +231,13 @@ def backward(
     """
     single = ungrouped(x)
     if single is not x:
-        gradients = backward(single, softmax, grad_output, grad_mass, grad_lse, inner, mass, lse)
+        gradients = backward(single, grad_output, grad_mass, grad_lse, inner, mass, lse)
         grad_key, grad_value = (t.unflatten(1, (x.key.shape[1], -1)).sum(2) for t in gradients[1:3])
         return gradients[0], grad_key, grad_value, gradients[3], gradients[4]
     groups = x.groups()
     counts = Counts(x)
-    certain = certain_rows(x, softmax, groups, counts)
-    exponent, offset = _exponent_and_offset(softmax, x.log_prior, grad_mass, grad_lse, inner, mass, lse)
+    certain = certain_rows(x, groups, counts)
+    exponent, offset = _exponent_and_offset(x, grad_mass, grad_lse, inner, mass, lse)
     terms = RowTerms(exponent, offset, certain, grad_lse, mass if is_far(exponent, lse, mass) else None)
     x = without_unseen(x, counts)
     has_all_rows = sum(group.count_q for group in groups) == x.query.shape[0]
@@ -251,7 +245,7 @@ def backward(
     grad_query, sums = (_buffer(x, t.shape, has_all_rows) for t in (x.query, mass))
     grad_key, grad_value = (_buffer(x, t.shape, has_all_keys) for t in (x.key, x.value))
     grad_output = grad_output.to(x.compute_dtype).flatten(2).contiguous()  # an expanded one is multiplied row by row
-    for group, by_head in zip(groups, attention_heads.fits(x, softmax, groups), strict=True):
+    for group, by_head in zip(groups, attention_heads.fits(x, groups), strict=True):
         tokens = x.keys(group)
         for number, block in enumerate(attention_heads.blocks(x, group) if by_head else group.blocks):
             token_sums = grad_key, grad_value, number > 0
@@ -259,14 +253,14 @@ def backward(
                 packed = grad_output, mass, terms.exponent, terms.offset, terms.certain
                 results = attention_heads.backward_block(x, group, block, tokens, packed, token_sums)
             else:
-                results = _backward_block(x, softmax, group, block, tokens, grad_output, terms, token_sums)
+                results = _backward_block(x, group, block, tokens, grad_output, terms, token_sums)
             for buffer, result in zip((grad_query, sums), results, strict=True):
                 if result is not None:
                     x.write(buffer, group, block, result)
     grad_prior = sums
-    if x.log_prior is not None and not _starts_from_offset(x, softmax):
+    if x.log_prior is not None and not _starts_from_offset(x):
         grad_prior = (sums if x.gate is None else sums * x.gate) + terms.offset * mass
-    if x.log_prior is not None and softmax == "joint":  # it sums to 0: what is left of rounding goes by mass
+    if x.log_prior is not None and x.softmax == "joint":  # it sums to 0: what is left of rounding goes by mass
         grad_prior = torch.addcmul(grad_prior, mass, grad_prior.sum(-1, keepdim=True), value=-1.0)
     if x.log_prior is not None and certain is not None:
         grad_prior = grad_prior.masked_fill(certain, 0.0)
@@ -275,7 +269,6 @@ def backward(
 
 def _backward_block(
     x: Inputs,
-    softmax: str,
     group: Group,
     block: Block,
     tokens: tuple[Tensor, Tensor],
@@ -297,11 +290,11 @@ def _backward_block(
     settle(shares, terms, x, group, block)
     products = torch.empty_like(probabilities)
     columns = group.columns(products.view(*shape, group.size_k))
-    starts_from_offset = _starts_from_offset(x, softmax)
+    starts_from_offset = _starts_from_offset(x)
     if starts_from_offset:
         for part, start in zip(columns, group.factors(offset), strict=True):
             part.copy_(start)
-    if softmax == "partials":
+    if x.softmax == "partials":
         planes = gradient.split(dim, -1)
         for part, plane, value in zip(
             products.split(group.widths, -1), planes, values.split(group.widths, 1), strict=True
@@ -316,7 +309,7 @@ def _backward_block(
     sums = group.reduce(columns, torch.sum, 0.0) if needs_sums else None
     gate = None if x.gate is None else x.rows(x.gate, group, block)
     if sums is not None and not starts_from_offset:
-        if softmax == "per_modality":  # a rounded lse leaves P no sum of 1, and what it lacks would not cancel below
+        if x.softmax == "per_modality":  # a rounded lse leaves P no sum of 1, and what it lacks would not cancel below
             sums = sums.div_(group.reduce(shares, torch.sum, 0.0).clamp_min_(LEAST))
             offset = -sums if gate is None else -gate * sums
         if gate is not None:
@@ -325,7 +318,7 @@ def _backward_block(
         for part, share, scale in zip(columns, shares, group.factors(offset), strict=True):
             part.addcmul_(share, scale)
     if terms.mass is not None or terms.certain is not None:
-        correct(columns, shares, softmax, terms, x, group, block)
+        correct(columns, shares, terms, x, group, block)
     if gate is not None:
         for share, scale in zip(shares, group.factors(gate), strict=True):
             share.mul_(scale)
@@ -333,7 +326,7 @@ def _backward_block(
         drop(probabilities, x, group, block)
     grad_query = product(products, keys, x.scale)
     add_key_product(grad_key, group, products.mT, query, add, x.scale)
-    if softmax == "partials":
+    if x.softmax == "partials":
         pieces = zip(probabilities.split(group.widths, -1), planes, strict=True)
         add_keys(grad_value, group, torch.cat([torch.bmm(share.mT, plane) for share, plane in pieces], 1), add)
     else:
@@ -341,9 +334,9 @@ def _backward_block(
     return grad_query, sums
 
 
-def _starts_from_offset(x: Inputs, softmax: str) -> bool:
+def _starts_from_offset(x: Inputs) -> bool:
     """Whether R alone is needed nowhere, so that its product may start from the offset: dz = P * (R + offset)."""
-    return x.gate is None and x.seed is None and softmax != "per_modality"
+    return x.gate is None and x.seed is None and x.softmax != "per_modality"
 
 
 def _buffer(x: Inputs, shape: tuple[int, ...], is_overwritten: bool) -> Tensor:
@@ -352,19 +345,13 @@ def _buffer(x: Inputs, shape: tuple[int, ...], is_overwritten: bool) -> Tensor:
 
 
 def _exponent_and_offset(
-    softmax: str,
-    log_prior: Tensor | None,
-    grad_mass: Tensor | None,
-    grad_lse: Tensor | None,
-    inner: Tensor,
-    mass: Tensor,
-    lse: Tensor,
+    x: Inputs, grad_mass: Tensor | None, grad_lse: Tensor | None, inner: Tensor, mass: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The first two of `RowTerms`."""
-    exponent = row_exponent(mass, lse, log_prior)
-    if softmax == "per_modality":
+    exponent = row_exponent(mass, lse, x.log_prior)
+    if x.softmax == "per_modality":
         return exponent, torch.zeros_like(mass)  # it needs sums over keys
-    if softmax == "partials":
+    if x.softmax == "partials":
         return exponent, -inner if grad_lse is None else grad_lse - inner
     if grad_mass is None:
         return exponent, -inner[..., None].expand_as(mass)

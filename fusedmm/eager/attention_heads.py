@@ -29,12 +29,12 @@ STAGED = 1 << 18  # elements of queries and keys that are laid out at once: 1 Mi
 LEAST_ROWS = 64  # of a block, for which each product lays out all keys anew; and fewest keys
 
 
-def fits(x: Inputs, softmax: str, groups: Sequence[Group]) -> list[bool]:
+def fits(x: Inputs, groups: Sequence[Group]) -> list[bool]:
     """Which groups are one sample, its keys a view, of which a single key head pays for calls of its own: more on many
     threads, which share a call but take a head each of a batch.
     """
     is_plain = (
-        softmax == "joint"
+        x.softmax == "joint"
         and x.seed is None
         and (x.visible is None or x.active is None)  # what they hide together is as large as the scores of all heads
         and has_onednn(x.query, x.compute_dtype)

@@ -19,21 +19,28 @@ NOTHING = -1e30  # stands for the lse of a modality without visible keys: log of
 
 
 class Inputs(NamedTuple):
-    """What both directions read: packed tensors and how they lie, as the registered operators take them."""
+    """The arguments of the registered operators, in the order of their schemas. The output gate is left to callers; the
+    lists of tiles are for kernels only.
+    """
 
     query: Tensor  # [total_q, Hq, D]
     key: Tensor  # [total_k, Hkv, D]
     value: Tensor  # [total_k, Hkv, D]
-    cu_seqlens_q: Tensor  # [B+1]
-    cu_seqlens_k: Tensor  # [B*M+1]
-    num_modalities: int
     log_prior: Tensor | None  # [total_q, Hq, M]
     gate: Tensor | None  # [total_q, Hq, M]
+    output_gate: Tensor | None  # [total_q, Hq, D]
+    cu_seqlens_q: Tensor  # [B+1]
+    cu_seqlens_k: Tensor  # [B*M+1]
+    query_tiles: Tensor  # [tiles, 2]
+    key_tiles: Tensor  # [tiles, 2]
     active: Tensor | None  # [B, Hq, M]
     visible: Tensor | None  # [total_q, M, 2]
     seed: Tensor | None  # [1]
+    num_modalities: int
     dropout_p: float
     scale: float
+    softmax: str
+    impl: str
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -53,6 +60,9 @@ class Inputs(NamedTuple):
     def write(self, buffer: Tensor, group: Group, block: Block, result: Tensor, divisor: Tensor | None = None) -> None:
         """A block's rows to [total_q, Hq, X], divided by [*shape, 1] where given."""
         write_rows(buffer, group, block, self.key.shape[1], result, divisor)
+
+
+TENSORS = Inputs._fields.index("num_modalities")  # that may be: they lead, settings follow
 
 
 class Counts:

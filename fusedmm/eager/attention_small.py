@@ -34,11 +34,11 @@ class Kept(NamedTuple):
     gate: Tensor | None  # [H, c, n, M]
 
 
-def fits(x: Inputs, softmax: str, groups: tuple[Group, ...]) -> bool:
+def fits(x: Inputs, groups: tuple[Group, ...]) -> bool:
     """Whether the problem is one block of whole samples, with nothing hidden, dropped or converted."""
     return (
         len(groups) == 1
-        and softmax == "joint"
+        and x.softmax == "joint"
         and x.visible is None
         and x.active is None
         and x.seed is None

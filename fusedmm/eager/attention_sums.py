@@ -48,13 +48,13 @@ def settle(shares: list[Tensor], terms: RowTerms, x: Inputs, group: Group, block
 
 
 def correct(
-    columns: list[Tensor], shares: list[Tensor], softmax: str, terms: RowTerms, x: Inputs, group: Group, block: Block
+    columns: list[Tensor], shares: list[Tensor], terms: RowTerms, x: Inputs, group: Group, block: Block
 ) -> None:
     """Give columns of dz the sum that they have but for rounding: what is too much goes by P."""
     total = None if terms.total is None else x.rows(terms.total, group, block)
-    if terms.mass is not None and softmax != "per_modality":
+    if terms.mass is not None and x.softmax != "per_modality":
         excess = group.reduce(columns, torch.sum, 0.0)
-        if softmax == "joint":
+        if x.softmax == "joint":
             excess = excess.sum(-1, keepdim=True).expand_as(excess)
         elif total is not None:
             excess -= total
@@ -71,12 +71,12 @@ def correct(
         part.copy_(torch.where(each, share * exact, part))
 
 
-def certain_rows(x: Inputs, softmax: str, groups: tuple[Group, ...], counts: Counts) -> Tensor | None:
+def certain_rows(x: Inputs, groups: tuple[Group, ...], counts: Counts) -> Tensor | None:
     """[total_q, Hq, M] True where a query sees a single key, of a modality unless they share a softmax: it is constant,
     and dz is the gradient of lse alone, not the rounding error of delta; None where there is no such row. ``counts``
     are those of ``x``.
     """
-    is_joint = softmax == "joint"
+    is_joint = x.softmax == "joint"
     if x.visible is None and x.active is None and not any(group.has_single_key(is_joint) for group in groups):
         return None
     seen = counts()

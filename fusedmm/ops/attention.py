@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fusedmm.eager import attention_plain
+from fusedmm.eager.attention_inputs import Inputs
 from fusedmm.eager.products import compute_dtype
 from fusedmm.impl import resolve_impl
 from fusedmm.layout import ModalityLayout
 from fusedmm.ops.attention_op import attention
-from fusedmm.ops.attention_problem import Problem
 from fusedmm.ops.autocast import autocast
 from fusedmm.ops.signatures import Passed, signature
 from fusedmm.reference import attention as reference
@@ -178,19 +178,27 @@ def gated_multimodal_attention(
         output = result[0].to(query.dtype)
         return AttentionOutput(output, result[1], result[2].detach()) if need_mass else _alone(output)
     key, value = in_time_order(key, value, visibility)
-    problem = Problem(
-        log_prior=log_prior,
-        gate=gate,
-        output_gate=output_gate,
-        active=active,
-        seed=seed,
-        dropout_p=dropout_p,
-        scale=scale,
-        softmax=softmax,
-        impl=chosen,
-        **layout_arguments(layout, visibility),
+    x = Inputs(
+        query,
+        key,
+        value,
+        log_prior,
+        gate,
+        output_gate,
+        layout.cu_seqlens_q,
+        layout.cu_seqlens_k,
+        layout.query_tiles,
+        layout.key_tiles,
+        active,
+        None if visibility is None else visibility.ranges,
+        seed,
+        layout.num_modalities,
+        dropout_p,
+        scale,
+        softmax,
+        chosen,
     )
-    results = attention(query, key, value, problem)
+    results = attention(x, is_unwatched=call is not None and query_time is None)
     return AttentionOutput(*results) if need_mass else _alone(results[0])
 
 

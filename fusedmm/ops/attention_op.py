@@ -9,7 +9,7 @@ keep more then. The transforms of `torch.func` take the operators by way of `fus
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, library
@@ -17,13 +17,16 @@ from torch.autograd import forward_ad
 
 from fusedmm.eager import attention as eager
 from fusedmm.eager import attention_small as eager_small
+from fusedmm.eager.attention_inputs import Inputs
 from fusedmm.eager.attention_small import Kept
 from fusedmm.eager.products import compute_dtype
 from fusedmm.ops import attention_transforms as transforms
-from fusedmm.ops.attention_problem import Problem
 from fusedmm.ops.autocast import without_autocast
 from fusedmm.ops.dispatch import apply_unwatched, is_batched, is_transformed, is_watched
 from fusedmm.ops.first_order import first_order
+
+if TYPE_CHECKING:
+    from fusedmm.kernels.attention.arguments import AttentionProblem
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -42,60 +45,60 @@ _library.define(
 )
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Outputs:
-    """Call ``fusedmm::attention_forward``: output, mass and lse."""
-    arguments = query, key, value, *problem
-    if is_watched(arguments):
+def attention(x: Inputs, *, is_unwatched: bool = False) -> Outputs:
+    """Call ``fusedmm::attention_forward``: output, mass and lse. ``is_unwatched``: the caller knows that it is not."""
+    if not is_unwatched and is_watched(x):
         if is_transformed() and not torch.compiler.is_compiling():
-            return cast(Outputs, transforms.Attention.apply(*arguments))  # type: ignore[no-untyped-call]
-        return cast(Outputs, torch.ops.fusedmm.attention_forward.default(*arguments))
-    if _needs_gradient(arguments):
-        return _differentiable(arguments, through_dispatcher=False)
+            return cast(Outputs, transforms.Attention.apply(*x))  # type: ignore[no-untyped-call]
+        return cast(Outputs, torch.ops.fusedmm.attention_forward.default(*x))
+    if _needs_gradient(x):
+        return _differentiable(x, through_dispatcher=False)
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward_and_kept(query, key, value, problem, keep=False)[0]
+        return _forward_and_kept(x, keep=False)[0]
 
 
-def _alloc_forward(query: Tensor, problem: Problem) -> Outputs:
+def _alloc_forward(x: Inputs) -> Outputs:
     """Output, mass and lse, unwritten; the kernels' and the fake's shapes and strides are these."""
-    total_q, heads, dim = query.shape
-    modalities = problem.num_modalities
-    shape = (total_q, heads, modalities, dim) if problem.softmax == "partials" else (total_q, heads, dim)
-    mass = query.new_empty((total_q, heads, modalities), dtype=compute_dtype(query))
-    return query.new_empty(shape), mass, torch.empty_like(mass)
+    total_q, heads, dim = x.query.shape
+    modalities = x.num_modalities
+    shape = (total_q, heads, modalities, dim) if x.softmax == "partials" else (total_q, heads, dim)
+    mass = x.query.new_empty((total_q, heads, modalities), dtype=compute_dtype(x.query))
+    return x.query.new_empty(shape), mass, torch.empty_like(mass)
 
 
-def _alloc_backward(
-    query: Tensor, key: Tensor, value: Tensor, mass: Tensor, output_gate: Tensor | None, needs: tuple[bool, bool]
-) -> Gradients:
+def _alloc_backward(x: Inputs, mass: Tensor, needs: tuple[bool, bool]) -> Gradients:
     """Gradients, unwritten; an empty tensor stands for one that nobody asked for."""
-    grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (query, key, value))
+    grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in x[:3])
     grad_log_prior, grad_gate = (mass.new_empty(mass.shape if needed else (0,)) for needed in needs)
-    grad_output_gate = query.new_empty((0,) if output_gate is None else output_gate.shape)
+    grad_output_gate = x.query.new_empty((0,) if x.output_gate is None else x.output_gate.shape)
     return grad_query, grad_key, grad_value, grad_log_prior, grad_gate, grad_output_gate
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Outputs:
-    return _forward_and_kept(query, key, value, Problem(*arguments), keep=False)[0]
+def _for_kernels(x: Inputs) -> "AttentionProblem":
+    """What the Triton launchers are given beside query, key and value."""
+    from fusedmm.kernels.attention.arguments import AttentionProblem
+
+    return AttentionProblem(**{name: getattr(x, name) for name in AttentionProblem._fields})
 
 
-def _forward_and_kept(
-    query: Tensor, key: Tensor, value: Tensor, problem: Problem, *, keep: bool
-) -> tuple[Outputs, Kept | None]:
+def _forward(*arguments: Any) -> Outputs:
+    return _forward_and_kept(Inputs(*arguments), keep=False)[0]
+
+
+def _forward_and_kept(x: Inputs, *, keep: bool) -> tuple[Outputs, Kept | None]:
     """And, to ``keep``, what of a small problem the eager backward need not make again."""
-    if problem.impl == "triton":
+    if x.impl == "triton":
         from fusedmm.kernels.attention.select import launchers
 
-        given = problem.for_kernels()
-        with torch.cuda.device_of(query):
-            kernels = launchers("forward", query, key, given)
-            return cast(Outputs, kernels.attention_forward(query, key, value, given)), None
-    with without_autocast(query):
-        inputs = problem.eager_inputs(query, key, value)
-        keep = keep and problem.output_gate is None
-        (output, mass, lse), kept = eager.forward(inputs, problem.softmax, keep=keep)
-    if problem.output_gate is not None:
-        output = output * torch.sigmoid(problem.output_gate.to(output.dtype))
-    return (output.to(query.dtype), mass, lse), kept
+        given = _for_kernels(x)
+        with torch.cuda.device_of(x.query):
+            kernels = launchers("forward", x.query, x.key, given)
+            return cast(Outputs, kernels.attention_forward(*x[:3], given)), None
+    with without_autocast(x.query):
+        (output, mass, lse), kept = eager.forward(x, keep=keep and x.output_gate is None)
+    if x.output_gate is not None:
+        output = output * torch.sigmoid(x.output_gate.to(output.dtype))
+    return (output.to(x.query.dtype), mass, lse), kept
 
 
 def _backward(
@@ -107,36 +110,29 @@ def _backward(
     lse: Tensor,
     needs_log_prior: bool,
     needs_gate: bool,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
     *arguments: Any,
 ) -> Gradients:
     """Gradients, those of small problems views of what lies heads first."""
-    problem = Problem(*arguments)
-    if problem.impl == "triton":
+    x = Inputs(*arguments)
+    results = output, mass, lse
+    if x.impl == "triton":
         from fusedmm.kernels.attention.select import launchers
 
-        given = problem.for_kernels()
-        with torch.cuda.device_of(query):
-            gradients = launchers("backward", query, key, given).attention_backward(
+        given = _for_kernels(x)
+        with torch.cuda.device_of(x.query):
+            gradients = launchers("backward", x.query, x.key, given).attention_backward(
                 grad_output,
                 grad_mass,
                 grad_lse,
-                query,
-                key,
-                value,
-                output,
-                mass,
-                lse,
+                *x[:3],
+                *results,
                 given,
                 needs_log_prior=needs_log_prior,
                 needs_gate=needs_gate,
             )
-        return cast(Gradients, tuple(query.new_empty((0,)) if g is None else g for g in gradients))
-    results = grad_output, grad_mass, grad_lse, output, mass, lse
-    with without_autocast(query):
-        return _eager_backward(problem, *results, (needs_log_prior, needs_gate), query, key, value)
+        return cast(Gradients, tuple(x.query.new_empty((0,)) if g is None else g for g in gradients))
+    with without_autocast(x.query):
+        return _eager_backward(x, grad_output, grad_mass, grad_lse, *results, (needs_log_prior, needs_gate))
 
 
 def _contiguous_backward(*arguments: Any) -> Gradients:
@@ -145,7 +141,7 @@ def _contiguous_backward(*arguments: Any) -> Gradients:
 
 
 def _eager_backward(
-    problem: Problem,
+    x: Inputs,
     grad_output: Tensor,
     grad_mass: Tensor | None,
     grad_lse: Tensor | None,
@@ -153,29 +149,25 @@ def _eager_backward(
     mass: Tensor,
     lse: Tensor,
     needs: tuple[bool, bool],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
 ) -> Gradients:
-    inputs = problem.eager_inputs(query, key, value)
-    groups = inputs.groups()
+    groups = x.groups()
     # Of what sees nothing the mass is 0 and lse -inf, from which a logarithm or a difference sends NaN.
     grad_mass, grad_lse = (
         None if g is None else g.masked_fill(torch.isneginf(lse), 0.0) for g in (grad_mass, grad_lse)
     )
-    if problem.output_gate is None and eager_small.fits(inputs, problem.softmax, groups):
-        kept = eager_small.made_again(inputs, groups[0], mass, lse)
-        small = eager_small.backward(kept, problem.scale, grad_output, grad_mass, mass)
-        return *small[:3], *_wanted(small[3:], mass, needs), query.new_empty((0,))
-    grad = grad_output.to(inputs.compute_dtype)
+    if x.output_gate is None and eager_small.fits(x, groups):
+        kept = eager_small.made_again(x, groups[0], mass, lse)
+        small = eager_small.backward(kept, x.scale, grad_output, grad_mass, mass)
+        return *small[:3], *_wanted(small[3:], mass, needs), x.query.new_empty((0,))
+    grad = grad_output.to(x.compute_dtype)
     inner = grad * output.to(grad.dtype)  # the sigmoid moves from one factor to the other: also the ungated product
-    grad_output_gate = query.new_empty((0,))
-    if problem.output_gate is not None:
-        opened = torch.sigmoid(problem.output_gate.to(grad.dtype))
-        grad_output_gate = (inner * (1 - opened)).to(query.dtype).contiguous()
+    grad_output_gate = x.query.new_empty((0,))
+    if x.output_gate is not None:
+        opened = torch.sigmoid(x.output_gate.to(grad.dtype))
+        grad_output_gate = (inner * (1 - opened)).to(x.query.dtype).contiguous()
         grad = grad * opened
-    exact = eager.backward(inputs, problem.softmax, grad, grad_mass, grad_lse, inner.sum(-1), mass, lse)
-    grad_query, grad_key, grad_value = (gradient.to(query.dtype) for gradient in exact[:3])
+    exact = eager.backward(x, grad, grad_mass, grad_lse, inner.sum(-1), mass, lse)
+    grad_query, grad_key, grad_value = (gradient.to(x.query.dtype) for gradient in exact[:3])
     grad_log_prior, grad_gate = _wanted(exact[3:], mass, needs)
     return grad_query, grad_key, grad_value, grad_log_prior, grad_gate, grad_output_gate
 
@@ -193,18 +185,17 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Outputs:
         *differentiable, ctx.others, through_dispatcher = arguments
-        query, key, value, *modal = differentiable
-        problem, kept = Problem(*modal, *ctx.others), None
-        ctx.scale = problem.scale
+        x, kept = Inputs(*differentiable, *ctx.others), None
+        ctx.scale = x.scale
         with torch._C._AutoDispatchBelowAutograd():
             if through_dispatcher:
-                output, mass, lse = torch.ops.fusedmm.attention_forward.default(query, key, value, *problem)
+                output, mass, lse = torch.ops.fusedmm.attention_forward.default(*x)
             else:
-                (output, mass, lse), kept = _forward_and_kept(query, key, value, problem, keep=True)
+                (output, mass, lse), kept = _forward_and_kept(x, keep=True)
         # active is saved for what saving notices: a change in place before the backward
-        ctx.save_for_backward(*differentiable, output, mass, lse, problem.active, *(kept or ()))
+        ctx.save_for_backward(*differentiable, output, mass, lse, x.active, *(kept or ()))
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(mass if problem.softmax == "partials" else lse)
+        ctx.mark_non_differentiable(mass if x.softmax == "partials" else lse)
         return output, mass, lse
 
     @staticmethod
@@ -253,8 +244,8 @@ def _autograd_forward(*arguments: Any) -> Outputs:
         return cast(Outputs, torch.ops.fusedmm.attention_forward.default(*arguments))
 
 
-def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Outputs:
-    return _alloc_forward(query, Problem(*arguments))
+def _fake_forward(*arguments: Any) -> Outputs:
+    return _alloc_forward(Inputs(*arguments))
 
 
 def _fake_backward(
@@ -266,13 +257,9 @@ def _fake_backward(
     lse: Tensor,
     needs_log_prior: bool,
     needs_gate: bool,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
     *arguments: Any,
 ) -> Gradients:
-    output_gate = Problem(*arguments).output_gate
-    return _alloc_backward(query, key, value, mass, output_gate, (needs_log_prior, needs_gate))
+    return _alloc_backward(Inputs(*arguments), mass, (needs_log_prior, needs_gate))
 
 
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")

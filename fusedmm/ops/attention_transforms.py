@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedmm.ops.attention_problem import TENSORS, Problem
+from fusedmm.eager.attention_inputs import TENSORS, Inputs
 from fusedmm.ops.first_order import NO_SECOND_DERIVATIVES
 
 
@@ -41,7 +41,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
         ctx.settings = inputs[TENSORS:]
-        ctx.is_partials = Problem(*inputs[3:]).softmax == "partials"  # query, key and value come before
+        ctx.is_partials = Inputs(*inputs).softmax == "partials"
         ctx.save_for_backward(*inputs[:TENSORS], *output)
         ctx.mark_non_differentiable(output[1] if ctx.is_partials else output[2])
 

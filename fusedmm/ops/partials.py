@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusedmm.eager.attention_inputs import Inputs
 from fusedmm.impl import resolve_impl
 from fusedmm.layout import ModalityLayout
 from fusedmm.ops.attention import (
@@ -22,7 +23,6 @@ from fusedmm.ops.attention import (
     triton_gaps,
 )
 from fusedmm.ops.attention_op import attention
-from fusedmm.ops.attention_problem import Problem
 from fusedmm.ops.autocast import autocast
 from fusedmm.reference import attention as reference
 from fusedmm.shapes import check_broadcast, check_shapes, check_type
@@ -87,7 +87,10 @@ def modality_partials(
             )
         return ModalityPartials(output.to(query.dtype), lse)
     key, value = in_time_order(key, value, visibility)
-    problem = Problem(
+    x = Inputs(
+        query=query,
+        key=key,
+        value=value,
         log_prior=None,
         gate=None,
         output_gate=None,
@@ -99,7 +102,7 @@ def modality_partials(
         impl=chosen,
         **layout_arguments(layout, visibility),
     )
-    output, _, lse = attention(query, key, value, problem)
+    output, _, lse = attention(x)
     return ModalityPartials(output, lse)
 
 
