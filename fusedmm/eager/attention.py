@@ -46,35 +46,41 @@ from fusedmm.eager.attention_inputs import (
 )
 from fusedmm.eager.attention_rows import add_key_product, add_keys, as_matrices, product
 from fusedmm.eager.attention_sums import RowTerms, certain_rows, correct, is_far, settle
-from fusedmm.eager.products import LN_2, LOG2_E
+from fusedmm.eager.products import LN_2, LOG2_E, cast
 
 
 def forward(x: Inputs, *, keep: bool = False) -> tuple[tuple[Tensor, Tensor, Tensor], attention_small.Kept | None]:
-    """Output without output gate ([total_q, Hq, D], or [total_q, Hq, M, D] for partials), mass and lse, in the
+    """Output ([total_q, Hq, D], or [total_q, Hq, M, D] for partials) in the query's dtype, mass and lse in the
     accumulation dtype; to ``keep``, of a small problem, what its backward need not make again.
     """
-    given = ungrouped(x)
-    groups = given.groups()
+    groups, small = x.groups(), None
     if attention_small.fits(x, groups):
-        small = attention_small.forward(x, groups[0], keep=keep)
-        if small is not None:
-            return small
-    counts = Counts(given)
-    x = without_unseen(given, counts)
+        small = attention_small.forward(x, groups[0], keep=keep and x.output_gate is None)
+    (output, mass, lse), kept = (_exact(x, groups), None) if small is None else small
+    if x.output_gate is not None:
+        output = output * torch.sigmoid(x.output_gate.to(output.dtype))
+    return (cast(output, x.query.dtype), mass, lse), kept
+
+
+def _exact(x: Inputs, groups: tuple[Group, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Output without output gate, mass and lse, in the accumulation dtype."""
+    x = ungrouped(x)
+    counts = Counts(x)
+    x = without_unseen(x, counts)
     results, sums, total = _attend(x, groups, None)
     # Values overflow in products with exponentials, gates in quotients with their sums.
     may_overflow = x.softmax == "joint" or x.gate is not None
     is_finite = not may_overflow or math.isfinite(results[0].sum())
     is_near = not groups or is_held(sums) or _count_far(sums, total) == _count_blind(x, groups, total, counts)
     if is_finite and is_near:
-        return results, None
+        return results
     beyond = _rows_beyond(results[0], sums, total, counts() == 0)
     again, _, _ = _attend(x, groups, _peaks(x, groups))
     output, mass, lse = (
         torch.where(beyond.view(*beyond.shape, *[1] * (old.ndim - 2)), new, old)
         for old, new in zip(results, again, strict=True)
     )
-    return (output, mass, lse), None
+    return output, mass, lse
 
 
 def _attend(

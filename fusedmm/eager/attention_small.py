@@ -9,7 +9,6 @@ making it again.
 What exponentials without a peak taken off do not hold, and every other problem, is left to `fusedmm.eager.attention`.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -64,14 +63,9 @@ def forward(x: Inputs, group: Group, *, keep: bool = False) -> tuple[tuple[Tenso
     total = sums.sum(-1, keepdim=True)
     keep = keep and query.nbytes + key.nbytes + value.nbytes + 2 * probabilities.nbytes + sums.nbytes <= KEPT
     gate = None if x.gate is None else _heads_first(x.gate, samples)
-    if gate is None or keep:
-        probabilities.div_(total[..., None])
-        weights = probabilities if gate is None else probabilities * gate[..., None]
-    else:
-        factor = gate / total
-        if not math.isfinite(factor.sum()):  # beside exponentials a gate beyond 3e20 may overflow
-            return None
-        weights = probabilities.mul_(factor[..., None])
+    weights = probabilities.div_(total[..., None])
+    if gate is not None:
+        weights = probabilities * gate[..., None] if keep else probabilities.mul_(gate[..., None])
     weights = _joined(weights)
     output = torch.bmm(weights, value).view(*sums.shape[:3], -1)
     sums = _written(sums)

@@ -54,7 +54,7 @@ def attention(x: Inputs, *, is_unwatched: bool = False) -> Outputs:
     if _needs_gradient(x):
         return _differentiable(x, through_dispatcher=False)
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward_and_kept(x, keep=False)[0]
+        return _forward_and_kept(x)[0]
 
 
 def _alloc_forward(x: Inputs) -> Outputs:
@@ -82,23 +82,20 @@ def _for_kernels(x: Inputs) -> "AttentionProblem":
 
 
 def _forward(*arguments: Any) -> Outputs:
-    return _forward_and_kept(Inputs(*arguments), keep=False)[0]
+    return _forward_and_kept(Inputs(*arguments))[0]
 
 
-def _forward_and_kept(x: Inputs, *, keep: bool) -> tuple[Outputs, Kept | None]:
+def _forward_and_kept(x: Inputs, *, keep: bool = False) -> tuple[Outputs, Kept | None]:
     """And, to ``keep``, what of a small problem the eager backward need not make again."""
-    if x.impl == "triton":
-        from fusedmm.kernels.attention.select import launchers
+    if x.impl == "eager":
+        with without_autocast(x.query):
+            return eager.forward(x, keep=keep)
+    from fusedmm.kernels.attention.select import launchers
 
-        given = _for_kernels(x)
-        with torch.cuda.device_of(x.query):
-            kernels = launchers("forward", x.query, x.key, given)
-            return cast(Outputs, kernels.attention_forward(*x[:3], given)), None
-    with without_autocast(x.query):
-        (output, mass, lse), kept = eager.forward(x, keep=keep and x.output_gate is None)
-    if x.output_gate is not None:
-        output = output * torch.sigmoid(x.output_gate.to(output.dtype))
-    return (output.to(x.query.dtype), mass, lse), kept
+    given = _for_kernels(x)
+    with torch.cuda.device_of(x.query):
+        kernels = launchers("forward", x.query, x.key, given)
+        return cast(Outputs, kernels.attention_forward(*x[:3], given)), None
 
 
 def _backward(
