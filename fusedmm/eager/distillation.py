@@ -7,7 +7,7 @@ nothing to cancellation.
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,14 +37,14 @@ SATURATED = 1.125  # size of a softmax whose top class has 8/9: beyond, 1 - p lo
 WaveGradient = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Objective:
+class Objective(NamedTuple):
     """What a loss is made of, apart from tensors.
 
     Attributes:
         shard: this rank's classes.
         beta, alpha, label_smoothing, ignore_index: as in `fusedmm.distillation_loss`.
         temperature: of every row, where no [N] tensor is given.
+        all_count: whether it is known that no row is ignored.
     """
 
     shard: Shard
@@ -53,6 +53,7 @@ class Objective:
     temperature: float = 1.0
     label_smoothing: float = 0.0
     ignore_index: int = -100
+    all_count: bool = False
 
 
 def loss(
@@ -80,7 +81,7 @@ def loss(
     Cost: with hidden sizes Ds and Dt ``2 N V (Ds + Dt)`` FLOPs for the logits and ``2 N V Ds`` for each of the two
         gradients; a wave's logits five times. Ignored rows cost nothing.
     """
-    counted = counted_rows(labels, objective.ignore_index)
+    counted = None if objective.all_count else counted_rows(labels, objective.ignore_index)
     if counted is None and distillation_small.suits(student, teacher, temperature, objective):
         assert isinstance(student, LinearHead)
         return distillation_small.loss(student, teacher, labels, objective, grad_rows, needs)

@@ -7,8 +7,6 @@ Sums over few classes are matrix products, which take half the time of a reducti
 operator, hence few of them; the fields are taken from the sums of all waves.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -28,6 +26,7 @@ from fusedmm.eager.waves import (
 )
 from fusedmm.heads import Head, LinearHead, Teacher, TopKLogProbs
 
+LABEL_FIELDS = ("student_nll", "teacher_nll", "excess_loss", "el2n", "margin")
 SECOND_PASS_FIELDS = ("divergence", "total_variation")
 FIELDS = (
     "forward_kl",
@@ -39,11 +38,7 @@ FIELDS = (
     "teacher_confidence",
     "agreement",
     "grad_norm",
-    "student_nll",
-    "teacher_nll",
-    "excess_loss",
-    "el2n",
-    "margin",
+    *LABEL_FIELDS,
     *SECOND_PASS_FIELDS,
 )
 
@@ -67,7 +62,7 @@ def scores(
     Cost: ``2 N V (Ds + Dt)`` FLOPs; a wave's logits seven times. Ignored rows cost nothing.
     """
     source = student.source
-    counted = counted_rows(labels, objective.ignore_index)
+    counted = None if objective.all_count else counted_rows(labels, objective.ignore_index)
     if source.shape[0] == 0 or (counted is not None and counted.shape[0] == 0):
         zeros = source.new_zeros((len(FIELDS), source.shape[0]), dtype=compute_dtype(source))
         return dict(zip(FIELDS, zeros.unbind(), strict=True))
@@ -233,7 +228,7 @@ def _top_sums(
         between[:, count:] *= alone["shares"][:, None]
     alone["top_square"] = between.sum(-1)
     alone["top_confidence"] = t[:, :count].amax(-1)
-    coarse = replace(objective, shard=Shard(p.shape[1], 0, p.shape[1]))
+    coarse = objective._replace(shard=Shard(p.shape[1], 0, p.shape[1]))
     logits = torch.stack([own, target]).mul_(0.5)
     memory = [torch.empty_like(logits), torch.empty_like(logits)]
     return _pair_sums(logits, None, 1.0, coarse, second_pass, memory) | alone

@@ -18,6 +18,8 @@ from fusedmm.heads import LinearHead, Teacher
 if TYPE_CHECKING:
     from fusedmm.eager.distillation import Objective
 
+MKL_FLOPS = 1 << 25  # of a product: after other work, oneDNN would take longer to come into the caches than it saves
+
 
 def suits(
     student: Teacher, teacher: Teacher, labels: Tensor | None, temperature: Tensor | None, objective: "Objective"
@@ -51,8 +53,9 @@ def scores(
     scale, unit = 0.5 * LOG2_E / objective.temperature, 2 * LN_2  # 2 ** log is the root of a power
     logs = student.hidden.new_empty((classes, 2 * rows), dtype=compute_dtype(student.hidden))
     log_p, log_t = logs.chunk(2, 1)
-    _few_logits(student, scale, out=log_p)
-    _few_logits(teacher, scale, out=log_t)
+    _few_logits(student, scale, log_p)
+    _few_logits(teacher, scale, log_t)
+    logs.sub_(logs.amax(0))
     roots, ones = torch.empty_like(logs), ones_to_sum(logs, classes)
     best, teacher_best = objective.shard.first_top(logs.t(), roots.t()).chunk(2)
     torch.exp2(logs, out=roots)
@@ -144,11 +147,14 @@ def _scores_of_a_call(
 
 
 def _few_logits(head: LinearHead, scale: float, out: Tensor) -> None:
-    """Write `scale` times the logits [V, N], less the largest of each row."""
-    logits = multiply(cast(head.weight, out.dtype) * scale, cast(head.hidden, out.dtype).t())
+    """Write `scale` times the logits [V, N]."""
+    weight, hidden = cast(head.weight, out.dtype), cast(head.hidden, out.dtype).t()
+    if 2 * weight.numel() * hidden.shape[1] <= MKL_FLOPS:
+        torch.addmm(out, weight, hidden, beta=0.0, alpha=scale, out=out)
+    else:
+        multiply(weight, hidden, out, scale)
     if head.bias is not None:
-        logits.add_((cast(head.bias, out.dtype).clamp_min(FINITE_MINIMUM) * scale)[:, None])
-    torch.sub(logits, logits.amax(0), out=out)
+        out.add_((cast(head.bias, out.dtype).clamp_min(FINITE_MINIMUM) * scale)[:, None])
 
 
 def _sum(x: Tensor, ones: Tensor | None) -> Tensor:

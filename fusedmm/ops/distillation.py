@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fusedmm.eager.distillation_scores import FIELDS, SECOND_PASS_FIELDS
+from fusedmm.eager.distillation_scores import LABEL_FIELDS, SECOND_PASS_FIELDS
 from fusedmm.eager.products import compute_dtype
 from fusedmm.eager.shard import Shard
 from fusedmm.heads import Head, LinearHead, Logits, Teacher, TopKLogProbs
@@ -108,27 +108,28 @@ def distillation_scores(
     if beta is not None:
         beta = check_fraction(op, "beta", beta)
     inputs = check_inputs(op, student, teacher, labels, temperature, impl)
-    _check_labels(op, inputs, ignore_index)
+    all_count = _check_labels(op, inputs, ignore_index)
     second_pass = beta is not None and 0.0 < beta < 1.0
     if inputs.impl == "reference":
         fields = reference.scores(*_whole(inputs), num_classes=inputs.shard.total, beta=beta, ignore_index=ignore_index)
         return _named({name: field.detach().to(compute_dtype(inputs.rows)) for name, field in fields.items()})
-    with torch.no_grad():
-        problem = problem_of(inputs, beta=0.0 if beta is None else beta, ignore_index=ignore_index)
-        given: dict[str, Tensor] = call("distillation_scores", problem, second_pass)
+    problem = problem_of(inputs, beta=beta or 0.0, ignore_index=ignore_index, all_count=all_count)
+    given: dict[str, Tensor] = call("distillation_scores", problem, second_pass)
     if beta is not None and not second_pass:
         given["divergence"] = given["forward_kl"] if beta == 0.0 else given["reverse_kl"]
-    absent = {name for name in SECOND_PASS_FIELDS if beta is None or (name == "total_variation" and not second_pass)}
+    absent: tuple[str, ...] = () if second_pass else SECOND_PASS_FIELDS if beta is None else ("total_variation",)
     if labels is None:
-        absent |= {"student_nll", "teacher_nll", "excess_loss", "el2n", "margin"}
+        absent += LABEL_FIELDS
     elif isinstance(teacher, TopKLogProbs):
-        absent |= {"teacher_nll", "excess_loss"}
-    return _named({name: field for name, field in given.items() if name not in absent})
+        absent += ("teacher_nll", "excess_loss")
+    for name in absent:
+        given.pop(name, None)
+    return _named(given)
 
 
 def _named(fields: dict[str, Tensor]) -> DistillationScores:
     """Scores by name; those that do not apply are None."""
-    return DistillationScores(**{name: cast(Tensor, fields.get(name)) for name in FIELDS})
+    return DistillationScores(*map(fields.get, DistillationScores._fields))  # type: ignore[arg-type]
 
 
 def distillation_loss(
@@ -207,7 +208,7 @@ def distillation_loss(
     if normalizer is not None and reduction != "mean":
         raise ValueError(f'{op}: normalizer divides reduction="mean" only, got reduction={reduction!r}. Leave it out.')
     inputs = check_inputs(op, student, teacher, labels, temperature, impl)
-    all_count = _check_labels(op, inputs, ignore_index)
+    all_count = _check_labels(op, inputs, ignore_index) and row_weight is None
     _check_weights(op, inputs, row_weight, normalizer)
     if row_weight is not None:  # a row of weight 0 is ignored: what it holds, NaN too, is not looked at
         counts = int(ignore_index == 0) if labels is None else labels
@@ -229,9 +230,16 @@ def distillation_loss(
         )
         rows = rows * row_scale
         return (rows if reduction == "none" else rows.sum()).to(compute_dtype(inputs.rows))
-    if all_count and row_weight is None and alpha == 1.0:  # then labels say nothing
+    if all_count and alpha == 1.0:  # then labels say nothing
         inputs = inputs._replace(labels=None)
-    problem = problem_of(inputs, beta=beta, alpha=alpha, label_smoothing=label_smoothing, ignore_index=ignore_index)
+    problem = problem_of(
+        inputs,
+        beta=beta,
+        alpha=alpha,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        all_count=all_count,
+    )
     needs = _needs(inputs.student)
     if memory == "fast" and reduction != "none" and True in needs:
         return cast(Tensor, call("distillation_fast", problem, row_scale, *needs)[0])
@@ -275,7 +283,7 @@ def _row_scale(
     """[N] what the loss of every row is multiplied by; 0 where it is ignored."""
     num_rows, dtype = inputs.rows.shape[0], compute_dtype(inputs.rows)
     is_mean = reduction == "mean" and normalizer is None
-    if row_weight is None and all_count and not isinstance(normalizer, Tensor):
+    if all_count and not isinstance(normalizer, Tensor):
         return inputs.rows.new_full(
             (num_rows,), 1.0 / (max(num_rows, 1) if is_mean else normalizer or 1.0), dtype=dtype
         )

@@ -144,8 +144,10 @@ def call(name: str, problem: Problem, *extra: Any) -> Any:
     """
     tensors = problem.tensors
     if is_watched(tensors):
-        result = getattr(torch.ops.fusedmm, name)(*problem.flat(), *extra)
-        return dict(zip(FIELDS, result.unbind(0), strict=True)) if name == "distillation_scores" else result
+        if name != "distillation_scores":
+            return getattr(torch.ops.fusedmm, name)(*problem.flat(), *extra)
+        with torch.no_grad():
+            return dict(zip(FIELDS, torch.ops.fusedmm.distillation_scores(*problem.flat(), *extra), strict=True))
     if name == "distillation_fast":
         own, needs = tensors[:3], extra[-3:]
         return apply_unwatched(_Fast, *own, needs, lambda *_: implement(name, problem, *extra))

@@ -79,10 +79,10 @@ class Problem(NamedTuple):
 
 
 def problem_of(
-    inputs: Inputs, *, beta: float, alpha: float = 1.0, label_smoothing: float = 0.0, ignore_index: int
+    inputs: Inputs, *, beta: float, alpha: float = 1.0, label_smoothing: float = 0.0, ignore_index: int, all_count: bool
 ) -> Problem:
     """The problem of checked inputs."""
-    objective = eager.Objective(inputs.shard, beta, alpha, inputs.temperature, label_smoothing, ignore_index)
+    objective = eager.Objective(inputs.shard, beta, alpha, inputs.temperature, label_smoothing, ignore_index, all_count)
     return _problem(inputs.student, inputs.teacher, inputs.labels, inputs.row_temperature, objective, inputs.impl)
 
 

@@ -82,7 +82,7 @@ class TopRows:
         buckets, numbers = self._buckets(for_scores=True)
         fields = buckets.scores(second_pass)
         alone = dict(zip(STUDENT_SCORES, numbers, strict=True))
-        gradient = replace(buckets, objective=replace(buckets.objective, beta=0.0))
+        gradient = replace(buckets, objective=buckets.objective._replace(beta=0.0))
         squares = gradient.tempered_gradient(gradient.divergence()[2]).square()
         # the bucket's gradient lies on its classes by their shares
         squares[:, self.classes.shape[1] :] *= alone.pop("rest_squares")[:, None]
