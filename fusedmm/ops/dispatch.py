@@ -11,12 +11,18 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import Parameter
 
+# Bound once: a first call after other work would look each of them up in PyTorch's largest modules.
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transform = torch._C._functorch.maybe_current_level
+_trace = torch._C._get_tracing_state
 PLAIN = frozenset((Tensor, Parameter, NoneType, bool, int, float, str))  # types of arguments that watch nothing
 
 
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` is under way."""
-    return torch._C._functorch.maybe_current_level() is not None
+    return _transform() is not None
 
 
 def is_watched(arguments: Iterable[Any]) -> bool:
@@ -24,11 +30,11 @@ def is_watched(arguments: Iterable[Any]) -> bool:
     Tensor.
     """
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or is_transformed()
-        or torch._C._get_tracing_state() is not None
+        _is_compiling()
+        or _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _transform() is not None
+        or _trace() is not None
         or not PLAIN.issuperset(map(type, arguments))
     )
 
