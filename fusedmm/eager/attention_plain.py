@@ -28,12 +28,8 @@ class Run(NamedTuple):
     samples: int = 1
 
     @property
-    def rows(self) -> slice:
-        return slice(self.first_q, self.first_q + self.samples * self.size_q)
-
-    @property
-    def keys(self) -> slice:
-        return slice(self.first_k, self.first_k + self.samples * self.size_k)
+    def end_k(self) -> int:
+        return self.first_k + self.samples * self.size_k
 
     @property
     def scores(self) -> int:
@@ -67,18 +63,26 @@ def attend(
         return None
     outputs = []
     for run in runs:
-        packed = query[run.rows], key[run.keys], value[run.keys]
-        q, k, v = (t.view(run.samples, -1, *t.shape[1:]).transpose(1, 2) for t in packed)
+        q = _by_sample(query, run.first_q, run.samples, run.size_q)
+        k, v = (_by_sample(t, run.first_k, run.samples, run.size_k) for t in (key, value))
         output = scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=heads != kv_heads)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs)  # strides are those of the query
+
+
+def _by_sample(packed: Tensor, first: int, samples: int, size: int) -> Tensor:
+    """A view [samples, H, size, D] of rows of [total, H, D], from the first of them on."""
+    rows, heads, dim = packed.shape
+    if samples * size != rows:
+        packed = packed.narrow(0, first, samples * size)
+    return packed.view(samples, size, heads, dim).transpose(1, 2)
 
 
 def _is_fused(packed: Iterable[Tensor]) -> bool:
     """Whether PyTorch has a call for them that keeps no [query, key] matrix, is not switched off, and gives the same
     gradients each time, which no GPU's does.
     """
-    return torch.backends.cuda.flash_sdp_enabled() and all(t.is_cpu and t.stride(2) == 1 for t in packed)
+    return torch._C._get_flash_sdp_enabled() and all(t.is_cpu and t.stride(2) == 1 for t in packed)
 
 
 @lru_cache(maxsize=4)
@@ -92,7 +96,7 @@ def _runs(bounds_q: Bounds, bounds_k: Bounds) -> tuple[Run, ...]:
         if own.size_k == 0:
             return ()
         last = found[-1] if found else None
-        if last and (own.size_q, own.size_k, first_k) == (last.size_q, last.size_k, last.keys.stop):
+        if last and (own.size_q, own.size_k, first_k) == (last.size_q, last.size_k, last.end_k):
             found[-1] = last._replace(samples=last.samples + 1)
         else:
             found.append(own)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedmm.eager import attention_plain
 from fusedmm.eager.attention_inputs import Inputs
-from fusedmm.eager.products import compute_dtype
+from fusedmm.eager.products import cast, compute_dtype
 from fusedmm.impl import resolve_impl
 from fusedmm.layout import ModalityLayout
 from fusedmm.ops.attention_op import attention
@@ -204,7 +204,7 @@ def gated_multimodal_attention(
 
 def _alone(output: Tensor) -> AttentionOutput:
     """Of who asks for no mass."""
-    nothing = output.new_empty(0, dtype=compute_dtype(output))
+    nothing = cast(output.new_empty(0), compute_dtype(output))
     return AttentionOutput(output, nothing, nothing)
 
 
