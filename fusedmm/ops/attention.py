@@ -3,7 +3,7 @@
 Data flow: checks here -> `layout.visibility` for times -> the registered operator (Triton or eager), or the reference.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from fusedmm.impl import resolve_impl
 from fusedmm.layout import ModalityLayout
 from fusedmm.ops.attention_op import attention
 from fusedmm.ops.autocast import autocast
-from fusedmm.ops.signatures import Passed, signature
+from fusedmm.ops.signatures import Passed, Signature, signature
 from fusedmm.reference import attention as reference
 from fusedmm.shapes import (
     FLOATS,
@@ -248,7 +248,7 @@ def _check(
     return (query, key, value, log_prior, gate, output_gate, active), chosen
 
 
-def _signature(tensors: Sequence[Tensor | None], layout: ModalityLayout, *numbers: Any) -> Hashable | None:
+def _signature(tensors: Sequence[Tensor | None], layout: ModalityLayout, *numbers: Any) -> Signature | None:
     """All that the checks look at, and numbers that are one each."""
     if type(layout) is not ModalityLayout:
         return None

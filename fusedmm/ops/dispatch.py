@@ -12,11 +12,11 @@ from torch.autograd import Function
 from torch.nn import Parameter
 
 # Bound once: a first call after other work would look each of them up in PyTorch's largest modules.
-_is_compiling = torch.compiler.is_compiling
+_dynamo = torch.compiler.is_dynamo_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _transform = torch._C._functorch.maybe_current_level
-_trace = torch._C._get_tracing_state
+_is_tracing = torch._C._is_tracing
 PLAIN = frozenset((Tensor, Parameter, NoneType, bool, int, float, str))  # types of arguments that watch nothing
 
 
@@ -25,18 +25,16 @@ def is_transformed() -> bool:
     return _transform() is not None
 
 
-def is_watched(arguments: Iterable[Any]) -> bool:
-    """Whether calls must show in the dispatcher: to the compiler, a mode, a transform, a tracer or a subclass of
-    Tensor.
+def is_anyone_watching() -> bool:
+    """Whether calls must show in the dispatcher whatever they are given: to the compiler, a mode, a transform or a
+    tracer. `torch.export`, where it does not compile, is a mode.
     """
-    return (
-        _is_compiling()
-        or _dispatch_modes() > 0
-        or _function_modes() > 0
-        or _transform() is not None
-        or _trace() is not None
-        or not PLAIN.issuperset(map(type, arguments))
-    )
+    return _dynamo() or _dispatch_modes() > 0 or _function_modes() > 0 or _transform() is not None or _is_tracing()
+
+
+def is_watched(arguments: Iterable[Any]) -> bool:
+    """Whether calls must show in the dispatcher: to those, or to a subclass of Tensor."""
+    return is_anyone_watching() or not PLAIN.issuperset(map(type, arguments))
 
 
 def apply_unwatched(function: type[Function], *arguments: Any) -> Any:

@@ -18,7 +18,7 @@ from fusedmm.eager.shard import Shard
 from fusedmm.heads import Head, LinearHead, Logits, Teacher, TopKLogProbs
 from fusedmm.impl import resolve_impl
 from fusedmm.ops.autocast import autocast
-from fusedmm.ops.signatures import Passed, signature
+from fusedmm.ops.signatures import Passed, Signature, signature
 from fusedmm.shapes import (
     FLOATS,
     ShapeError,
@@ -117,7 +117,7 @@ def check_inputs(
 
 def _signature(
     student: Head, teacher: Teacher, labels: Tensor | None, temperature: float | Tensor, impl: str
-) -> Hashable | None:
+) -> Signature | None:
     """All that the checks look at, of plain heads; None where there is more to do than to check."""
     numbers: list[Hashable] = [temperature, impl]
     tensors: list[Tensor | None] = [labels]
