@@ -271,6 +271,28 @@ def test_samples_side_by_side_are_laid_out_together_while_they_are_small(
 
 
 @needs_onednn
+@pytest.mark.parametrize(
+    ("features", "lowest", "is_column"),
+    [
+        (("log_prior",), -9.0, True),
+        (("log_prior",), -11.0, False),
+        (("log_prior",), -torch.inf, False),
+        (("log_prior", "gate"), -9.0, False),
+    ],
+)
+def test_moderate_priors_alone_are_columns_of_the_products(
+    features: tuple[str, ...], lowest: float, is_column: bool, by_head: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widened, widen = [], attention_heads._with_modalities
+    monkeypatch.setattr(attention_heads, "_with_modalities", lambda *args: widened.append(1) or widen(*args))
+    example = attention_example(2, [90], [[200, 1, 9]], heads=4, kv_heads=2, head_dim=16, features=features)
+    example.tensors["log_prior"].clamp_(-9.0, 9.0)[3, 1, 0] = lowest
+    assert check_attention(example, attend) == []
+    assert bool(widened) == is_column
+    assert "forward" in by_head
+
+
+@needs_onednn
 @pytest.mark.parametrize("features", [(), ("log_prior", "gate")])
 @pytest.mark.parametrize("size", [8.0, 20.0])
 def test_gradients_of_sharp_softmaxes_stay_within_the_budget(

@@ -87,15 +87,16 @@ def _attend(
     x: Inputs, groups: tuple[Group, ...], peaks: Tensor | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor | None]:
     """Results of `forward`, the sums of exponentials [total_q, Hq, M], of which ``peaks`` are taken off where given,
-    and with a prior their total [total_q, Hq, 1].
+    and with a prior beside them their total [total_q, Hq, 1].
     """
+    by_head = [False] * len(groups) if peaks is not None else attention_heads.fits(x, groups)
     start = peaks
-    if x.log_prior is not None:
+    if x.log_prior is not None and not (groups and all(by_head) and attention_heads.takes_prior(x)):
         prior = x.log_prior * LOG2_E
         start = prior if peaks is None else peaks + prior
     share = shares(start) if x.softmax == "joint" and start is not None else None
     shift = None if peaks is None else torch.where(torch.isneginf(peaks), 0.0, -peaks)
-    output, sums = _sweep(x, groups, shift, share)
+    output, sums = _sweep(x, groups, by_head, shift, share)
     parts = sums if share is None else sums * share
     total = parts.sum(-1, keepdim=True) if x.softmax == "joint" else parts
     mass = parts / total.clamp_min(LEAST)
@@ -105,7 +106,9 @@ def _attend(
     return (output, mass, lse), sums, None if share is None else total
 
 
-def _sweep(x: Inputs, groups: Sequence[Group], shift: Tensor | None, share: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sweep(
+    x: Inputs, groups: Sequence[Group], by_head: Sequence[bool], shift: Tensor | None, share: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Output, [total_q, Hq, D] or [total_q, Hq, M, D], and by modality the sums of exponentials [total_q, Hq, M] of
     scores to which ``shift`` [total_q, Hq, M] is added.
     """
@@ -116,12 +119,9 @@ def _sweep(x: Inputs, groups: Sequence[Group], shift: Tensor | None, share: Tens
     output = _buffer(x, shape, has_all_rows)
     sums = _buffer(x, (total_q, heads, modalities), has_all_rows)
     buffers = output.flatten(2), sums
-    if shift is None:
-        by_head = attention_heads.fits(x, groups)
-        for span in attention_heads.spans(x, compress(groups, by_head)):
-            attention_heads.forward(x, span, share, buffers)
-        groups = [group for group, is_done in zip(groups, by_head, strict=True) if not is_done]
-    for group in groups:
+    for span in attention_heads.spans(x, compress(groups, by_head)):
+        attention_heads.forward(x, span, share, buffers)
+    for group in compress(groups, (not is_done for is_done in by_head)):
         tokens = x.keys(group)
         for block in group.blocks:
             _forward_block(x, group, block, tokens, shift, share, buffers)

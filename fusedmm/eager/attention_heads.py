@@ -11,21 +11,26 @@ backward forms everything transposed, which suits two of its last three products
 where P is made to sum to the mass that the forward gave. 512 queries of 256 keys, 4 heads of 64, take 1.4 ms, of which
 products are 0.8; with gradients 5.2, of which 2.8 (one thread of an AMD EPYC, Zen 5). `fusedmm.eager.attention` alone
 takes 1.7 and 6.3; a first call after other work 0.6 more, of which oneDNN's code, come into the caches, is 0.1.
+
+Moderate priors without gates are M more columns of the queries, of which a key meets that of its modality: then E and
+its sums hold them and nothing multiplies E, a tenth of a first call.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedmm.eager.attention_groups import BLOCK_SCORES, Block, Group
+from fusedmm.eager.attention_groups import BLOCK_SCORES, Block, Group, Lengths
 from fusedmm.eager.attention_inputs import LEAST, Inputs, hidden_scores
 from fusedmm.eager.attention_rows import as_matrices, key_view
 from fusedmm.eager.products import LOG2_E, ONEDNN_FLOPS, cast, has_onednn, linear
 
 STAGED = 1 << 18  # elements of queries and keys that are laid out at once: 1 MiB, and as much of values and outputs
+MODERATE = 10.0  # a prior's size, up to which exponentials of scores it is added to are held as they would be without
 LEAST_ROWS = 64  # of a block, for which each product lays out all keys anew; and fewest keys
 
 
@@ -51,6 +56,16 @@ def fits(x: Inputs, groups: Sequence[Group]) -> list[bool]:
     ]
 
 
+def takes_prior(x: Inputs) -> bool:
+    """Whether priors may be columns of the products, which saves a pass over the weights: nothing else multiplies them,
+    and no prior is far from 0.
+    """
+    if x.log_prior is None or x.gate is not None or x.num_modalities > x.query.shape[2] // 4:
+        return False
+    low, high = x.log_prior.aminmax()
+    return bool(low.item() >= -MODERATE and high.item() <= MODERATE)
+
+
 def blocks(x: Inputs, group: Group) -> list[Block]:
     """The group's queries, as many at a time as make one key head's scores a block."""
     shared = x.query.shape[1] // x.key.shape[1]
@@ -69,8 +84,8 @@ class Piece(NamedTuple):
 class _Forward(NamedTuple):
     """What the forward reads and writes: of all key heads [Hkv, ...], or of one."""
 
-    query: Tensor  # [G * n, D], scaled
-    key: Tensor  # [k, D]
+    query: Tensor  # [G * n, D or D + M], scaled
+    key: Tensor  # [k, D or D + M]
     value: Tensor  # [k, D]
     hidden: Tensor | None  # [G or 1, n or 1, k]
     factor: Tensor | None  # [G * n, M] of weights
@@ -121,17 +136,24 @@ def spans(x: Inputs, groups: Iterable[Group]) -> list[list[Piece]]:
 
 
 def forward(x: Inputs, span: list[Piece], share: Tensor | None, buffers: tuple[Tensor, Tensor]) -> None:
-    """Write the output and sums of exponentials of a span to two buffers."""
+    """Write the output and sums of exponentials of a span to two buffers. Of scores with priors, where there is one but
+    no ``share``, the factor that stands for it.
+    """
     rows = slice(span[0].rows.start, span[-1].rows.stop)
     keys = slice(span[0].keys.start, span[-1].keys.stop)
     query, key, value = (_heads_first(x, t) for t in (x.query[rows], x.key[keys], x.value[keys]))
-    query = torch.mul(query, x.scale * LOG2_E, out=query.new_empty(query.shape)).view(len(key), -1, query.shape[2])
-    key, value = key.contiguous(), value.contiguous()
+    if x.log_prior is None or share is not None:
+        query = torch.mul(query, x.scale * LOG2_E, out=query.new_empty(query.shape))
+        key = key.contiguous()
+    else:
+        query = torch.cat((query, _heads_first(x, x.log_prior[rows])), -1)
+        key = _with_modalities(x, span, key)
+    query, value = query.view(len(key), -1, query.shape[2]), value.contiguous()
     share, gate = (None if t is None else t[rows] for t in (share, x.gate))
     factor = share if gate is None else gate if share is None else share * gate
     if factor is not None:
         factor = _heads_first(x, factor).contiguous().view(*query.shape[:2], -1)
-    result, found = torch.empty_like(query), query.new_empty((*query.shape[:2], x.num_modalities))
+    result, found = (query.new_empty((*query.shape[:2], size)) for size in (value.shape[2], x.num_modalities))
     end = 0
     for piece in span:
         begin, end = end, end + piece.block.size * x.query.shape[1] // x.key.shape[1]
@@ -151,6 +173,24 @@ def forward(x: Inputs, span: list[Piece], share: Tensor | None, buffers: tuple[T
     sums.copy_(_packed(found, rows))
     total = (sums if share is None else sums * share).sum(-1, keepdim=True)
     torch.div(_packed(result, rows), total.clamp_min_(LEAST), out=output)
+
+
+def _with_modalities(x: Inputs, span: list[Piece], key: Tensor) -> Tensor:
+    """Scaled keys [Hkv, k, D + M] whose last columns pick the prior of their modality from a query's."""
+    dim, unit = key.shape[2], x.scale * LOG2_E
+    wide = key.new_empty((*key.shape[:2], dim + x.num_modalities))
+    torch.mul(key, unit, out=wide[..., :dim])
+    for piece in span:
+        first = piece.keys.start - span[0].keys.start
+        wide[:, first : first + piece.group.size_k, dim:] = _modalities(piece.group.widths)
+    return wide
+
+
+@lru_cache(maxsize=8)
+def _modalities(widths: Lengths) -> Tensor:
+    """[k, M] log2(e) in the column of a key's modality, else 0."""
+    modality = torch.repeat_interleave(torch.tensor(widths))
+    return torch.nn.functional.one_hot(modality, len(widths)).mul(LOG2_E)
 
 
 def _forward_head(piece: Piece, x: _Forward) -> None:
