@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import pytest
 import torch
@@ -290,6 +291,19 @@ def test_moderate_priors_alone_are_columns_of_the_products(
     assert check_attention(example, attend) == []
     assert bool(widened) == is_column
     assert "forward" in by_head
+
+
+def test_columns_of_modalities_are_float32_on_the_cpu_whatever_the_defaults() -> None:
+    attention_heads._modalities.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            columns = attention_heads._modalities((2, 0, 1))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        attention_heads._modalities.cache_clear()
+    one = torch.tensor(1.0 / math.log(2.0))
+    assert torch.equal(columns, one * torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 0, 1]]))
 
 
 @needs_onednn

@@ -30,7 +30,7 @@ from fusedmm.eager.attention_rows import as_matrices, key_view
 from fusedmm.eager.products import LOG2_E, ONEDNN_FLOPS, cast, has_onednn, linear
 
 STAGED = 1 << 18  # elements of queries and keys that are laid out at once: 1 MiB, and as much of values and outputs
-MODERATE = 10.0  # a prior's size, up to which exponentials of scores it is added to are held as they would be without
+MODERATE = 10.0  # size of priors that scores may hold: sums of exponentials are to stay near 1 as they would without
 LEAST_ROWS = 64  # of a block, for which each product lays out all keys anew; and fewest keys
 
 
@@ -189,8 +189,8 @@ def _with_modalities(x: Inputs, span: list[Piece], key: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def _modalities(widths: Lengths) -> Tensor:
     """[k, M] log2(e) in the column of a key's modality, else 0."""
-    modality = torch.repeat_interleave(torch.tensor(widths))
-    return torch.nn.functional.one_hot(modality, len(widths)).mul(LOG2_E)
+    modality = torch.repeat_interleave(torch.tensor(widths, device="cpu"))
+    return torch.nn.functional.one_hot(modality, len(widths)).to(torch.float32).mul_(LOG2_E)
 
 
 def _forward_head(piece: Piece, x: _Forward) -> None:
