@@ -51,7 +51,7 @@ def fits(x: Inputs, groups: tuple[Group, ...]) -> bool:
 
 def forward(x: Inputs, group: Group, *, keep: bool = False) -> tuple[tuple[Tensor, Tensor, Tensor], Kept | None] | None:
     """Output [total_q, H, D], mass and lse [total_q, H, M], and to ``keep`` `Kept` where it is small; None: scores
-    are too far apart, or gates too large beside them.
+    are too far apart.
     """
     samples = len(group.samples)
     query, key, value = (_matrices(t, samples) for t in (x.query, x.key, x.value))
