@@ -144,6 +144,7 @@ def gated_multimodal_attention(
     given = query, key, value, log_prior, gate, output_gate, active
     call = _signature(given, layout, softmax, dropout_p, impl)
     chosen = _PASSED.get(call)
+    has_passed = chosen is not None
     if chosen is None:
         checked, chosen = _check(*given, layout, softmax, dropout_p, impl)
         query, key, value, log_prior, gate, output_gate, active = checked
@@ -198,7 +199,7 @@ def gated_multimodal_attention(
         softmax,
         chosen,
     )
-    results = attention(x, is_unwatched=call is not None and query_time is None)
+    results = attention(x, is_unwatched=has_passed and query_time is None)
     return AttentionOutput(*results) if need_mass else _alone(results[0])
 
 
