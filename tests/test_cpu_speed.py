@@ -3,8 +3,8 @@
 The goal is `GOAL` times the fastest composition but the compiled one, which takes too long to compile here. Every
 operator is held to it when it is called again, with its code in the caches (`benchmarks.timing`), and after other work
 but for `LATER`: of those the committed results say how far they are, and they may not get slower than that. Of several
-tries, in which a shared machine disturbs one side now and then, one has to hold. Where the core is shared throughout,
-first calls may take `SHARED` times as long beside the others'. Memory is bounded: a chunk of scores or logits.
+tries, in which a shared machine disturbs one side now and then, one has to hold. Memory is bounded: a chunk of scores
+or logits.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,6 @@ GOAL = 1.10
 NOISE = 1.05  # of one run against another
 SECONDS = 0.2  # of all variants together: a median of few short calls is one of disturbances
 TRIES = 5  # on a shared machine, whose memory others use for seconds at a time
-SHARED = 1.15  # who makes many calls loses more to another guest of the core, 1.8 times in Python and 1.05 in MKL
 COMMITTED_NOISE = 1.25  # of a committed ratio, measured on another machine
 LATER = ("attention/tiny",)
 CASES = [name for name in builders("cpu") if name.startswith(("attention/", "distillation/"))]
@@ -51,7 +50,7 @@ def calls_of(case: Case, mode: str) -> dict[str, Callable[[], object]]:
 
 def ratios(case: Case, mode: str) -> tuple[float, float]:
     """How many times as long as the fastest composition this project takes after other work, and called again: medians
-    of interleaved rounds; the first by `SHARED` less where no core of one's own was to be had.
+    of interleaved rounds.
     """
     calls, again = calls_of(case, mode), calls_of(case, mode)
     for call in (*calls.values(), *again.values()):
@@ -59,7 +58,7 @@ def ratios(case: Case, mode: str) -> tuple[float, float]:
     times = interleave(calls, CPU, SECONDS, Telemetry(CPU), again)
     medians = [{name: ranked(ms, 0.5) for name, ms in side.items()} for side in sides(times)]
     first, second = (each.pop("fusedmm") / min(each.values()) for each in medians)
-    return first if times["fusedmm"].own_core else first / SHARED, second
+    return first, second
 
 
 def sides(times: Mapping[str, Times]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
