@@ -19,8 +19,8 @@ NOTHING = -1e30  # stands for the lse of a modality without visible keys: log of
 
 
 class Inputs(NamedTuple):
-    """The arguments of the registered operators, in the order of their schemas. The output gate is left to callers; the
-    lists of tiles are for kernels only.
+    """The arguments of the registered operators, in the order of their schemas; the lists of tiles are for kernels
+    only.
     """
 
     query: Tensor  # [total_q, Hq, D]
@@ -62,7 +62,7 @@ class Inputs(NamedTuple):
         write_rows(buffer, group, block, self.key.shape[1], result, divisor)
 
 
-TENSORS = Inputs._fields.index("num_modalities")  # that may be: they lead, settings follow
+TENSORS = Inputs._fields.index("num_modalities")  # so many of them are tensors or None; settings follow
 
 
 class Counts:

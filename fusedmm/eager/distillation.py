@@ -55,6 +55,10 @@ class Objective(NamedTuple):
     ignore_index: int = -100
     all_count: bool = False
 
+    def counted_rows(self, labels: Tensor | None) -> Tensor | None:
+        """Numbers of the rows that are not ignored, or None for all of them; looks only where it is not known."""
+        return None if self.all_count else counted_rows(labels, self.ignore_index)
+
 
 def loss(
     student: Head,
@@ -81,7 +85,7 @@ def loss(
     Cost: with hidden sizes Ds and Dt ``2 N V (Ds + Dt)`` FLOPs for the logits and ``2 N V Ds`` for each of the two
         gradients; a wave's logits five times. Ignored rows cost nothing.
     """
-    counted = None if objective.all_count else counted_rows(labels, objective.ignore_index)
+    counted = objective.counted_rows(labels)
     if counted is None and distillation_small.suits(student, teacher, temperature, objective):
         assert isinstance(student, LinearHead)
         return distillation_small.loss(student, teacher, labels, objective, grad_rows, needs)

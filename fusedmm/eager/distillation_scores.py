@@ -16,7 +16,6 @@ from fusedmm.eager.products import LN_2, LOG2_E, compute_dtype, ones_to_sum
 from fusedmm.eager.shard import Shard, put
 from fusedmm.eager.waves import (
     Scratch,
-    counted_rows,
     of_all,
     of_wave,
     pair_logits,
@@ -62,7 +61,7 @@ def scores(
     Cost: ``2 N V (Ds + Dt)`` FLOPs; a wave's logits seven times. Ignored rows cost nothing.
     """
     source = student.source
-    counted = None if objective.all_count else counted_rows(labels, objective.ignore_index)
+    counted = objective.counted_rows(labels)
     if source.shape[0] == 0 or (counted is not None and counted.shape[0] == 0):
         zeros = source.new_zeros((len(FIELDS), source.shape[0]), dtype=compute_dtype(source))
         return dict(zip(FIELDS, zeros.unbind(), strict=True))

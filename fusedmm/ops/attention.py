@@ -180,24 +180,19 @@ def gated_multimodal_attention(
         return AttentionOutput(output, result[1], result[2].detach()) if need_mass else _alone(output)
     key, value = in_time_order(key, value, visibility)
     x = Inputs(
-        query,
-        key,
-        value,
-        log_prior,
-        gate,
-        output_gate,
-        layout.cu_seqlens_q,
-        layout.cu_seqlens_k,
-        layout.query_tiles,
-        layout.key_tiles,
-        active,
-        None if visibility is None else visibility.ranges,
-        seed,
-        layout.num_modalities,
-        dropout_p,
-        scale,
-        softmax,
-        chosen,
+        query=query,
+        key=key,
+        value=value,
+        log_prior=log_prior,
+        gate=gate,
+        output_gate=output_gate,
+        active=active,
+        seed=seed,
+        dropout_p=dropout_p,
+        scale=scale,
+        softmax=softmax,
+        impl=chosen,
+        **layout_arguments(layout, visibility),
     )
     results = attention(x, is_unwatched=has_passed and query_time is None)
     return AttentionOutput(*results) if need_mass else _alone(results[0])
