@@ -99,7 +99,7 @@ def loss(
     if sharpest.amax().item() > SATURATED:
         top = sharpest.gt_(SATURATED)  # 1 at a class that saturates its row, else 0
         grad.addcmul_(top, grad.sum(dim, keepdim=True), value=-1.0)
-    grad = grad.transpose(dim, 1)
+    grad = grad if dim == 1 else grad.t()
     clear_forbidden(grad, rows, student, slice(None))
     hidden, weight, dtype = student.hidden, student.weight, grad.dtype
     grad_input = cast(multiply(grad, cast(weight, dtype)), hidden.dtype) if needs[0] else empty

@@ -192,10 +192,11 @@ def clear_forbidden(grad_logits: Tensor, losses: Tensor, head: Head, rows: Rows)
     """Give classes that the student forbids no gradient, in place: their logit counts as -1e30 whatever its input. Only
     where the losses of the wave, of any shape, say that there was one.
     """
-    if head.softcap is not None or not bool((losses > FORBIDDEN_LOSS).any()):  # capped, the logit is not forbidden
+    logits = head.bias if isinstance(head, LinearHead) else head.values
+    if head.softcap is not None or logits is None:  # capped, the logit is not forbidden
         return
-    logits = head.bias if isinstance(head, LinearHead) else of_wave(head.values, rows)
-    if logits is not None:
+    if bool((losses > FORBIDDEN_LOSS).any()):
+        logits = logits if isinstance(head, LinearHead) else of_wave(logits, rows)
         grad_logits.masked_fill_(cast(logits, grad_logits.dtype) < FINITE_MINIMUM, 0.0)  # half has no -1e30
 
 
