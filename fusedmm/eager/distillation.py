@@ -66,7 +66,7 @@ def loss(
     labels: Tensor | None,
     temperature: Tensor | None,
     objective: Objective,
-    grad_rows: Tensor | None = None,
+    grad_rows: Tensor | float | None = None,
     needs: tuple[bool, bool, bool] = (False, False, False),
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Loss of every row, and with `grad_rows` the gradient of ``(grad_rows * loss).sum()`` in the student's input,
@@ -76,7 +76,7 @@ def loss(
         student, teacher, labels: as in `fusedmm.distillation_loss`.
         temperature: [N] in the compute dtype, or None for the objective's.
         objective: the rest.
-        grad_rows: [N] upstream gradient of every row, None for no gradient.
+        grad_rows: upstream gradient of every row, [N] or one number for all; None for no gradient.
         needs: which of input (hidden or logits), weight and bias want one.
 
     Returns:
@@ -131,7 +131,8 @@ def loss(
             if slope is not None:
                 grad_logits.mul_(slope)
             clear_forbidden(grad_logits, losses, student, rows)
-            gradient.add(rows, grad_logits, factor * of_wave(grad_rows, rows)[:, None])
+            given = of_wave(grad_rows, rows)[:, None] if isinstance(grad_rows, Tensor) else grad_rows
+            gradient.add(rows, grad_logits, factor * given)
     grad_input, grad_weight, grad_bias = gradient.result(weight, bias)
     if needs[0] and isinstance(student, LinearHead):
         shard.sum(grad_input)

@@ -68,7 +68,7 @@ def loss(
     teacher: Teacher,
     labels: Tensor | None,
     objective: "Objective",
-    grad_rows: Tensor | None,
+    grad_rows: Tensor | float | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """As `fusedmm.eager.distillation.loss`, of rows none of which is ignored."""
@@ -81,12 +81,12 @@ def loss(
     if alpha != 0.0:
         assert isinstance(teacher, LinearHead)
         log_t = _log_softmax(logits_of(teacher, dim), temperature, dim)
-        factor = None if grad_rows is None else _times(grad_rows, alpha * temperature).unsqueeze(dim)
+        factor = _factor(grad_rows, alpha * temperature, dim)
         losses, grad = _divergence(log_p[temperature], log_t, objective.beta, factor, dim)
         parts.append((_times(losses, alpha * temperature * temperature), grad))
     if alpha != 1.0:
         assert labels is not None
-        factor = None if grad_rows is None else _times(grad_rows, 1 - alpha).unsqueeze(dim)
+        factor = _factor(grad_rows, 1 - alpha, dim)
         losses, grad = _cross_entropy(log_p[1.0], labels, factor, dim)
         parts.append((_times(losses, 1 - alpha), grad))
     rows, grad = parts[0]
@@ -116,6 +116,13 @@ def _times(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1.0 else x * factor
 
 
+def _factor(grad_rows: Tensor | float | None, share: float, dim: int) -> Tensor | float | None:
+    """What multiplies the gradient of a part of the loss: a number, or what broadcasts over classes in `dim`."""
+    if isinstance(grad_rows, Tensor):
+        return _times(grad_rows, share).unsqueeze(dim)
+    return None if grad_rows is None else grad_rows * share
+
+
 def _powers(logarithms: Tensor) -> Tensor:
     """exp; of more than a few, in a third of its time."""
     if logarithms.numel() <= CALL_ELEMENTS:
@@ -123,16 +130,20 @@ def _powers(logarithms: Tensor) -> Tensor:
     return torch.mul(logarithms, LOG2_E).exp2_()
 
 
-def _cross_entropy(log_p: Tensor, labels: Tensor, factor: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
+def _cross_entropy(
+    log_p: Tensor, labels: Tensor, factor: Tensor | float | None, dim: int
+) -> tuple[Tensor, Tensor | None]:
     """[N] and, with a factor of every row, its gradient in the logits times that, classes in dimension `dim`."""
     rows = F.nll_loss(log_p.transpose(dim, 1), labels, reduction="none")
     if factor is None:
         return rows, None
-    return rows, _powers(log_p).mul_(factor).scatter_add_(dim, labels.unsqueeze(dim), -factor)
+    index = labels.unsqueeze(dim)
+    taken = -factor if isinstance(factor, Tensor) else log_p.new_full((), -factor).expand(index.shape)
+    return rows, _powers(log_p).mul_(factor).scatter_add_(dim, index, taken)
 
 
 def _divergence(
-    log_p: Tensor, log_t: Tensor, beta: float, factor: Tensor | None, dim: int
+    log_p: Tensor, log_t: Tensor, beta: float, factor: Tensor | float | None, dim: int
 ) -> tuple[Tensor, Tensor | None]:
     """The same of the generalised Jensen-Shannon divergence, by the formulas of `fusedmm.eager.distillation`; `log_t`
     is overwritten.

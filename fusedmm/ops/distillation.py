@@ -11,9 +11,9 @@ from fusedmm.eager.distillation_scores import LABEL_FIELDS, SECOND_PASS_FIELDS
 from fusedmm.eager.products import compute_dtype
 from fusedmm.eager.shard import Shard
 from fusedmm.heads import Head, LinearHead, Logits, Teacher, TopKLogProbs
-from fusedmm.ops.distillation_autograd import call
+from fusedmm.ops import distillation_autograd
 from fusedmm.ops.distillation_inputs import Inputs, check_fraction, check_inputs
-from fusedmm.ops.distillation_op import problem_of
+from fusedmm.ops.distillation_op import problem_of, weighted_sum
 from fusedmm.reference import distillation as reference
 from fusedmm.shapes import FLOATS, as_number, check_device, check_dtype, check_shapes, check_type
 
@@ -114,7 +114,7 @@ def distillation_scores(
         fields = reference.scores(*_whole(inputs), num_classes=inputs.shard.total, beta=beta, ignore_index=ignore_index)
         return _named({name: field.detach().to(compute_dtype(inputs.rows)) for name, field in fields.items()})
     problem = problem_of(inputs, beta=beta or 0.0, ignore_index=ignore_index, all_count=all_count)
-    given: dict[str, Tensor] = call("distillation_scores", problem, second_pass)
+    given = distillation_autograd.scores(problem, second_pass, is_unwatched=inputs.has_passed)
     if beta is not None and not second_pass:
         given["divergence"] = given["forward_kl"] if beta == 0.0 else given["reverse_kl"]
     absent: tuple[str, ...] = () if second_pass else SECOND_PASS_FIELDS if beta is None else ("total_variation",)
@@ -240,11 +240,11 @@ def distillation_loss(
         ignore_index=ignore_index,
         all_count=all_count,
     )
-    needs = _needs(inputs.student)
+    needs, is_unwatched = _needs(inputs.student), inputs.has_passed and row_weight is None
     if memory == "fast" and reduction != "none" and True in needs:
-        return cast(Tensor, call("distillation_fast", problem, row_scale, *needs)[0])
-    rows = call("distillation_rows", problem)[0]
-    return rows * row_scale if reduction == "none" else torch.dot(rows, row_scale)
+        return distillation_autograd.loss(problem, row_scale, needs, is_unwatched=is_unwatched)
+    rows = distillation_autograd.losses(problem, is_unwatched=is_unwatched)
+    return rows * row_scale if reduction == "none" else weighted_sum(rows, row_scale)
 
 
 def _check_weights(op: str, inputs: Inputs, row_weight: Tensor | None, normalizer: float | Tensor | None) -> None:
@@ -279,14 +279,12 @@ def _row_scale(
     normalizer: float | Tensor | None,
     *,
     all_count: bool,
-) -> Tensor:
-    """[N] what the loss of every row is multiplied by; 0 where it is ignored."""
+) -> Tensor | float:
+    """What the loss of every row is multiplied by: [N], 0 where it is ignored, or one number for all."""
     num_rows, dtype = inputs.rows.shape[0], compute_dtype(inputs.rows)
     is_mean = reduction == "mean" and normalizer is None
     if all_count and not isinstance(normalizer, Tensor):
-        return inputs.rows.new_full(
-            (num_rows,), 1.0 / (max(num_rows, 1) if is_mean else normalizer or 1.0), dtype=dtype
-        )
+        return 1.0 / (max(num_rows, 1) if is_mean else normalizer or 1.0)
     weight = inputs.rows.new_ones((num_rows,), dtype=dtype) if row_weight is None else row_weight.to(dtype)
     if inputs.labels is not None:
         weight = torch.where(inputs.labels == ignore_index, 0.0, weight)
@@ -309,7 +307,8 @@ def _check_labels(op: str, inputs: Inputs, ignore_index: int) -> bool:
         return True
     if not labels.is_cpu or torch.compiler.is_compiling() or labels.numel() == 0:
         return False
-    low, high = (bound.item() for bound in labels.aminmax())
+    lowest, highest = labels.aminmax()
+    low, high = lowest.item(), highest.item()
     if low < 0 or high >= classes:
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
         if bool(wrong.any()):

@@ -5,6 +5,7 @@ dispatcher.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,14 @@ from torch.autograd import forward_ad
 
 from fusedmm.eager.distillation_scores import FIELDS
 from fusedmm.ops.dispatch import apply_unwatched, is_batched, is_watched
-from fusedmm.ops.distillation_op import TENSORS, Problem, below_autograd, fragment, implement
+from fusedmm.ops.distillation_op import TENSORS, Problem, below_autograd, fragment, head_tensors, implement, of_rows
 from fusedmm.ops.first_order import first_order
 
 
 class _Fast(torch.autograd.Function):
     """The gradient is taken in the forward; the backward multiplies it by the one number that comes from upstream.
 
-    The student's tensors are arguments, all else, which has no gradient, is in `run`: an argument costs a microsecond.
+    The student's tensors are arguments, for autograd alone: all is in `run`, as an argument costs a microsecond.
     """
 
     @staticmethod
@@ -30,18 +31,17 @@ class _Fast(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         needs: Sequence[bool],
-        run: Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor]],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        result = run(student, weight, bias)
-        ctx.save_for_backward(*result[1:])
-        ctx.mark_non_differentiable(*result[1:])
+        run: Callable[[], tuple[Tensor, Tensor, Tensor, Tensor]],
+    ) -> Tensor:
+        loss, *gradients = run()
+        ctx.save_for_backward(*gradients)
         ctx.set_materialize_grads(False)
         ctx.needs = needs
-        return result
+        return loss
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 5
         # On a CPU a number is read for nothing, and the upstream of a loss is mostly 1: that saves a pass over the
@@ -124,12 +124,11 @@ def _wants_gradient(arguments: Sequence[Any]) -> bool:
 
 
 def _fast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def run(*student: Tensor | None) -> Any:
-        return below_autograd("distillation_fast", (*student, *arguments[3:]))
-
-    if _wants_gradient(arguments):
-        return _Fast.apply(*arguments[:3], arguments[-3:], run)  # type: ignore[no-any-return, no-untyped-call]
-    return run(*arguments[:3])  # type: ignore[no-any-return]
+    """Loss and gradients, of which only the loss has a history."""
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = below_autograd("distillation_fast", arguments)
+    if not _wants_gradient(arguments):
+        return result
+    return _Fast.apply(*arguments[:3], arguments[-3:], lambda: result), *result[1:]  # type: ignore[no-untyped-call]
 
 
 def _rows(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -138,22 +137,35 @@ def _rows(*arguments: Any) -> tuple[Tensor, Tensor]:
     return below_autograd("distillation_rows", arguments)  # type: ignore[no-any-return]
 
 
-def call(name: str, problem: Problem, *extra: Any) -> Any:
-    """What ``torch.ops.fusedmm.<name>`` gives; of scores the fields by name, those at least that apply. "fast" is only
-    asked for where a gradient is.
-    """
-    tensors = problem.tensors
-    if is_watched(tensors):
-        if name != "distillation_scores":
-            return getattr(torch.ops.fusedmm, name)(*problem.flat(), *extra)
+def scores(problem: Problem, second_pass: bool, *, is_unwatched: bool = False) -> dict[str, Tensor]:
+    """Fields by name, those at least that apply. ``is_unwatched``, here and below: the caller knows that it is not."""
+    if not is_unwatched and is_watched(problem.tensors):
         with torch.no_grad():
-            return dict(zip(FIELDS, torch.ops.fusedmm.distillation_scores(*problem.flat(), *extra), strict=True))
-    if name == "distillation_fast":
-        own, needs = tensors[:3], extra[-3:]
-        return apply_unwatched(_Fast, *own, needs, lambda *_: implement(name, problem, *extra))
-    if name == "distillation_rows" and _wants_gradient(tensors):
-        return apply_unwatched(_Rows, *problem.flat())
-    return implement(name, problem, *extra)
+            fields = torch.ops.fusedmm.distillation_scores(*problem.flat(), second_pass)
+        return dict(zip(FIELDS, fields, strict=True))
+    return implement("distillation_scores", problem, second_pass)  # type: ignore[no-any-return]
+
+
+def losses(problem: Problem, *, is_unwatched: bool = False) -> Tensor:
+    """Loss of every row [N], whose backward forms the logits again."""
+    if not is_unwatched and is_watched(problem.tensors):
+        return torch.ops.fusedmm.distillation_rows(*problem.flat())[0]  # type: ignore[no-any-return]
+    if _wants_gradient(problem.tensors):
+        return apply_unwatched(_Rows, *problem.flat())[0]  # type: ignore[no-any-return]
+    return implement("distillation_rows", problem)[0]  # type: ignore[no-any-return]
+
+
+def loss(
+    problem: Problem, row_scale: Tensor | float, needs: tuple[bool, bool, bool], *, is_unwatched: bool = False
+) -> Tensor:
+    """Sum of the losses of the rows times ``row_scale``, [N] or one for all, with the gradients that the student
+    ``needs``, one at least, taken at once.
+    """
+    if not is_unwatched and is_watched(problem.tensors):
+        rows = of_rows(row_scale, problem.student.source)
+        return torch.ops.fusedmm.distillation_fast(*problem.flat(), rows, *needs)[0]  # type: ignore[no-any-return]
+    run = partial(implement, "distillation_fast", problem, row_scale, *needs)
+    return apply_unwatched(_Fast, *head_tensors(problem.student), needs, run)  # type: ignore[no-any-return]
 
 
 fragment.impl("distillation_fast", _fast, "Autograd")

@@ -36,7 +36,7 @@ _PASSED: Passed[tuple[Shard, str]] = Passed()
 
 class Inputs(NamedTuple):
     """Checked arguments: local tensors of one dtype a head, the shard of the classes, the temperature as a number and,
-    where it differs by row, a tensor.
+    where it differs by row, a tensor; and whether such a call has passed before, which nobody watches then.
     """
 
     student: Head
@@ -46,6 +46,7 @@ class Inputs(NamedTuple):
     row_temperature: Tensor | None
     shard: Shard
     impl: str
+    has_passed: bool = False
 
     @property
     def rows(self) -> Tensor:
@@ -72,7 +73,7 @@ def check_inputs(
     call = _signature(student, teacher, labels, temperature, impl)
     passed = _PASSED.get(call)
     if passed is not None:
-        return Inputs(student, teacher, labels, float(temperature), None, *passed)
+        return Inputs(student, teacher, labels, float(temperature), None, *passed, has_passed=True)
     if not isinstance(student, LinearHead | Logits):
         raise TypeError(
             f"{op}: student must be LinearHead or Logits, got {type(student).__name__}. "

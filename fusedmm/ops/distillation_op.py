@@ -57,7 +57,7 @@ class Problem(NamedTuple):
     def tensors(self) -> list[Tensor | None]:
         """All of them, as they lead a registered operator's arguments."""
         indices = self.teacher.indices if isinstance(self.teacher, TopKLogProbs) else None
-        return [*_head_tensors(self.student), *_head_tensors(self.teacher), indices, self.labels, self.row_temperature]
+        return [*head_tensors(self.student), *head_tensors(self.teacher), indices, self.labels, self.row_temperature]
 
     def flat(self) -> list[Any]:
         """Arguments of a registered operator."""
@@ -98,7 +98,7 @@ def _problem(
     return Problem(student, teacher, labels, row_temperature, objective, impl)
 
 
-def _head_tensors(head: Teacher) -> list[Tensor | None]:
+def head_tensors(head: Teacher) -> list[Tensor | None]:
     match head:
         case LinearHead():
             return [head.hidden, head.weight, head.bias]
@@ -106,6 +106,18 @@ def _head_tensors(head: Teacher) -> list[Tensor | None]:
             return [head.values, None, None]
         case TopKLogProbs():
             return [head.log_probs, None, None]
+
+
+def of_rows(number: Tensor | float, source: Tensor) -> Tensor:
+    """[N] in the compute dtype from one number for all rows of a head's input; a tensor as it is."""
+    if isinstance(number, Tensor):
+        return number
+    return source.new_full((source.shape[0],), number, dtype=compute_dtype(source))
+
+
+def weighted_sum(losses: Tensor, row_scale: Tensor | float) -> Tensor:
+    """Sum of the losses of all rows [N], each times its scale, or one for all."""
+    return torch.dot(losses, row_scale) if isinstance(row_scale, Tensor) else losses.sum() * row_scale
 
 
 def _rebuild(arguments: tuple[Any, ...]) -> Problem:
@@ -150,16 +162,16 @@ def _rows(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _fast(
-    problem: Problem, grad_rows: Tensor, needs_input: bool, needs_weight: bool, needs_bias: bool
+    problem: Problem, grad_rows: Tensor | float, needs_input: bool, needs_weight: bool, needs_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     needs = needs_input, needs_weight, needs_bias
     if problem.impl == "triton":
         from fusedmm.ops import distillation_triton
 
-        losses, gradients = distillation_triton.fast(problem, grad_rows, needs)
+        losses, gradients = distillation_triton.fast(problem, of_rows(grad_rows, problem.student.source), needs)
     else:
         losses, gradients = eager.loss(*problem[:5], grad_rows, needs)
-    return torch.dot(losses, grad_rows), *gradients
+    return weighted_sum(losses, grad_rows), *gradients
 
 
 def _backward(
