@@ -38,7 +38,6 @@ from fusedmm.eager.attention_inputs import (
     Inputs,
     block_scores,
     drop,
-    is_held,
     row_exponent,
     shares,
     ungrouped,
@@ -71,8 +70,7 @@ def _exact(x: Inputs, groups: tuple[Group, ...]) -> tuple[Tensor, Tensor, Tensor
     # Values overflow in products with exponentials, gates in quotients with their sums.
     may_overflow = x.softmax == "joint" or x.gate is not None
     is_finite = not may_overflow or math.isfinite(results[0].sum())
-    is_near = not groups or is_held(sums) or _count_far(sums, total) == _count_blind(x, groups, total, counts)
-    if is_finite and is_near:
+    if is_finite and (not groups or _is_near(x, groups, sums, total, counts)):
         return results
     beyond = _rows_beyond(results[0], sums, total, counts() == 0)
     again, _, _ = _attend(x, groups, _peaks(x, groups))
@@ -188,10 +186,17 @@ def _peaks(x: Inputs, groups: tuple[Group, ...]) -> Tensor:
     return peaks
 
 
-def _count_far(sums: Tensor, total: Tensor | None) -> tuple[int, int]:
-    """How many sums, and totals where given, are beyond `LARGEST`, or NaN: one that sees no key makes up for none."""
-    near = int((sums.log2().abs_() <= LARGEST).sum())
-    return sums.numel() - near, 0 if total is None else total.numel() - int((total >= LEAST).sum())
+def _is_near(x: Inputs, groups: tuple[Group, ...], sums: Tensor, total: Tensor | None, counts: Counts) -> bool:
+    """Whether no sum [total_q, Hq, M], and no total [total_q, Hq, 1] where given, is beyond `LARGEST`, or NaN, but of
+    what sees no key, which makes up for nothing else.
+    """
+    low, high = (bound.item() for bound in sums.aminmax())
+    if not high <= 1 / LEAST:  # NaN is not
+        return False
+    if low >= LEAST:
+        return True
+    far = tuple(0 if t is None else t.numel() - int((t >= LEAST).sum()) for t in (sums, total))
+    return far == _count_blind(x, groups, total, counts)
 
 
 def _rows_beyond(output: Tensor, sums: Tensor, total: Tensor | None, is_blind: Tensor) -> Tensor:

@@ -146,12 +146,6 @@ def row_exponent(mass: Tensor, lse: Tensor, log_prior: Tensor | None) -> Tensor:
     return exponent if log_prior is None else exponent.add_(log_prior, alpha=LOG2_E)
 
 
-def is_held(sums: Tensor) -> bool:
-    """Whether no sum of exponentials is beyond `LARGEST`; NaN and 0 count as if they were."""
-    low, high = sums.aminmax()
-    return bool(low.item() >= LEAST and high.item() <= 1 / LEAST)
-
-
 def block_scores(
     x: Inputs,
     group: Group,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusedmm.eager.attention_groups import Group
-from fusedmm.eager.attention_inputs import Inputs, is_held, row_exponent
+from fusedmm.eager.attention_inputs import LEAST, Inputs, row_exponent
 from fusedmm.eager.attention_rows import product
 from fusedmm.eager.products import LOG2_E
 
@@ -58,7 +58,7 @@ def forward(x: Inputs, group: Group, *, keep: bool = False) -> tuple[tuple[Tenso
     start = None if x.log_prior is None else _heads_first(x.log_prior, samples)
     probabilities = _exponentials(x, samples, query, key, start, LOG2_E)
     sums = probabilities.sum(-1)
-    if not is_held(sums):
+    if not _is_held(sums):
         return None
     total = sums.sum(-1, keepdim=True)
     keep = keep and query.nbytes + key.nbytes + value.nbytes + 2 * probabilities.nbytes + sums.nbytes <= KEPT
@@ -117,6 +117,12 @@ def made_again(x: Inputs, group: Group, mass: Tensor, lse: Tensor) -> Kept:
     gate = None if x.gate is None else _heads_first(x.gate, samples)
     weights = probabilities if gate is None else probabilities * gate[..., None]
     return Kept(query, key, value, probabilities, _joined(weights), gate)
+
+
+def _is_held(sums: Tensor) -> bool:
+    """Whether no sum of exponentials is beyond `LARGEST`; NaN and 0 count as if they were."""
+    low, high = sums.aminmax()
+    return bool(low.item() >= LEAST and high.item() <= 1 / LEAST)
 
 
 def _exponentials(

@@ -137,7 +137,7 @@ class MultimodalBatch(TensorTree):
             name: _take(given[name].values, slots[name]) if name in given else queries.values.new_zeros((0, width))
             for name, width in modalities.items()
         }
-        key_source = uncompiled(_key_source)(layout, lengths, [x.shape[0] for x in packed.values()])
+        key_source = uncompiled(_key_source)(layout, lengths)
         query_slots = queries.slots(layout.total_q)
         if query_time is not None and tokens:
             key_time = torch.cat(
@@ -351,13 +351,13 @@ def _lookback(lookback: int | Mapping[str, int] | None, modalities: Mapping[str,
     return torch.tensor([int(lookback.get(name, 2**63 - 1)) for name in modalities])
 
 
-def _key_source(layout: ModalityLayout, lengths: Tensor, totals: list[int]) -> Tensor:
+def _key_source(layout: ModalityLayout, lengths: Tensor) -> Tensor:
     """Row of each packed key in the concatenation of all modalities' tokens, modality after modality."""
     device, counts = layout.cu_seqlens_k.device, lengths.numpy()
-    before = counts.cumsum(0) - counts  # [B, M] tokens of the modality in earlier samples
-    starts = np.cumsum(totals) - totals
+    by_modality = counts.T.ravel()
+    first = (by_modality.cumsum() - by_modality).reshape(counts.T.shape).T  # [B, M] where a segment starts there
     counts = counts.ravel()
-    shift = (before + starts).ravel() - counts.cumsum() + counts  # the same for all keys of a segment
+    shift = first.ravel() - counts.cumsum() + counts  # the same for all keys of a segment
     shifts, repeats = torch.from_numpy(np.stack((shift, counts))).to(device, non_blocking=True).unbind()
     shifts = shifts.repeat_interleave(repeats, output_size=layout.total_k)
     return shifts + torch.arange(layout.total_k, device=device)
