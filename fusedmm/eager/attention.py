@@ -249,19 +249,21 @@ def backward(
     counts = Counts(x)
     certain = certain_rows(x, groups, counts)
     exponent, offset = _exponent_and_offset(x, grad_mass, grad_lse, inner, mass, lse)
-    terms = RowTerms(exponent, offset, certain, grad_lse, mass if is_far(exponent, lse, mass) else None)
+    is_settled = not groups or not is_far(exponent, lse, mass)
+    terms = RowTerms(exponent, offset, certain, grad_lse, None if is_settled else mass)
     x = without_unseen(x, counts)
     has_all_rows = sum(group.count_q for group in groups) == x.query.shape[0]
     has_all_keys = sum(group.count_k for group in groups) == x.key.shape[0]
     grad_query, sums = (_buffer(x, t.shape, has_all_rows) for t in (x.query, mass))
     grad_key, grad_value = (_buffer(x, t.shape, has_all_keys) for t in (x.key, x.value))
     grad_output = grad_output.to(x.compute_dtype).flatten(2).contiguous()  # an expanded one is multiplied row by row
+    held = terms.mass if certain is None else mass  # by which a single probability is exactly 1, too
     for group, by_head in zip(groups, attention_heads.fits(x, groups), strict=True):
         tokens = x.keys(group)
         for number, block in enumerate(attention_heads.blocks(x, group) if by_head else group.blocks):
             token_sums = grad_key, grad_value, number > 0
             if by_head:
-                packed = grad_output, mass, terms.exponent, terms.offset, terms.certain
+                packed = grad_output, held, terms.exponent, terms.offset, certain
                 results = attention_heads.backward_block(x, group, block, tokens, packed, token_sums)
             else:
                 results = _backward_block(x, group, block, tokens, grad_output, terms, token_sums)

@@ -8,9 +8,10 @@ backward forms everything transposed, which suits two of its last three products
     E = exp2(s)                         output = ((E * share[m] * gate[m]) @ v) / sum_m share[m] * sums[m]
     P ~ exp2(s + exponent[m])           dz = P * (gate[m] * R + offset[m])                     R = dO @ v^T
 
-where P is made to sum to the mass that the forward gave. 512 queries of 256 keys, 4 heads of 64, take 1.4 ms, of which
-products are 0.8; with gradients 5.2, of which 2.8 (one thread of an AMD EPYC, Zen 5). `fusedmm.eager.attention` alone
-takes 1.7 and 6.3; a first call after other work 0.6 more, of which oneDNN's code, come into the caches, is 0.1.
+where P is made to sum to the mass that the forward gave, if exponents are far from 0. 512 queries of 256 keys, 4 heads
+of 64, take 1.4 ms, of which products are 0.8; with gradients 5.2, of which 2.8 (one thread of an AMD EPYC, Zen 5).
+`fusedmm.eager.attention` alone takes 1.7 and 6.3; a first call after other work 0.6 more, of which oneDNN's code, come
+into the caches, is 0.1.
 
 Moderate priors without gates are M more columns of the queries, of which a key meets that of its modality: then E and
 its sums hold them and nothing multiplies E: a tenth less of a first call (`python -m benchmarks attention/dense-prior`:
@@ -104,7 +105,7 @@ class _Backward(NamedTuple):
     value: Tensor  # [k, D]
     gradient: Tensor  # [G * n, D] of the output
     hidden: Tensor | None  # [G or 1, n or 1, k]
-    mass: Tensor  # [G * n, M]
+    mass: Tensor | None  # [G * n, M] what P is made to sum to
     exponent: Tensor  # [G * n, M]
     offset: Tensor  # [G * n, M]
     certain: Tensor | None  # [G * n, M] which rows see a single key
@@ -216,14 +217,15 @@ def backward_block(
     group: Group,
     block: Block,
     tokens: tuple[Tensor, Tensor],
-    packed: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
+    packed: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None],
     token_sums: tuple[Tensor, Tensor, bool],
 ) -> tuple[Tensor, Tensor | None]:
     """The query's gradient, and by modality the sum of P * R with a gate, else of dz, if anything needs it; writes the
     gradients of keys and values to two buffers [total_k, Hkv, D], or adds them.
 
     Args:
-        packed: gradient of the output, mass, exponent, offset and which rows see a single key, [total_q, Hq, D or M].
+        packed: gradient of the output, and of `attention_sums.RowTerms` mass, exponent, offset and certain,
+            [total_q, Hq, D or M].
     """
     grad_key, grad_value, add = token_sums
     query = x.rows(x.query, group, block)
@@ -264,10 +266,10 @@ def _backward_head(group: Group, block: Block, scale: float, x: _Backward, *, ad
     if x.hidden is not None:
         _hide(probabilities, x.hidden, block)
     probabilities.exp2_()
-    # Scores are not rounded as those of the forward, so that its lse leaves P no sum of 1.
-    held = x.mass / group.reduce(shares, _sum_transposed, 0.0).clamp_min_(torch.finfo(x.mass.dtype).tiny)
-    for share, each in zip(shares, group.factors(held), strict=True):
-        share.mul_(each)
+    if x.mass is not None:
+        held = x.mass / group.reduce(shares, _sum_transposed, 0.0).clamp_min_(torch.finfo(x.mass.dtype).tiny)
+        for share, each in zip(shares, group.factors(held), strict=True):
+            share.mul_(each)
     products = linear(x.value, x.gradient).mT
     columns, offsets = group.columns(products), group.factors(x.offset)
     if x.gate is None:

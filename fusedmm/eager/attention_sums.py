@@ -32,8 +32,10 @@ def is_far(exponent: Tensor, lse: Tensor, mass: Tensor) -> bool:
     """Whether an exponent, or the lse that a prior brings near 0 again, is beyond `NEAR` where the ``mass`` is not 0;
     all [total_q, Hq, M].
     """
-    size = torch.maximum(exponent.abs(), lse.abs() * LOG2_E)
-    return bool((size > NEAR).logical_and_(mass > 0).any())
+    given = exponent, lse * LOG2_E
+    if all(low.item() >= -NEAR and high.item() <= NEAR for low, high in (t.aminmax() for t in given)):
+        return False
+    return bool((torch.maximum(*(t.abs() for t in given)) > NEAR).logical_and_(mass > 0).any())
 
 
 def settle(shares: list[Tensor], terms: RowTerms, x: Inputs, group: Group, block: Block) -> None:
