@@ -180,6 +180,7 @@ def test_every_mistake_is_told() -> None:
         (ValueError, "normalizer divides", {"reduction": "sum", "normalizer": 2.0}),
         (ValueError, "normalizer must be a number", {"normalizer": torch.ones(2)}),
         (ValueError, "row_weight must not require grad", {"row_weight": torch.ones(6, requires_grad=True)}),
+        (ValueError, "normalizer must not require grad", {"normalizer": torch.ones((), requires_grad=True)}),
         (ValueError, "temperature must not require grad", {"temperature": torch.ones(6, requires_grad=True)}),
         (
             ValueError,

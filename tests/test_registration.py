@@ -166,8 +166,11 @@ def test_a_penalty_on_the_gradient_of_a_plain_sum_is_refused() -> None:
     ]
     for plain in losses:
         (gradient,) = torch.autograd.grad(plain, tensors[0], create_graph=True)
+        penalised = tensors[0].square().sum() + gradient.square().sum()
+        with pytest.raises(RuntimeError, match="first_order"):  # towards an input alone, other paths would pass for all
+            torch.autograd.grad(penalised, tensors[0], retain_graph=True)
         with pytest.raises(RuntimeError, match="first_order"):
-            (tensors[0].square().sum() + gradient.square().sum()).backward()
+            penalised.backward()
 
 
 def test_saved_for_backward_is_linear_in_tokens() -> None:

@@ -12,7 +12,7 @@ from fusedmm.eager.products import compute_dtype
 from fusedmm.eager.shard import Shard
 from fusedmm.heads import Head, LinearHead, Logits, Teacher, TopKLogProbs
 from fusedmm.ops import distillation_autograd
-from fusedmm.ops.distillation_inputs import Inputs, check_fraction, check_inputs
+from fusedmm.ops.distillation_inputs import Inputs, check_constant, check_fraction, check_inputs
 from fusedmm.ops.distillation_op import problem_of, weighted_sum
 from fusedmm.reference import distillation as reference
 from fusedmm.shapes import FLOATS, as_number, check_device, check_dtype, check_shapes, check_type
@@ -254,6 +254,7 @@ def _check_weights(op: str, inputs: Inputs, row_weight: Tensor | None, normalize
                 f"{op}: normalizer must be a number or a tensor of one, got shape {list(normalizer.shape)}. Sum it "
                 "first."
             )
+        check_constant(op, "normalizer", normalizer)
     elif normalizer is not None and (not math.isfinite(as_number(op, "normalizer", normalizer)) or normalizer == 0):
         raise ValueError(
             f"{op}: normalizer must be finite and not 0, got {normalizer}. Leave it out to divide by the sum of the "
@@ -264,11 +265,7 @@ def _check_weights(op: str, inputs: Inputs, row_weight: Tensor | None, normalize
     check_shapes(op, {"row_weight": (row_weight, ("row",))}, {"row": inputs.rows.shape[0]})
     check_dtype(op, "row_weight", row_weight, FLOATS, ". Use row_weight.float().")
     check_device(op, {"student": inputs.rows, "row_weight": row_weight})
-    if row_weight.requires_grad:
-        raise ValueError(
-            f"{op}: row_weight must not require grad, got one that does: it is a constant of the loss. "
-            "Pass row_weight.detach()."
-        )
+    check_constant(op, "row_weight", row_weight)
 
 
 def _row_scale(

@@ -34,7 +34,7 @@ class _Fast(torch.autograd.Function):
         run: Callable[[], tuple[Tensor, Tensor, Tensor, Tensor]],
     ) -> Tensor:
         loss, *gradients = run()
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(student, weight, bias, *gradients)  # the first for `first_order` alone
         ctx.set_materialize_grads(False)
         ctx.needs = needs
         return loss
@@ -50,7 +50,7 @@ class _Fast(torch.autograd.Function):
         is_one = is_plain and grad_loss.is_cpu and grad_loss.item() == 1.0
         gradients = [
             None if not needed else gradient if is_one else gradient * grad_loss
-            for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
+            for gradient, needed in zip(ctx.saved_tensors[3:], ctx.needs, strict=True)
         ]
         return (*gradients, None, None)
 

@@ -141,6 +141,15 @@ def check_fraction(op: str, argument: str, value: float) -> float:
     return number
 
 
+def check_constant(op: str, argument: str, value: Tensor) -> None:
+    """Complain with ``ValueError`` about a constant of the loss that wants a gradient."""
+    if value.requires_grad:
+        raise ValueError(
+            f"{op}: {argument} must not require grad, got one that does: it is a constant of the loss. "
+            f"Pass {argument}.detach()."
+        )
+
+
 def _head_shapes(role: str, head: Head) -> dict[str, tuple[Tensor | None, tuple[str, ...]]]:
     if isinstance(head, Logits):
         return {f"{role}.values": (head.values, ("row", f"{role}_classes"))}
@@ -227,11 +236,7 @@ def _check_dtypes(op: str, student: Head, teacher: Teacher, labels: Tensor | Non
 def _check_temperature(op: str, temperature: float | Tensor) -> None:
     """The value of a number; of a tensor, whose values are not read, that nobody wants its gradient."""
     if isinstance(temperature, Tensor):
-        if temperature.requires_grad:
-            raise ValueError(
-                f"{op}: temperature must not require grad, got one that does: it is a constant of the loss. "
-                "Pass temperature.detach()."
-            )
+        check_constant(op, "temperature", temperature)
     elif not 0 < as_number(op, "temperature", temperature) < math.inf:
         raise ValueError(
             f"{op}: temperature must be positive and finite, got {temperature}. 1.0 leaves the logits as they are."
