@@ -157,6 +157,20 @@ def test_upstream_gradient_scales_and_backward_runs_twice() -> None:
     assert torch.equal(torch.autograd.grad(3 * loss, hidden)[0], 3 * once)
 
 
+def test_a_teacher_in_single_precision_has_a_gradient_beside_a_student_in_double() -> None:
+    student = LinearHead(torch.randn(6, 8, dtype=torch.float64), torch.randn(11, 8, dtype=torch.float64))
+    weights = [torch.randn(11, 5).to(dtype).requires_grad_() for dtype in (torch.float32, torch.float64)]
+    weights[1].data.copy_(weights[0].data)
+    hidden = torch.randn(6, 5)
+    gradients = []
+    for weight in weights:
+        teacher = LinearHead(hidden.to(weight.dtype), weight)
+        loss = distillation_loss(student, teacher, memory="lean", impl="eager")
+        gradients.append(torch.autograd.grad(loss, weight)[0])
+    assert gradients[0].dtype == torch.float32
+    torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=1e-5, atol=1e-7)
+
+
 def test_without_grad_mode_nothing_has_a_gradient() -> None:
     student, teacher, _ = heads()
     student.hidden.requires_grad_()
@@ -188,6 +202,12 @@ def test_every_mistake_is_told() -> None:
             {"teacher": dataclasses.replace(teacher, weight=teacher.weight.clone().requires_grad_())},
         ),
         (ValueError, "softcap must be positive", {"student": dataclasses.replace(student, softcap=0.0)}),
+        (TypeError, "student.group must be", {"student": dataclasses.replace(student, group="world")}),
+        (
+            ValueError,
+            "teacher.indices must be 0 to 10, got 11",
+            {"teacher": TopKLogProbs(torch.tensor([[0, 11]] * 6), top.log_probs)},
+        ),
         (TypeError, "labels must be int64", {"labels": labels.int()}),
         (
             TypeError,
@@ -259,7 +279,12 @@ def test_a_function_mode_and_a_tracer_see_the_operators() -> None:
     def rows(hidden: Tensor) -> Tensor:
         return distillation_loss(LinearHead(hidden, weight), teacher, reduction="none")
 
+    def loss(hidden: Tensor) -> Tensor:
+        return distillation_loss(LinearHead(hidden, weight), LinearHead(0.5 * hidden, weight))
+
     traced = torch.jit.trace(rows, student, check_trace=False)
     assert "fusedmm::distillation_rows" in {node.kind() for node in traced.graph.nodes()}
+    mean = torch.jit.trace(loss, student, check_trace=False)
+    torch.testing.assert_close(mean(torch.cat([student, student])), loss(student))  # of another number of rows
     other = 100 * student  # saturated rows, for which eager takes another branch
     assert torch.equal(traced(other), rows(other))

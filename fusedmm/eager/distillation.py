@@ -7,20 +7,20 @@ nothing to cancellation.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedmm.eager import distillation_small
+from fusedmm.eager.objective import Objective
 from fusedmm.eager.products import LN_2, LOG2_E, compute_dtype
 from fusedmm.eager.shard import Shard, put
 from fusedmm.eager.waves import (
+    CERTAIN,
     FINITE_MINIMUM,
     HeadGradient,
     Scratch,
     clear_forbidden,
-    counted_rows,
     of_all,
     of_wave,
     pair_logits,
@@ -31,33 +31,8 @@ from fusedmm.eager.waves import (
 from fusedmm.heads import Head, LinearHead, Teacher, TopKLogProbs
 
 EXP2_LIMIT = 120.0  # of a log-ratio: its probability no longer counts long before, and no power overflows
-SATURATED = 1.125  # size of a softmax whose top class has 8/9: beyond, 1 - p loses more than three bits
-
 # Of a wave's logits [rows, V], and what each row is yet to be multiplied by [rows, 1].
 WaveGradient = tuple[Tensor, Tensor]
-
-
-class Objective(NamedTuple):
-    """What a loss is made of, apart from tensors.
-
-    Attributes:
-        shard: this rank's classes.
-        beta, alpha, label_smoothing, ignore_index: as in `fusedmm.distillation_loss`.
-        temperature: of every row, where no [N] tensor is given.
-        all_count: whether it is known that no row is ignored.
-    """
-
-    shard: Shard
-    beta: float = 0.0
-    alpha: float = 1.0
-    temperature: float = 1.0
-    label_smoothing: float = 0.0
-    ignore_index: int = -100
-    all_count: bool = False
-
-    def counted_rows(self, labels: Tensor | None) -> Tensor | None:
-        """Numbers of the rows that are not ignored, or None for all of them; looks only where it is not known."""
-        return None if self.all_count else counted_rows(labels, self.ignore_index)
 
 
 def loss(
@@ -236,7 +211,7 @@ def divergence(
 
 def _saturated_top(p: Tensor, size: Tensor) -> Tensor | None:
     """1 at the class that saturates its row, else 0, from powers of which the largest is 1; None where no row is."""
-    saturated = size < SATURATED  # the same on all ranks
+    saturated = size < 1 / CERTAIN  # the same on all ranks
     return p.floor().mul_(saturated.to(p.dtype)) if bool(saturated.any()) else None
 
 

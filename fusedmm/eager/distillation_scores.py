@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fusedmm.eager import distillation_scores_small as small
-from fusedmm.eager.distillation import Objective, divergence, with_bucket
+from fusedmm.eager.distillation import divergence, with_bucket
+from fusedmm.eager.objective import Objective
 from fusedmm.eager.products import LN_2, LOG2_E, compute_dtype, ones_to_sum
 from fusedmm.eager.shard import Shard, put
 from fusedmm.eager.waves import (

@@ -4,28 +4,24 @@ fewer calls of operators, which here cost more than their passes.
 What is not common, as for losses (`fusedmm.eager.distillation_small`), and a second pass are left to the waves.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from fusedmm.eager import distillation_small
 from fusedmm.eager.distillation_small import CALL_ELEMENTS, are_alike, is_whole, logits_of
+from fusedmm.eager.objective import Objective
 from fusedmm.eager.products import LN_2, LOG2_E, cast, compute_dtype, multiply, ones_to_sum
 from fusedmm.eager.waves import FEW_CLASSES, FINITE_MINIMUM
 from fusedmm.heads import LinearHead, Teacher
-
-if TYPE_CHECKING:
-    from fusedmm.eager.distillation import Objective
 
 MKL_FLOPS = 1 << 25  # of a product: after other work, oneDNN would take longer to come into the caches than it saves
 
 
 def suits(
-    student: Teacher, teacher: Teacher, labels: Tensor | None, temperature: Tensor | None, objective: "Objective"
+    student: Teacher, teacher: Teacher, labels: Tensor | None, row_temperature: Tensor | None, objective: Objective
 ) -> bool:
-    """Whether `scores` serves this."""
-    if type(student) is not LinearHead or temperature is not None:
+    """Whether `scores` serves this, where no row is ignored."""
+    if type(student) is not LinearHead or row_temperature is not None:
         return False
     rows, classes = student.hidden.shape[0], student.weight.shape[0]
     return (
@@ -36,9 +32,7 @@ def suits(
     )
 
 
-def scores(
-    student: LinearHead, teacher: LinearHead, labels: Tensor | None, objective: "Objective"
-) -> dict[str, Tensor]:
+def scores(student: LinearHead, teacher: LinearHead, labels: Tensor | None, objective: Objective) -> dict[str, Tensor]:
     """Fields of `fusedmm.eager.distillation_scores` by name, without a second pass, of rows none of which is ignored;
     grad_norm without the norm of hidden.
 
@@ -107,7 +101,7 @@ def scores(
 
 
 def _scores_of_a_call(
-    student: LinearHead, teacher: LinearHead, labels: Tensor | None, objective: "Objective"
+    student: LinearHead, teacher: LinearHead, labels: Tensor | None, objective: Objective
 ) -> dict[str, Tensor]:
     """The same of so few logits that half as many operators, each slower, take less time."""
     logits = torch.stack([logits_of(student, 1), logits_of(teacher, 1)])

@@ -3,33 +3,30 @@
 PyTorch's fused softmax does in one call what a wave does in five. Over fewer classes than a vector holds it goes number
 by number, unless they are major, so that a vector holds rows. The rest is as in a wave: differences of logarithms are
 taken before they are weighted, and a saturated row's gradient is made to sum to 0. What is not common (soft-caps,
-padding, ignored rows, split classes, temperatures by row) is left to the waves.
+padding, split classes, temperatures by row) is left to the waves, and so are ignored rows, which callers know of.
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedmm.eager.objective import Objective
 from fusedmm.eager.products import LOG2_E, cast, compute_dtype, multiply
 from fusedmm.eager.shard import Shard
-from fusedmm.eager.waves import FEW_CLASSES, FINITE_MINIMUM, WHOLE_ELEMENTS, clear_forbidden
+from fusedmm.eager.waves import CERTAIN, FEW_CLASSES, FINITE_MINIMUM, WHOLE_ELEMENTS, clear_forbidden
 from fusedmm.heads import LinearHead, Teacher
-
-if TYPE_CHECKING:
-    from fusedmm.eager.distillation import Objective
 
 FEW_ELEMENTS = 1 << 18  # of logits with few classes, which may all be held
 VECTOR = 16  # float32 numbers
 CALL_ELEMENTS = 1 << 11  # of logits, of which a pass costs no more than the call
-SATURATED = math.log(8 / 9)  # log-probability of a top class beyond which 1 - p loses more than three bits
+SATURATED = math.log(CERTAIN)
 
 
-def suits(student: Teacher, teacher: Teacher, temperature: Tensor | None, objective: "Objective") -> bool:
-    """Whether `loss` serves this."""
-    if type(student) is not LinearHead or temperature is not None or objective.label_smoothing != 0.0:
+def suits(student: Teacher, teacher: Teacher, row_temperature: Tensor | None, objective: Objective) -> bool:
+    """Whether `loss` serves this, where no row is ignored."""
+    if type(student) is not LinearHead or row_temperature is not None or objective.label_smoothing != 0.0:
         return False
     rows, classes = student.hidden.shape[0], student.weight.shape[0]
     return (
@@ -67,7 +64,7 @@ def loss(
     student: LinearHead,
     teacher: Teacher,
     labels: Tensor | None,
-    objective: "Objective",
+    objective: Objective,
     grad_rows: Tensor | float | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:

@@ -23,6 +23,7 @@ MIN_WAVE_ROWS = 64
 # then takes a sixth of the time, over 2 a tenth.
 FEW_CLASSES = 64
 FINITE_MINIMUM = -1e30  # stands for -inf, so that a forbidden class gives 0 * 1e30 and not 0 * inf
+CERTAIN = 8 / 9  # probability of a class from which 1 - p loses more than three bits: the row is saturated
 FORBIDDEN_LOSS = 1e12  # beyond it a teacher or a label names what the student forbids, with 1e-18 of the mass or more
 
 Rows = slice | Tensor  # consecutive rows, or the numbers of some

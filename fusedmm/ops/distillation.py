@@ -255,7 +255,7 @@ def _check_weights(op: str, inputs: Inputs, row_weight: Tensor | None, normalize
                 "first."
             )
         check_constant(op, "normalizer", normalizer)
-    elif normalizer is not None and (not math.isfinite(as_number(op, "normalizer", normalizer)) or normalizer == 0):
+    elif normalizer is not None and not 0 < abs(as_number(op, "normalizer", normalizer)) < math.inf:
         raise ValueError(
             f"{op}: normalizer must be finite and not 0, got {normalizer}. Leave it out to divide by the sum of the "
             "weights, or pass a tensor, where 0 gives 0."
@@ -281,7 +281,8 @@ def _row_scale(
     num_rows, dtype = inputs.rows.shape[0], compute_dtype(inputs.rows)
     is_mean = reduction == "mean" and normalizer is None
     if all_count and not isinstance(normalizer, Tensor):
-        return 1.0 / (max(num_rows, 1) if is_mean else normalizer or 1.0)
+        scale = 1.0 / (max(num_rows, 1) if is_mean else normalizer or 1.0)
+        return scale if isinstance(scale, float) else inputs.rows.new_full((num_rows,), scale, dtype=dtype)  # traced
     weight = inputs.rows.new_ones((num_rows,), dtype=dtype) if row_weight is None else row_weight.to(dtype)
     if inputs.labels is not None:
         weight = torch.where(inputs.labels == ignore_index, 0.0, weight)
@@ -300,6 +301,8 @@ def _check_labels(op: str, inputs: Inputs, ignore_index: int) -> bool:
     """
     check_type(op, "ignore_index", ignore_index, int, "It is the label of rows that do not count.")
     labels, classes = inputs.labels, inputs.shard.total
+    if isinstance(inputs.teacher, TopKLogProbs):
+        _check_indices(op, inputs.teacher.indices, classes)
     if labels is None:
         return True
     if not labels.is_cpu or torch.compiler.is_compiling() or labels.numel() == 0:
@@ -314,6 +317,18 @@ def _check_labels(op: str, inputs: Inputs, ignore_index: int) -> bool:
                 "Give rows without a label ignore_index."
             )
     return not low <= ignore_index <= high
+
+
+def _check_indices(op: str, indices: Tensor, classes: int) -> None:
+    """Refuse classes of a top-k teacher that are none, where reading them waits for nothing."""
+    if not indices.is_cpu or torch.compiler.is_compiling() or indices.numel() == 0:
+        return
+    low, high = (bound.item() for bound in indices.aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"{op}: teacher.indices must be 0 to {classes - 1}, got {low if low < 0 else high}. A slot that is not "
+            "used has any class, and log_probs of -inf."
+        )
 
 
 def _whole(inputs: Inputs) -> tuple[Head, Teacher, Tensor | None, Tensor]:

@@ -13,8 +13,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedmm.eager.distillation_scores import FIELDS
+from fusedmm.eager.products import cast, compute_dtype
+from fusedmm.heads import TopKLogProbs
 from fusedmm.ops.dispatch import apply_unwatched, is_batched, is_watched
-from fusedmm.ops.distillation_op import TENSORS, Problem, below_autograd, fragment, head_tensors, implement, of_rows
+from fusedmm.ops.distillation_op import (
+    TENSORS,
+    Problem,
+    below_autograd,
+    fragment,
+    head_tensors,
+    implement,
+    of_rows,
+    rebuild,
+)
 from fusedmm.ops.first_order import first_order
 
 
@@ -61,12 +72,12 @@ class _Rows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *problem: Any) -> tuple[Tensor, Tensor]:
-        rows, statistics = below_autograd("distillation_rows", problem)
-        ctx.save_for_backward(statistics, *problem[:TENSORS])
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        rows, statistics = below_autograd("distillation_rows", arguments)
+        ctx.save_for_backward(statistics, *arguments[:TENSORS])
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        ctx.numbers = problem[TENSORS:]
+        ctx.numbers = arguments[TENSORS:]
         return rows, statistics
 
     @staticmethod
@@ -76,30 +87,32 @@ class _Rows(torch.autograd.Function):
         needs = ctx.needs_input_grad
         gradients: list[Tensor | None] = [None] * 6
         if grad_rows is not None:
-            problem = (*tensors, *ctx.numbers)
+            arguments = (*tensors, *ctx.numbers)
             if any(needs[:3]):
-                gradients[:3] = _gradients(problem, grad_rows, statistics, needs[:3])
+                gradients[:3] = _gradients(arguments, grad_rows, statistics, needs[:3])
             if any(needs[3:6]):
-                rows = grad_rows * problem[TENSORS + 4]
-                gradients[3:] = _gradients(_exchange(problem), rows, _exchange_statistics(statistics), needs[3:6])
+                problem = rebuild(arguments)
+                exchanged = _exchange(problem)
+                rows = cast(grad_rows * problem.objective.alpha, compute_dtype(exchanged.student.source))
+                gradients[3:] = _gradients(exchanged.flat(), rows, _exchange_statistics(statistics), needs[3:6])
         return (*gradients, *([None] * (len(needs) - 6)))
 
 
 def _gradients(
-    problem: tuple[Any, ...], grad_rows: Tensor, statistics: Tensor, needs: tuple[bool, ...]
+    arguments: Sequence[Any], grad_rows: Tensor, statistics: Tensor, needs: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """Of the problem's student; None where not needed."""
-    computed = below_autograd("distillation_backward", (*problem, grad_rows, statistics, *needs), (grad_rows,))
+    """Of the student; None where not needed."""
+    computed = below_autograd("distillation_backward", (*arguments, grad_rows, statistics, *needs), (grad_rows,))
     return [gradient if needed else None for gradient, needed in zip(computed, needs, strict=True)]
 
 
-def _exchange(problem: tuple[Any, ...]) -> tuple[Any, ...]:
+def _exchange(problem: Problem) -> Problem:
     """The same divergence with student and teacher exchanged (beta becomes 1 - beta) and without the cross entropy,
     which has no teacher.
     """
-    tensors, numbers = problem[:TENSORS], list(problem[TENSORS:])
-    numbers[0], numbers[1], numbers[3], numbers[4] = numbers[1], numbers[0], 1.0 - numbers[3], 1.0
-    return (*tensors[3:6], *tensors[:3], *tensors[6:], *numbers)
+    assert not isinstance(problem.teacher, TopKLogProbs)  # it has no gradient
+    objective = problem.objective._replace(beta=1.0 - problem.objective.beta, alpha=1.0)
+    return problem._replace(student=problem.teacher, teacher=problem.student, objective=objective)
 
 
 def _exchange_statistics(statistics: Tensor) -> Tensor:

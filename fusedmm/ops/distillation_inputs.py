@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from fusedmm.eager.products import compute_dtype
@@ -169,6 +170,8 @@ def _localize(op: str, role: str, head: Head) -> tuple[Head, int | None]:
     """
     if head.num_classes is not None:
         check_type(op, f"{role}.num_classes", head.num_classes, int, "None counts every row of the weight.")
+    if head.group is not None:
+        check_type(op, f"{role}.group", head.group, ProcessGroup, "Of a device mesh take mesh.get_group().")
     if head.softcap is not None and not as_number(op, f"{role}.softcap", head.softcap) > 0:
         raise ValueError(f"{op}: {role}.softcap must be positive, got {head.softcap}. Pass None for no bound.")
     check_tensor(op, f"{role}.{'values' if isinstance(head, Logits) else 'hidden'}", head.source)

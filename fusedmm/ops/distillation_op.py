@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # type: i
 
 from fusedmm.eager import distillation as eager
 from fusedmm.eager import distillation_scores as eager_scores
+from fusedmm.eager.objective import Objective
 from fusedmm.eager.products import compute_dtype
 from fusedmm.eager.shard import Shard
 from fusedmm.heads import Head, LinearHead, Logits, Teacher, TopKLogProbs
@@ -50,7 +51,7 @@ class Problem(NamedTuple):
     teacher: Teacher
     labels: Tensor | None
     row_temperature: Tensor | None
-    objective: eager.Objective
+    objective: Objective
     impl: str
 
     @property
@@ -82,7 +83,7 @@ def problem_of(
     inputs: Inputs, *, beta: float, alpha: float = 1.0, label_smoothing: float = 0.0, ignore_index: int, all_count: bool
 ) -> Problem:
     """The problem of checked inputs."""
-    objective = eager.Objective(inputs.shard, beta, alpha, inputs.temperature, label_smoothing, ignore_index, all_count)
+    objective = Objective(inputs.shard, beta, alpha, inputs.temperature, label_smoothing, ignore_index, all_count)
     return _problem(inputs.student, inputs.teacher, inputs.labels, inputs.row_temperature, objective, inputs.impl)
 
 
@@ -91,7 +92,7 @@ def _problem(
     teacher: Teacher,
     labels: Tensor | None,
     row_temperature: Tensor | None,
-    objective: eager.Objective,
+    objective: Objective,
     impl: str,
 ) -> Problem:
     labels, row_temperature = (t if t is None else t.contiguous() for t in (labels, row_temperature))  # for kernels
@@ -117,17 +118,17 @@ def of_rows(number: Tensor | float, source: Tensor) -> Tensor:
 
 def weighted_sum(losses: Tensor, row_scale: Tensor | float) -> Tensor:
     """Sum of the losses of all rows [N], each times its scale, or one for all."""
-    return torch.dot(losses, row_scale) if isinstance(row_scale, Tensor) else losses.sum() * row_scale
+    return torch.dot(losses, row_scale) if isinstance(row_scale, Tensor) else (losses * row_scale).sum()
 
 
-def _rebuild(arguments: tuple[Any, ...]) -> Problem:
+def rebuild(arguments: tuple[Any, ...]) -> Problem:
     """The problem of a registered operator's arguments."""
     student, student_weight, student_bias, values, weight, bias, indices, labels, row_temperature = arguments[:TENSORS]
     student_softcap, softcap, temperature, beta, alpha, smoothing, ignore_index, total, first, count, group, impl = (
         arguments[TENSORS:]
     )
     shard = Shard(total, first, count, _resolve_process_group(group) if group else None)
-    objective = eager.Objective(shard, beta, alpha, temperature, smoothing, ignore_index)
+    objective = Objective(shard, beta, alpha, temperature, smoothing, ignore_index)
     teacher: Teacher = _head(values, weight, bias, softcap) if indices is None else TopKLogProbs(indices, values)
     own = _head(student, student_weight, student_bias, student_softcap)
     return _problem(own, teacher, labels, row_temperature, objective, impl)
@@ -263,7 +264,7 @@ def registered(name: str) -> Callable[..., Any]:
     """The implementation, taking the arguments of the registered operator."""
 
     def run(*arguments: Any) -> Any:
-        return implement(name, _rebuild(arguments[:ARGUMENTS]), *arguments[ARGUMENTS:])
+        return implement(name, rebuild(arguments[:ARGUMENTS]), *arguments[ARGUMENTS:])
 
     def scores(*arguments: Any) -> Tensor:
         fields = run(*arguments)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fusedmm.eager.distillation import Objective
 from fusedmm.eager.distillation_scores import FIELDS
+from fusedmm.eager.objective import Objective
 from fusedmm.eager.waves import matmul
 from fusedmm.heads import Head, LinearHead
 from fusedmm.ops.distillation_waves import classes_a_rank

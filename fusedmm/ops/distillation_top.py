@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fusedmm.eager.distillation import Objective
 from fusedmm.eager.distillation_scores import FIELDS
+from fusedmm.eager.objective import Objective
 from fusedmm.eager.shard import Shard
 from fusedmm.heads import TopKLogProbs
 from fusedmm.ops.distillation_pair import PairRows, launch_problem, weighted_losses, with_logits
