@@ -21,6 +21,7 @@ from benchmarks import (
     targets,
     warm,
 )
+from benchmarks.arguments import new_file, result_file
 from benchmarks.results import ROOT
 from benchmarks.telemetry import Telemetry
 
@@ -31,18 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words and words[0] in COMMANDS:
         return COMMANDS[words[0]][0](words[1:])
     return _bench(words)
-
-
-def _result_file(text: str) -> Path:
-    """An argument that must name a file of results: what is wrong with another one, argparse says."""
-    file = Path(text)
-    if not file.is_file():
-        raise argparse.ArgumentTypeError(f"no such file: {file}")
-    try:
-        results.read(file)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return file
 
 
 def _bench(words: list[str]) -> int:
@@ -67,8 +56,8 @@ def _static(words: list[str]) -> int:
 
 def _compare(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks compare", description=compare.__doc__)
-    parser.add_argument("before", type=_result_file)
-    parser.add_argument("after", type=_result_file)
+    parser.add_argument("before", type=result_file)
+    parser.add_argument("after", type=result_file)
     args = parser.parse_args(words)
     return compare.run(args.before, args.after)
 
@@ -81,7 +70,7 @@ def _plot(words: list[str]) -> int:
 
 def _keep(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks keep", description=results.keep.__doc__)
-    parser.add_argument("results", type=_result_file, help="a result file, such as ci/gpu leaves")
+    parser.add_argument("results", type=result_file, help="a result file, such as ci/gpu leaves")
     for kept in results.keep(parser.parse_args(words).results):
         print(f"keep: appended to {kept}")
     return max(plot.run(ROOT / "docs" / "figures"), readme.run(check=False), targets.run(check=False))
@@ -108,7 +97,7 @@ def _paths(words: list[str]) -> int:
 def _overheads(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks overheads", description=overheads.__doc__)
     run_command.add_device(parser)
-    parser.add_argument("--json", type=Path, help="append the results to this file")
+    parser.add_argument("--json", type=new_file, help="append the results to this file")
     parser.add_argument("--save", action="store_true", help="append the results to this device's in benchmarks/results")
     parser.add_argument("--list", action="store_true", help="only name what is measured")
     args = parser.parse_args(words)

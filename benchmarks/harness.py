@@ -21,6 +21,7 @@ from benchmarks.roofline import Ceilings
 from benchmarks.telemetry import Telemetry
 from benchmarks.timing import Times, add_energy, captured, comparable, interleave
 
+ALONE = "timed by itself, not in turn with the others"
 Call = Callable[[], object]
 Wrap = Callable[[Call], Call]
 
@@ -134,9 +135,11 @@ class Harness:
         groups = [names] if names else []
         while groups:
             group = groups.pop(0)
-            rows, again = self._side_by_side(case, mode, blank, {name: ready[name] for name in group}, wrap)
+            rows, failed = self._side_by_side(case, mode, blank, {name: ready[name] for name in group}, wrap)
             yield from rows
-            groups += [[name] for name in again]
+            groups += [[name] for name in failed]
+            if failed:
+                blank = replace(blank, reason=ALONE)
             gc.collect()  # what the others held
 
     def _side_by_side(
@@ -146,7 +149,7 @@ class Harness:
         others, or one of them failed while all were timed.
         """
         rows: list[Result] = []
-        again: list[str] = []
+        failed: list[str] = []
         calls: dict[str, Call] = {}
         second: dict[str, Call] = {}
         peaks: dict[str, float] = {}
@@ -163,12 +166,12 @@ class Harness:
                 if not usable(self.device):
                     raise
                 if isinstance(error, torch.OutOfMemoryError) and len(group) > 1:
-                    again.append(name)
+                    failed.append(name)
                 else:
                     rows.append(untimed(replace(blank, variant=name), error))
         self.begin(case.name, "")
         if not calls:
-            return rows, again
+            return rows, failed
         try:
             with quiet():
                 times = interleave(calls, self.device, self.seconds, self.telemetry, second)
@@ -178,12 +181,12 @@ class Harness:
             if not usable(self.device):
                 raise
             if len(group) > 1:
-                return rows, [*again, *calls]
+                return rows, [*failed, *calls]
             return [untimed(replace(blank, variant=name), error) for name in calls], []
         for name in calls:
             worst = group[name].worst
             rows.append(self._timed(case, mode, replace(blank, variant=name), times[name], peaks[name], worst))
-        return rows, again
+        return rows, failed
 
     def _warmed(self, prepared: Prepared, mode: str, wrap: Wrap) -> tuple[Call, float]:
         """A variant's call in a mode, compiled and warm, and the MiB that it holds at most."""

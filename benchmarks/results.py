@@ -307,10 +307,10 @@ def committed(kind: str) -> list[tuple[Run, list[Result]]]:
 
 def latest(kind: str) -> dict[tuple[str, str, str], tuple[Run, Result]]:
     """The newest committed result of every case, mode and variant on a kind of device: on that of the newest run, since
-    rows of several devices say nothing beside each other.
+    rows of several devices say nothing beside each other; of a CPU on one thread, as the command does by default.
     """
     found: dict[tuple[str, str, str], tuple[Run, Result]] = {}
-    runs = committed(kind)
+    runs = [(run, rows) for run, rows in committed(kind) if run.threads <= 1]
     for run, results in runs:
         if run.device == runs[-1][0].device:
             found.update({result.key: (run, result) for result in results})

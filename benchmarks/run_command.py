@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import compare, isolate, plan, results, roofline
 from benchmarks.against import ROUNDS, Against, against, is_commit
+from benchmarks.arguments import count, new_file, seconds
 from benchmarks.cases import Builder
 from benchmarks.harness import Harness, ratio, untimed, usable
 from benchmarks.memory import use_heap
@@ -33,11 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--variants", nargs="+", default=[], help="only these, by name")
     parser.add_argument("--without", nargs="+", default=[], help="not these variants")
-    parser.add_argument("--seconds", type=float, help="timing of one case and mode, over all variants")
+    parser.add_argument("--seconds", type=seconds, help="timing of one case and mode, over all variants")
     parser.add_argument("--budget-s", type=float, default=_budget(), help="start no case after this many seconds")
     parser.add_argument("--energy", action="store_true", help="measure energy too (a second a variant and mode more)")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--json", type=Path, help="append the results to this file, each as soon as it exists")
+    parser.add_argument(
+        "--threads", type=count, default=1, help="of a CPU; 1 tells when something else is on the core, more do not"
+    )
+    parser.add_argument("--json", type=new_file, help="append the results to this file, each as soon as it exists")
     parser.add_argument("--save", action="store_true", help="append the results to this device's in benchmarks/results")
     parser.add_argument(
         "--against",
@@ -52,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--limit-s",
-        type=float,
+        type=seconds,
         default=120.0,
         help="with --isolate: most seconds of making one variant ready, or of timing one mode",
     )
@@ -88,11 +91,11 @@ def run(parser: argparse.ArgumentParser, words: list[str]) -> int:
     args = parser.parse_args(words)
     if args.against is not None and not is_commit(args.against):
         parser.error(f"--against: no such commit here: {args.against}")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     kind = device_kind(args.device)
+    if kind == "cpu":
+        torch.set_num_threads(args.threads)
     chosen = plan.chosen(kind, args.cases, args.json if args.quick else None, quick=args.quick)
-    seconds = args.seconds or (QUICK_SECONDS if args.quick else FULL_SECONDS)
+    each_s = args.seconds or (QUICK_SECONDS if args.quick else FULL_SECONDS)
     if not chosen:
         print(plan.no_case(kind, args.cases), file=sys.stderr)
         return 2
@@ -101,7 +104,7 @@ def run(parser: argparse.ArgumentParser, words: list[str]) -> int:
         print("\n".join(chosen))
         return 0
     if args.plan:
-        print(plan.table([build() for build in chosen.values()], seconds, quick=args.quick, energy=args.energy))
+        print(plan.table([build() for build in chosen.values()], each_s, quick=args.quick, energy=args.energy))
         return 0
     if is_missing(kind, f"{len(chosen)} GPU cases skipped"):
         return 2
@@ -113,7 +116,7 @@ def run(parser: argparse.ArgumentParser, words: list[str]) -> int:
             print(f"benchmarks: no case has {', '.join(unknown)}", file=sys.stderr)
     if args.isolate:
         return _isolated(args, words, list(chosen))
-    return _measure(args, kind, chosen, seconds)
+    return _measure(args, kind, chosen, each_s)
 
 
 def _unknown(variants: Sequence[str], chosen: Mapping[str, Builder]) -> tuple[list[str], list[str]]:
@@ -154,7 +157,7 @@ def _isolated(args: argparse.Namespace, words: list[str], names: list[str]) -> i
         return isolate.run(names, command, progress, args.limit_s, report)
 
 
-def _measure(args: argparse.Namespace, kind: str, chosen: Mapping[str, Builder], seconds: float) -> int:
+def _measure(args: argparse.Namespace, kind: str, chosen: Mapping[str, Builder], each_s: float) -> int:
     deadline = time.monotonic() + args.budget_s
     device = torch.device(kind)
     use_heap()
@@ -177,7 +180,7 @@ def _measure(args: argparse.Namespace, kind: str, chosen: Mapping[str, Builder],
         ceilings=ceilings,
         telemetry=telemetry,
         run=run.id,
-        seconds=seconds,
+        seconds=each_s,
         energy=args.energy,
         only=args.variants,
         without=args.without,
@@ -187,8 +190,8 @@ def _measure(args: argparse.Namespace, kind: str, chosen: Mapping[str, Builder],
     )
     found: list[Result] = []
     theirs: list[Result] = []
-    each = max(QUICK_SECONDS, seconds / ROUNDS)  # of a process, which takes seconds to start
-    options = ["--device", kind, "--seconds", str(each), "--threads", str(torch.get_num_threads())]
+    round_s = max(QUICK_SECONDS, each_s / ROUNDS)  # of a process, which takes seconds to start
+    options = ["--device", kind, "--seconds", str(round_s), "--threads", str(args.threads)]
     with against(args.against, options) if args.against else nullcontext() as other:
         for name, build in chosen.items():
             left = deadline - time.monotonic()
@@ -263,12 +266,14 @@ def _case(
     rows, beside = other.results(blanks)
     for row in rows:
         harness.keep(row)
-    print(table(name, [*rows, *other.renamed(beside)]), flush=True)
+    print(table(name, [*rows, *other.renamed(beside)], shares=False), flush=True)  # each process has its own ceilings
     return rows, beside
 
 
-def table(name: str, rows: Sequence[Result]) -> str:
-    """One case for people; the ratio is how many times as long a variant takes as fusedmm, where clocks allow one."""
+def table(name: str, rows: Sequence[Result], *, shares: bool = True) -> str:
+    """One case for people; the ratio is how many times as long a variant takes as fusedmm, where clocks allow one.
+    ``shares``: of the ceilings.
+    """
     width = max((len(row.variant) for row in rows), default=7)
     modes = list(dict.fromkeys(row.mode for row in rows))
     lines = [f"\n{name}"]
@@ -281,7 +286,7 @@ def table(name: str, rows: Sequence[Result]) -> str:
         against = "-" if times is None else f"{times:.2f}x"
         lines.append(
             f"  {row.mode:<14}{row.variant:<{width}}{row.median_ms:>11.4f} ms [{row.p20_ms:.4f}, {row.p80_ms:.4f}]"
-            f"  {row.tflops:8.3g} TFLOP/s  {row.share:6.1%} of ceiling  {row.peak_mib:9.1f} MiB"
+            f"  {row.tflops:8.3g} TFLOP/s  {f'{row.share:6.1%} of ceiling  ' * shares}{row.peak_mib:9.1f} MiB"
             f"  {against:>7}  error {row.worst_error:.1e}{_state(row)}"
         )
     return "\n".join(lines)
@@ -290,6 +295,8 @@ def table(name: str, rows: Sequence[Result]) -> str:
 def _state(row: Result) -> str:
     """What was read of the device while a variant ran."""
     parts = ["shared core"] if row.own_core is False else []
+    if row.reason:
+        parts.append(row.reason)
     if row.clock_mhz:
         parts.append(f"{row.clock_mhz:.0f} MHz")
     if row.power_w is not None and row.energy_mj is not None:

@@ -8,8 +8,8 @@ import argparse
 import os
 import random
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
+from benchmarks.arguments import new_file
 from benchmarks.compiled import SHARED_BYTES
 from benchmarks.results import measured_shares
 from benchmarks.static import (
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="fail where a kernel is worse than its committed row")
     parser.add_argument("--sample", type=int, default=8, help="with --check: unchanged rows to compile all the same")
     parser.add_argument("--limit", type=int, help="changed kernels to compile at most")
-    parser.add_argument("--json", type=Path, help="write the rows to this file too")
+    parser.add_argument("--json", type=new_file, help="write the rows to this file too")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
         for name, spec in specs(arch).items()
         if args.only in name and (args.all or is_tabled(arch, name))
     }
+    if not wanted:
+        raise SystemExit(f"static: --only must be part of a kernel's name, got {args.only!r}.")
     fresh = [key for key, mark in wanted.items() if key in committed and committed[key].fingerprint == mark]
     sampled = min(args.sample, len(fresh)) if args.check else 0
     again = fresh if args.recompile else random.Random(0).sample(fresh, sampled)

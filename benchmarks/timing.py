@@ -7,14 +7,14 @@ Launch-bound calls are timed a second time as replays of a CUDA graph.
 On a CPU it is wall time, and a turn is two calls. The first comes after other work, the calls of the other variants:
 whoever runs much code, Python's or oneDNN's, has to bring it into the core's caches then. The second, the same on
 inputs in other memory, finds it there; it is kept beside, for the two differ by up to half. The core's pace is read
-around each turn: turns during which something else was on the core (`benchmarks.core`) are kept apart. Quantiles are
-over rounds.
+around each turn: turns during which something else was on the core (`benchmarks.core`) are kept apart. The pace of one
+core says nothing of those of other threads, so that with several none is read. Quantiles are over rounds.
 """
 
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -27,7 +27,7 @@ from benchmarks.telemetry import ENERGY_SECONDS, Telemetry
 T = TypeVar("T")
 Calls = Mapping[str, Callable[[], object]]
 CPU = torch.device("cpu")
-L2_BYTES = 256 << 20  # more than any chip has
+L2_BYTES = 256 << 20  # more than that cache of any chip
 MIN_ROUNDS = 9
 MAX_ROUNDS = 200
 OWN_ROUNDS = 25  # in which a CPU's core is nobody else's: so many are waited for,
@@ -43,7 +43,7 @@ class Times:
         ms: on a CPU of the first calls of a turn, where nothing else was on the core, if those are enough.
         again_ms: of the second calls of the same turns.
         shared_ms: of the first calls of the other turns.
-        own_core: whether the turns were so separated; None on a GPU.
+        own_core: whether the turns were so separated; None on a GPU, and on several threads.
     """
 
     ms: list[float] = field(default_factory=list)
@@ -78,7 +78,7 @@ def interleave(
         again: by variant, the second call of a CPU's turn; None: the same as the first.
     """
     if device.type != "cuda":
-        return _interleave_on_core(calls, again or calls, budget_s, core())
+        return _interleave_on_cpu(calls, again or calls, budget_s, core() if torch.get_num_threads() == 1 else None)
     found = {name: Times() for name in calls}
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device)
     deadline = time.monotonic() + budget_s
@@ -91,33 +91,33 @@ def interleave(
     return found
 
 
-def _interleave_on_core(calls: Calls, again: Calls, budget_s: float, own: Core) -> dict[str, Times]:
+def _interleave_on_cpu(calls: Calls, again: Calls, budget_s: float, own: Core | None) -> dict[str, Times]:
     """The same on a CPU; longer, while someone else is on the core. Judged at the end, by the fastest pace of all: the
-    core may have been someone else's too while the first rounds were made.
+    core may have been someone else's too while the first rounds were made. Without a core, all rounds are alike.
     """
     read: dict[str, list[tuple[float, float, float]]] = {name: [] for name in calls}  # pace, first call, second call
     counts = dict.fromkeys(calls, 0)  # of rounds that seemed to be nobody else's
     began = time.monotonic()
     for number, turns in enumerate(_rounds(calls)):
         spent = time.monotonic() - began
-        waits = spent < PATIENCE * budget_s and min(counts.values()) < min(OWN_ROUNDS, number)
+        waits = own and spent < PATIENCE * budget_s and min(counts.values()) < min(OWN_ROUNDS, number)
         if number >= MIN_ROUNDS and (number >= MAX_ROUNDS or spent >= budget_s) and not waits:
             break
         for name, call in turns:
-            before = own.pace()
+            before = own.pace() if own else 0.0
             first, second = time_once(call, CPU), time_once(again[name], CPU)
-            pace = max(before, own.pace())
+            pace = max(before, own.pace()) if own else 0.0
             read[name].append((pace, first, second))
-            counts[name] += own.is_own(pace)
+            counts[name] += own is not None and own.is_own(pace)
     found = {name: _judged(rounds, own) for name, rounds in read.items()}
-    if any(len(times.ms) < MIN_ROUNDS for times in found.values()):
-        return {name: _judged(rounds, None) for name, rounds in read.items()}
-    return found
+    if own is None or all(len(times.ms) >= MIN_ROUNDS for times in found.values()):
+        return found
+    return {name: replace(_judged(rounds, None), own_core=False) for name, rounds in read.items()}
 
 
 def _judged(rounds: Sequence[tuple[float, float, float]], own: Core | None) -> Times:
     """Times of calls by the pace of the core; without one, of all."""
-    times = Times(own_core=own is not None)
+    times = Times(own_core=None if own is None else True)
     for pace, first, second in rounds:
         if own is None or own.is_own(pace):
             times.ms.append(first)

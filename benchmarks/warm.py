@@ -17,6 +17,7 @@ import torch
 from torch._functorch import config as functorch
 
 from benchmarks import plan
+from benchmarks.arguments import count
 from benchmarks.case import Case, Variant
 from benchmarks.gate import Gate
 from benchmarks.harness import call_of, quiet, usable
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     parser.add_argument("--quick", action="store_true", help="only what a run with --quick needs")
     parser.add_argument("--without", nargs="+", default=[], help="not these variants")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; 1: all in this one")
+    parser.add_argument("--jobs", type=count, default=os.cpu_count() or 1, help="processes; 1: all in this one")
 
 
 def run(args: argparse.Namespace) -> int:

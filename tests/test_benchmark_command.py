@@ -55,6 +55,30 @@ def test_a_gpu_case_says_why_it_is_skipped(capsys: pytest.CaptureFixture[str]) -
     assert "no CUDA device here. On one, run ci/gpu." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--threads", "0"], "--threads: must be at least 1, got 0"),
+        (["--seconds", "-1"], "--seconds: must be positive and finite, got -1"),
+        (["--seconds", "nan"], "--seconds: must be positive and finite, got nan"),
+        (["--json", "."], "--json: is a folder, not a file: ."),
+        (["warm", "--jobs", "0"], "--jobs: must be at least 1, got 0"),
+        (["static", "--json", "."], "--json: is a folder, not a file: ."),
+        (["keep", "."], "is a folder: ."),
+    ],
+)
+def test_what_no_option_takes_is_one_line(words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert capsys.readouterr().err.strip().splitlines()[-1].endswith(complaint)
+
+
+def test_an_unknown_kernel_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(SystemExit, match="static: --only must be part of a kernel's name, got 'nope'"):
+        main(["static", "--only", "nope"])
+
+
 def test_an_unknown_case_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["no-such-case", "--device", "cpu"]) == 2
     assert "no case for cpu contains no-such-case" in capsys.readouterr().err

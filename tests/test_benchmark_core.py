@@ -140,3 +140,9 @@ def test_the_readme_counts_second_calls_and_a_shared_core_beside_the_others(monk
     never = found(own_core=False, again_ms=None, shared_ms=None)
     assert "| sdpa | 1.50, shared core | 1.0 | - | - |" in readme.cpu_part(never)
     assert "shared core" in table("attention/tiny", [row for _, row in never.values()])
+
+
+def test_on_several_threads_no_core_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    times = interleave({"call": lambda: None}, CPU, 0.0, Telemetry(CPU))["call"]
+    assert (times.own_core, times.shared_ms, len(times.ms)) == (None, [], MIN_ROUNDS)

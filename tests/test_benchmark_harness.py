@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks import warm
 from benchmarks.case import Case, Prepared, Unavailable, Variant
 from benchmarks.gate import Gate
-from benchmarks.harness import Harness, call_of, ratio
+from benchmarks.harness import ALONE, Harness, call_of, ratio
 from benchmarks.memory import peak_bytes
 from benchmarks.roofline import Ceilings
 from benchmarks.telemetry import Telemetry
@@ -91,6 +91,8 @@ def test_who_does_not_fit_beside_the_others_is_timed_alone(room_alone: bool, sta
     variants = (Variant("fusedmm", doubled, ours=True), Variant("crowded", crowded, modes=("forward",)))
     rows = {row.variant: row for row in harness().results(toy(*variants)) if row.mode == "forward"}
     assert {name: row.status for name, row in rows.items()} == {"fusedmm": "timed", "crowded": status}
+    assert rows["fusedmm"].reason == ""
+    assert (rows["crowded"].reason == ALONE) == room_alone
     assert len(refused) == (1 if room_alone else 2)
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fusedmm import LinearHead, TopKLogProbs, distillation_loss, distillation_scores
-from fusedmm.eager.distillation import Objective
+from fusedmm.eager.objective import Objective
 from fusedmm.eager.shard import Shard
 from fusedmm.eager.waves import MIN_WAVE_ROWS, WAVE_ELEMENTS
 from fusedmm.heads import Teacher
