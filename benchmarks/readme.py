@@ -5,7 +5,7 @@ All come from committed results alone, nothing is typed by hand: what has no com
 with the command that will measure it. The README holds the GPU's table and one line each on the rest.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from benchmarks.cases import builders, scaling
@@ -70,9 +70,12 @@ def section() -> str:
         where = "GPU" if gpu else "CPU, eager path"
         parts.append(f"![Time and peak memory against what else does the same work: {where}]({FIGURE})")
     parts += [cpu_line(cpu), *cpu_table(cpu), static_line()]
-    return "\n\n".join((*parts, "Every row: [docs/performance.md](docs/performance.md)."))
+    return "\n\n".join((*parts, PAGES))
 
 
+PAGES = """\
+Every row of these tables: [docs/performance.md](docs/performance.md); small losses, where calls of operators are what
+costs: [docs/distillation.md](docs/distillation.md#speed)."""
 LEGEND = """\
 - **case**: its inputs, FLOPs, bytes and competitors are in benchmarks/cases; everyone computes the same outputs and
   gradients, and who fails the correctness gate has no number. dense-plain asks for the output alone: on a CPU
@@ -97,16 +100,19 @@ def details() -> str:
 
 
 NEAR = 1 / 1.1  # within 10 %
-OPERATORS, MODULES = ("attention/", "distillation/"), "modules/"  # the line counts the first, and names the second
+# The line counts the first, and names the worst of the others; those of `CURVES` are in figures, not in tables.
+OPERATORS, MODULES, CURVES = ("attention/", "distillation/"), "modules/", "scaling/"
 
 
 def cpu_line(found: Latest) -> str:
     """How many rows of operators in the CPU comparison are at least as fast as the fastest composition, the worst of
-    them, and the worst of modules.
+    them, and the worst of modules and of curves' points.
     """
-    every = _cpu_ratios(found)
-    ratios = _of_operators(every)
-    modules = {row: times for row, times in every.items() if row[0].startswith(MODULES)}
+    every = _cpu_ratios(found, builders("cpu"))
+    ratios, modules, curves = (
+        {row: times for row, times in every.items() if row[0].startswith(names)}
+        for names in (OPERATORS, MODULES, CURVES)
+    )
     if not ratios:
         return cpu_part({})
     good, near = (_count(ratios, least) for least in (1.0, NEAR))
@@ -114,13 +120,15 @@ def cpu_line(found: Latest) -> str:
         f"**CPU, the eager path ({_machine(found)}):** of {len(ratios)} rows of operators {good} are at least as fast "
         f"as the fastest of PyTorch's compositions and {near} within 10 %; the slowest takes {_worst(ratios)}"
         + (f", of modules {_worst(modules)}" if modules else "")
+        + (f", of the points of curves {_worst(curves)}" if curves else "")
         + f".{_otherwise(found)}"
     )
 
 
 def _otherwise(found: Latest) -> str:
     """What the same rows read when called again, and while something else was on the core."""
-    again, shared = (_of_operators(_cpu_ratios(_timed_by(found, name))) for name in ("again_ms", "shared_ms"))
+    operators = [name for name in _listed("cpu") if name.startswith(OPERATORS)]
+    again, shared = (_cpu_ratios(_timed_by(found, name), operators) for name in ("again_ms", "shared_ms"))
     lines = []
     if again:
         lines.append(
@@ -133,10 +141,6 @@ def _otherwise(found: Latest) -> str:
             f"slowest takes {_worst(shared)}."
         )
     return "".join(lines)
-
-
-def _of_operators(ratios: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
-    return {row: times for row, times in ratios.items() if row[0].startswith(OPERATORS)}
 
 
 def _timed_by(found: Latest, name: str) -> Latest:
@@ -160,7 +164,7 @@ def _worst(ratios: Mapping[tuple[str, str], float]) -> str:
 
 def cpu_table(found: Latest) -> list[str]:
     """The rows that `SHOWN` names, and the worst one: how many times fusedmm's the fastest other takes and holds."""
-    ratios = _cpu_ratios(found)
+    ratios = _cpu_ratios(found, _listed("cpu"))
     if not ratios:
         return []
     worst = min(ratios, key=lambda row: ratios[row])
@@ -169,11 +173,11 @@ def cpu_table(found: Latest) -> list[str]:
     return ["\n".join([*CPU_HEAD, *(_row(*row, found, with_rate=False) for row in dict.fromkeys([*rows, worst]))])]
 
 
-def _cpu_ratios(found: Latest) -> dict[tuple[str, str], float]:
-    """How many times as long the fastest other takes, by case and mode."""
+def _cpu_ratios(found: Latest, names: Collection[str]) -> dict[tuple[str, str], float]:
+    """How many times as long the fastest other takes, by case, of these, and mode."""
     ratios = {}
     for (name, mode, variant), (_, ours) in found.items():
-        shown = variant == "fusedmm" and mode in MODES and ours.status == TIMED and name in _listed("cpu")
+        shown = variant == "fusedmm" and mode in MODES and ours.status == TIMED and name in names
         best = _fastest_other(name, mode, ours, found) if shown else None
         times = None if best is None else ratio(ours, best)
         if times is not None:
@@ -183,7 +187,7 @@ def _cpu_ratios(found: Latest) -> dict[tuple[str, str], float]:
 
 def _listed(kind: str) -> list[str]:
     """Cases that are in tables; the points of curves are in a figure."""
-    return [name for name in builders(kind) if not name.startswith("scaling/")]
+    return [name for name in builders(kind) if not name.startswith(CURVES)]
 
 
 def static_line() -> str:
@@ -222,7 +226,7 @@ def cpu_part(found: Latest) -> str:
         return "**CPU: not measured yet.** Command: `python -m benchmarks --device cpu --save`."
     lines = [f"**CPU, the eager path: {_machine(found)}** ({_commands(found)})", ""]
     lines += [f"{line}{more}" for line, more in zip(CPU_HEAD, CPU_MORE, strict=True)]
-    again, shared = (_cpu_ratios(_timed_by(found, name)) for name in ("again_ms", "shared_ms"))
+    again, shared = (_cpu_ratios(_timed_by(found, name), _listed("cpu")) for name in ("again_ms", "shared_ms"))
     for name in _listed("cpu"):
         for mode in MODES:
             if (name, mode, "fusedmm") in found:
@@ -325,7 +329,7 @@ def _static_row(row: Row) -> str:
 
 def _runs(found: Latest) -> list[Run]:
     """Of the rows in tables, or, where there are none, of the curves' points."""
-    listed = [run for (case, _, _), (run, _) in found.items() if not case.startswith("scaling/")]
+    listed = [run for (case, _, _), (run, _) in found.items() if not case.startswith(CURVES)]
     return listed or [run for run, _ in found.values()]
 
 

@@ -35,11 +35,10 @@ def test_readme() -> None:
     names = {name: torch.randn(4, *shape) for name, shape in shapes.items()}
     names |= {f"{name}_mask": torch.rand(4, shape[0]) > 0.3 for name, shape in shapes.items()}
     names |= {f"{name}_time": torch.randint(0, 100, (4, shape[0])) for name, shape in shapes.items()}
-    # "Before" needs tokens and query of one width; "after" is what must run with tokens as they are.
-    before, after = blocks("README.md")
-    same_width = {"query": torch.randn(4, 6, 256), **{name: torch.randn(4, 9, 256) for name in shapes}}
-    exec(before, {"torch": torch, "nn": nn, **same_width})
     names |= {"query": torch.randn(4, 6, 256), "now": torch.full((4, 6), 50)}
+    projections = {f"to_{name}": nn.Linear(shape[1], 256) for name, shape in shapes.items()}
+    before, after = blocks("README.md")
+    exec(before, {"torch": torch, "nn": nn, **names, **projections})
     found: dict[str, Any] = names
     exec(after, found)
     assert found["out"].shape == (4, 6, 256)
