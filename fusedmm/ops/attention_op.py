@@ -4,8 +4,8 @@
 implementations. `impl` ("triton" or "eager") is an argument, so that a call means the same on every device. Registered
 with fakes for `torch.compile` and export, and with a hand-written autograd function that is bypassed where nothing
 needs a gradient. The dispatcher is left out where nobody is watching (`fusedmm.ops.dispatch`): 64 queries and their
-gradients, called again and again, then take 0.5 ms instead of 0.75 on one thread of an AMD EPYC; small problems also
-keep more then. The transforms of `torch.func` take the operators by way of `fusedmm.ops.attention_transforms`.
+gradients, called again and again, then take a third less on one thread of an AMD EPYC; small problems also keep more
+then. The transforms of `torch.func` take the operators by way of `fusedmm.ops.attention_transforms`.
 """
 
 from collections.abc import Sequence
