@@ -110,7 +110,7 @@ def head_tensors(head: Teacher) -> list[Tensor | None]:
 
 
 def of_rows(number: Tensor | float, source: Tensor) -> Tensor:
-    """[N] in the compute dtype from one number for all rows of a head's input; a tensor as it is."""
+    """[N] in the compute dtype from one number for all rows of a tensor; a tensor as it is."""
     if isinstance(number, Tensor):
         return number
     return source.new_full((source.shape[0],), number, dtype=compute_dtype(source))
@@ -118,7 +118,7 @@ def of_rows(number: Tensor | float, source: Tensor) -> Tensor:
 
 def weighted_sum(losses: Tensor, row_scale: Tensor | float) -> Tensor:
     """Sum of the losses of all rows [N], each times its scale, or one for all."""
-    return torch.dot(losses, row_scale) if isinstance(row_scale, Tensor) else (losses * row_scale).sum()
+    return torch.dot(losses, of_rows(row_scale, losses))
 
 
 def rebuild(arguments: tuple[Any, ...]) -> Problem:
