@@ -71,6 +71,8 @@ def loss(
     """As `fusedmm.eager.distillation.loss`, of rows none of which is ignored."""
     dim = 0 if student.weight.shape[0] < VECTOR else 1  # of the classes: major where they would not fill a vector
     alpha, temperature = objective.alpha, objective.temperature
+    if isinstance(grad_rows, float):
+        grad_rows = student.hidden.new_full((1,), grad_rows, dtype=compute_dtype(student.hidden))
     logits = logits_of(student, dim)
     wanted = dict.fromkeys([temperature] * (alpha != 0.0) + [1.0] * (alpha != 1.0))
     log_p = {t: _log_softmax(logits, t, dim) for t in wanted}
@@ -78,12 +80,12 @@ def loss(
     if alpha != 0.0:
         assert isinstance(teacher, LinearHead)
         log_t = _log_softmax(logits_of(teacher, dim), temperature, dim)
-        factor = _factor(grad_rows, alpha * temperature, dim)
+        factor = None if grad_rows is None else _times(grad_rows, alpha * temperature).unsqueeze(dim)
         losses, grad = _divergence(log_p[temperature], log_t, objective.beta, factor, dim)
         parts.append((_times(losses, alpha * temperature * temperature), grad))
     if alpha != 1.0:
         assert labels is not None
-        factor = _factor(grad_rows, 1 - alpha, dim)
+        factor = None if grad_rows is None else _times(grad_rows, 1 - alpha).unsqueeze(dim)
         losses, grad = _cross_entropy(log_p[1.0], labels, factor, dim)
         parts.append((_times(losses, 1 - alpha), grad))
     rows, grad = parts[0]
@@ -113,13 +115,6 @@ def _times(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1.0 else x * factor
 
 
-def _factor(grad_rows: Tensor | float | None, share: float, dim: int) -> Tensor | float | None:
-    """What multiplies the gradient of a part of the loss: a number, or what broadcasts over classes in `dim`."""
-    if isinstance(grad_rows, Tensor):
-        return _times(grad_rows, share).unsqueeze(dim)
-    return None if grad_rows is None else grad_rows * share
-
-
 def _powers(logarithms: Tensor) -> Tensor:
     """exp; of more than a few, in a third of its time."""
     if logarithms.numel() <= CALL_ELEMENTS:
@@ -127,20 +122,17 @@ def _powers(logarithms: Tensor) -> Tensor:
     return torch.mul(logarithms, LOG2_E).exp2_()
 
 
-def _cross_entropy(
-    log_p: Tensor, labels: Tensor, factor: Tensor | float | None, dim: int
-) -> tuple[Tensor, Tensor | None]:
-    """[N] and, with a factor of every row, its gradient in the logits times that, classes in dimension `dim`."""
+def _cross_entropy(log_p: Tensor, labels: Tensor, factor: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
+    """[N] and, with a factor of every row or of all, its gradient in the logits times that, classes in `dim`."""
     rows = F.nll_loss(log_p.transpose(dim, 1), labels, reduction="none")
     if factor is None:
         return rows, None
     index = labels.unsqueeze(dim)
-    taken = -factor if isinstance(factor, Tensor) else log_p.new_full((), -factor).expand(index.shape)
-    return rows, _powers(log_p).mul_(factor).scatter_add_(dim, index, taken)
+    return rows, _powers(log_p).mul_(factor).scatter_add_(dim, index, -factor.expand(index.shape))
 
 
 def _divergence(
-    log_p: Tensor, log_t: Tensor, beta: float, factor: Tensor | float | None, dim: int
+    log_p: Tensor, log_t: Tensor, beta: float, factor: Tensor | None, dim: int
 ) -> tuple[Tensor, Tensor | None]:
     """The same of the generalised Jensen-Shannon divergence, by the formulas of `fusedmm.eager.distillation`; `log_t`
     is overwritten.
